@@ -1,0 +1,214 @@
+"""The supernet of the DARTS family: quark0/darts cnn/model_search.py, yuhuixu1993/PC-DARTS model_search.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rfdarts_fast import ops
+from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN, make_primitive
+from rfdarts_fast.nn.stems import cifar_stem, imagenet_stem
+from rfdarts_fast.spaces import AnyGenotype, Space, derive
+
+ARCH_INIT_STD = 1e-3
+
+
+class MixedOp(nn.Module):
+    """One edge: all candidate operations side by side, on the first channels / K channels.
+
+    Args:
+        primitives: names of the candidates.
+        channels: channels of the edge's input and output.
+        stride: 1, or 2 on an edge that reduces.
+        K: partial channels (PC-DARTS); 1 sends all channels through. Must divide `channels`.
+        pool_bn: put a BatchNorm behind pools (the DARTS family does, NAS-Bench-201 does not).
+    """
+
+    def __init__(
+        self,
+        primitives: Sequence[str],
+        channels: int,
+        stride: int,
+        K: int = 1,
+        affine: bool = True,
+        track: bool = True,
+        pool_bn: bool = True,
+    ) -> None:
+        super().__init__()
+        if K < 1 or channels % K:
+            raise ValueError(f"K: expected a divisor of the edge's {channels} channels, got {K}")
+        self.primitives = tuple(primitives)
+        self.channels = channels
+        self.stride = stride
+        self.K = K
+        self._ops = nn.ModuleList()
+        width = channels // K
+        for name in self.primitives:
+            op = make_primitive(name, width, stride, affine, track)
+            if pool_bn and "pool" in name:
+                op = nn.Sequential(op, nn.BatchNorm2d(width, affine=affine, track_running_stats=track))
+            self._ops.append(op)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return ops.mixed_cell([self], [x], weights[None])[0]
+
+
+class SearchCell(nn.Module):
+    """Two preprocessed inputs, four nodes, 14 mixed ops; the output concatenates the nodes."""
+
+    def __init__(
+        self,
+        space: Space,
+        kind: str,
+        c_prev_prev: int,
+        c_prev: int,
+        c: int,
+        reduction_prev: bool,
+        K: int = 1,
+        affine: bool = True,
+        track: bool = True,
+    ) -> None:
+        super().__init__()
+        self.reduction = kind == "reduce"
+        if reduction_prev:
+            self.preprocess0: nn.Module = FactorizedReduce(c_prev_prev, c, affine, track)
+        else:
+            self.preprocess0 = ReLUConvBN(c_prev_prev, c, 1, affine=affine, track=track)
+        self.preprocess1 = ReLUConvBN(c_prev, c, 1, affine=affine, track=track)
+        self._ops = nn.ModuleList()
+        edges = iter(space.cells[kind])
+        for node in range(space.nodes):
+            for j in range(space.inputs + node):
+                stride = 2 if self.reduction and j < space.inputs else 1
+                self._ops.append(MixedOp(next(edges), c, stride, K, affine, track))
+
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None) -> Tensor:
+        inputs = [self.preprocess0(s0), self.preprocess1(s1)]
+        return torch.cat(ops.mixed_cell(list(self._ops), inputs, weights, edge_weights), dim=1)
+
+
+class Supernet(nn.Module):
+    """What all supernets share: architecture parameters apart from the weights, and the genotype.
+
+    As in the published code, `parameters()` holds the weights only and `arch_parameters()` the alphas and
+    betas; both are in `state_dict()` and follow `.to()`.
+    """
+
+    def __init__(self, space: Space, edge_norm: bool = False) -> None:
+        super().__init__()
+        self.space = space
+        self.arch_names: dict[str, tuple[str, str | None]] = {}
+        for cell, edges in space.cells.items():
+            suffix = "" if len(space.cells) == 1 else f"_{cell}"
+            alpha = nn.Parameter(ARCH_INIT_STD * torch.randn(len(edges), len(edges[0])))
+            self.register_parameter(f"alphas{suffix}", alpha)
+            if edge_norm:
+                beta = nn.Parameter(ARCH_INIT_STD * torch.randn(len(edges)))
+                self.register_parameter(f"betas{suffix}", beta)
+            self.arch_names[cell] = (f"alphas{suffix}", f"betas{suffix}" if edge_norm else None)
+
+    def named_arch_parameters(self) -> dict[str, nn.Parameter]:
+        names = [name for pair in self.arch_names.values() for name in pair if name is not None]
+        # alphas first, then betas, as PC-DARTS lists them
+        return {name: getattr(self, name) for name in sorted(names)}
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        return list(self.named_arch_parameters().values())
+
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        arch = {id(p) for p in self.arch_parameters()}
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            if id(parameter) not in arch:
+                yield name, parameter
+
+    def cell_weights(self, cell: str) -> tuple[Tensor, Tensor | None]:
+        """Softmax weights [edges, primitives] of a cell type, and its edge weights [edges] or None.
+
+        The softmax of the betas runs over the incoming edges of each node (PC-DARTS, eq. 2).
+        """
+        alpha_name, beta_name = self.arch_names[cell]
+        weights = getattr(self, alpha_name).softmax(dim=-1)
+        if beta_name is None:
+            return weights, None
+        betas = getattr(self, beta_name)
+        return weights, torch.cat([betas[node].softmax(dim=0) for node in self.space.node_slices()])
+
+    @torch.no_grad()
+    def genotype(self) -> AnyGenotype:
+        """The genotype that the current architecture weights stand for."""
+        strengths = {}
+        for cell in self.space.cells:
+            weights, edge_weights = self.cell_weights(cell)
+            strength = weights if edge_weights is None else weights * edge_weights[:, None]
+            strengths[cell] = strength.tolist()
+        return derive(self.space, strengths)
+
+
+class SearchNetwork(Supernet):
+    """The supernet of DARTS (K = 1) and PC-DARTS (K > 1, edge_norm).
+
+    Args:
+        space: a space of the DARTS family.
+        C: channels of the first cells; doubled by each reduction cell, at layers // 3 and 2 * layers // 3.
+        num_classes: classes of the data set.
+        layers: number of cells.
+        stem: "cifar" (resolution kept) or "imagenet" (divided by 8).
+        K: partial channels; must divide C.
+        edge_norm: learn PC-DARTS's edge weights.
+        affine: trainable gamma and beta in the cells' BatchNorms. Off in DARTS, on with random features.
+            The stem's BatchNorms always have them.
+        track_running_stats: as of BatchNorm2d.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        C: int = 16,
+        num_classes: int = 10,
+        layers: int = 8,
+        stem: Literal["cifar", "imagenet"] = "cifar",
+        K: int = 1,
+        edge_norm: bool = False,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        stem_multiplier: int = 3,
+    ) -> None:
+        super().__init__(space, edge_norm)
+        if space.inputs != 2:
+            raise ValueError(f"space: expected one of the DARTS family, got {space.name!r}")
+        c_stem = stem_multiplier * C
+        if stem == "cifar":
+            self.stem = cifar_stem(c_stem)
+        else:
+            self.stem0, self.stem1 = imagenet_stem(c_stem)
+        self.cells = nn.ModuleList()
+        c_prev_prev, c_prev, c = c_stem, c_stem, C
+        reduction_prev = stem == "imagenet"
+        for i in range(layers):
+            reduction = i in (layers // 3, 2 * layers // 3)
+            c = 2 * c if reduction else c
+            kind = "reduce" if reduction else "normal"
+            self.cells.append(
+                SearchCell(
+                    space, kind, c_prev_prev, c_prev, c, reduction_prev, K, affine, track_running_stats
+                )
+            )
+            reduction_prev = reduction
+            c_prev_prev, c_prev = c_prev, space.nodes * c
+        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(c_prev, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] -> logits [N, num_classes]."""
+        if hasattr(self, "stem"):
+            s0 = s1 = self.stem(x)
+        else:
+            s0 = self.stem0(x)
+            s1 = self.stem1(s0)
+        weights = {kind: self.cell_weights(kind) for kind in self.space.cells}
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1, *weights["reduce" if cell.reduction else "normal"])
+        return self.classifier(self.global_pooling(s1).flatten(1))

@@ -1,0 +1,87 @@
+"""The mixed op in plain PyTorch: the truth that every kernel is checked against, on any device and dtype.
+
+A mixed op is a softmax-weighted sum of its candidate operations (DARTS, arXiv 1806.09055, eq. 2). PC-DARTS
+(arXiv 1907.05737, eqs. 1 and 2) sends 1/K of the channels through it, lets the others bypass it, and weighs a
+node's incoming edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Edge(Protocol):
+    """What an engine needs to know of a mixed op; `rfdarts_fast.nn.MixedOp` is one.
+
+    Attributes:
+        primitives: names of the candidates, in the space's order.
+        _ops: the candidates as modules, in the same order; each maps [N, C/K, H, W] to [N, C/K, H', W'].
+        channels: C, all channels of the edge.
+        stride: 1 or 2.
+        K: 1/K of the channels are mixed, the others bypass.
+    """
+
+    primitives: tuple[str, ...]
+    _ops: nn.ModuleList
+    channels: int
+    stride: int
+    K: int
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Channel g * C/groups + c of x [N, C, H, W] becomes channel c * groups + g."""
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def mixed_op(edge: Edge, x: Tensor, weights: Tensor) -> Tensor:
+    """One edge: x [N, C, H, W], weights [primitives] -> [N, C, H / stride, W / stride]."""
+    mixed = x[:, : edge.channels // edge.K]
+    total = None
+    for name, op, weight in zip(edge.primitives, edge._ops, weights, strict=True):
+        # `none` adds nothing, and its weight gets a zero gradient either way
+        if name == "none":
+            continue
+        term = weight * op(mixed)
+        total = term if total is None else total + term
+    if total is None:
+        total = torch.zeros_like(mixed[:, :, :: edge.stride, :: edge.stride])
+    if edge.K == 1:
+        return total
+    bypass = x[:, edge.channels // edge.K :]
+    if edge.stride == 2:
+        bypass = F.max_pool2d(bypass, 2, 2)
+    return channel_shuffle(torch.cat([total, bypass], dim=1), edge.K)
+
+
+def mixed_node(
+    edges: Sequence[Edge], inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
+) -> Tensor:
+    """The sum of all edges that enter a node; weights [edges, primitives], edge_weights [edges] or None."""
+    total = None
+    for i, (edge, x) in enumerate(zip(edges, inputs, strict=True)):
+        term = mixed_op(edge, x, weights[i])
+        if edge_weights is not None:
+            term = edge_weights[i] * term
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def mixed_cell(
+    edges: Sequence[Edge], inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
+) -> list[Tensor]:
+    """All nodes of a cell, each fed by the inputs and every earlier node; see `rfdarts_fast.ops.mixed_cell`."""
+    states = list(inputs)
+    start = 0
+    while start < len(edges):
+        node = slice(start, start + len(states))
+        node_edge_weights = None if edge_weights is None else edge_weights[node]
+        states.append(mixed_node(edges[node], states, weights[node], node_edge_weights))
+        start = node.stop
+    return states[len(inputs) :]
