@@ -1,0 +1,138 @@
+"""Batches that depend only on (seed, epoch, step): a resumed run needs no state but its position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .augment import Augment
+from .device import Batch, copied_ahead, upload
+from .errors import DataError, require, require_int
+from .files import FileReader
+from .seeding import Purpose, torch_generator
+from .sets import ImageFolderSet, ImageSet
+
+
+class Batches:
+    """Endlessly repeatable batches of the images at `indices` (None: all of them) of `dataset`.
+
+    A batch is (images, labels): normalised float32 [B, 3, S, S] and int64 [B], on `device`. What it holds,
+    crops included, depends on `seed`, the epoch and the step alone: not on the device, not on `workers`, not
+    on what was drawn before, and never on the global random state, which stays untouched.
+
+    Each epoch visits every image once, in an order of its own if `shuffle`; `drop_last` leaves out a last,
+    smaller batch. For image folders `workers` processes decode (0: this one) and live until `close` or the
+    end of the program; an image set in memory needs none and ignores the number. Under distributed training
+    give every process its share of the indices and a seed of its own.
+
+    Raises DataError for indices out of range, an empty subset, options out of range, and `drop_last` with a
+    batch_size that leaves no step in an epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSet | ImageFolderSet,
+        indices: Tensor | np.ndarray | Sequence[int] | None,
+        batch_size: int,
+        *,
+        augment: Augment,
+        seed: int,
+        device: torch.device | str = "cpu",
+        shuffle: bool = True,
+        drop_last: bool = False,
+        workers: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.indices = _checked_indices(indices, len(dataset))
+        self.batch_size = require_int(batch_size, "batch_size", 1)
+        self.augment = augment
+        self.seed = require_int(seed, "seed", 0)
+        self.device = torch.device(device)
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        full, rest = divmod(len(self.indices), batch_size)
+        self._steps = full + (rest > 0 and not drop_last)
+        require(
+            self._steps > 0,
+            f"batch_size: expected at most {len(self.indices)}, the number of images, with drop_last, "
+            f"got {batch_size}",
+        )
+        workers = require_int(workers, "workers", 0)
+        self._reader: FileReader | None = None
+        if isinstance(dataset, ImageFolderSet):
+            pinned = self.device.type == "cuda"
+            self._reader = FileReader(dataset, augment, self.seed, workers, pinned)
+        elif augment.resized_crop is not None:
+            raise DataError("resized_crop: expected None for images in memory (crop them with pad)")
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return self._steps
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from step `start` on."""
+        require_int(epoch, "epoch", 0)
+        require(
+            0 <= require_int(start, "start", 0) <= self._steps,
+            f"start: expected a step within 0..{self._steps}, got {start}",
+        )
+        return self._batches(epoch * self._steps + start, (epoch + 1) * self._steps)
+
+    def stream(self, position: int = 0) -> Iterator[Batch]:
+        """Epoch after epoch without end, starting after `position` batches."""
+        return self._batches(require_int(position, "position", 0), None)
+
+    def close(self) -> None:
+        """End the worker processes; the next batch starts new ones."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def _batches(self, position: int, stop: int | None) -> Iterator[Batch]:
+        if isinstance(self.dataset, ImageSet):
+            return self._from_memory(self.dataset.on(self.device), position, stop)
+        return self._from_files(position, stop)
+
+    def _from_memory(self, dataset: ImageSet, position: int, stop: int | None) -> Iterator[Batch]:
+        for epoch, step, indices in self._plan(position, stop):
+            chosen = upload(indices, self.device)
+            images = dataset.images.index_select(0, chosen)
+            yield self._augmented(images, epoch, step), dataset.labels.index_select(0, chosen)
+
+    def _from_files(self, position: int, stop: int | None) -> Iterator[Batch]:
+        assert self._reader is not None
+        read = copied_ahead(self._reader.read(self._plan(position, stop)), self.device)
+        for (epoch, step, _), (images, labels) in zip(self._plan(position, stop), read, strict=False):
+            yield self._augmented(images, epoch, step), labels
+
+    def _augmented(self, images: Tensor, epoch: int, step: int) -> Tensor:
+        generator = torch_generator(self.seed, Purpose.BATCH, epoch, step)
+        draws = self.augment.draw(len(images), self.dataset.image_size, generator)
+        return self.augment.apply(images, draws.to(self.device))
+
+    def _plan(self, position: int, stop: int | None) -> Iterator[tuple[int, int, Tensor]]:
+        """(epoch, step, indices into the data set) of every batch from `position` on, up to `stop`."""
+        order = self.indices
+        while stop is None or position < stop:
+            epoch, first = divmod(position, self._steps)
+            if self.shuffle:
+                generator = torch_generator(self.seed, Purpose.ORDER, epoch)
+                order = self.indices[torch.randperm(len(self.indices), generator=generator)]
+            for step in range(first, self._steps):
+                yield epoch, step, order[step * self.batch_size : (step + 1) * self.batch_size]
+            position = (epoch + 1) * self._steps
+
+
+def _checked_indices(indices: Tensor | np.ndarray | Sequence[int] | None, size: int) -> Tensor:
+    if indices is None:
+        return torch.arange(size)
+    chosen = torch.as_tensor(indices)
+    require(chosen.numel() > 0, "indices: expected at least one image, got an empty subset")
+    if chosen.ndim != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise DataError(f"indices: expected integers [n], got {chosen.dtype} {list(chosen.shape)}")
+    chosen = chosen.to("cpu", torch.int64)
+    low, high = int(chosen.min()), int(chosen.max())
+    require(low >= 0 and high < size, f"indices: expected them within 0..{size - 1}, got {low}..{high}")
+    return chosen

@@ -1,0 +1,120 @@
+"""Reading batches of image files, decoded by worker processes that stay alive."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .augment import Augment
+from .device import Batch
+from .errors import DataError
+from .photo import centre_crop, random_resized_crop, read_rgb, to_tensor
+from .seeding import Purpose, numpy_generator
+from .sets import ImageFolderSet
+
+# (epoch, step, indices into the data set) of every batch, in order
+Plan = Iterable[tuple[int, int, Tensor]]
+
+
+class FileReader:
+    """Decodes the batches of a plan, in its order, with one pool of workers for all plans.
+
+    Reading a new plan ends the one before; going on with that raises RuntimeError.
+    """
+
+    def __init__(
+        self, dataset: ImageFolderSet, augment: Augment, seed: int, workers: int, pinned: bool
+    ) -> None:
+        self._decoder = _Decoder(dataset, augment, seed)
+        self._workers = workers
+        self._pinned = pinned
+        self._queue = _Queue()
+        self._loader: DataLoader[Any] | None = None
+        self._reads = 0
+
+    def read(self, plan: Plan) -> Iterator[Batch]:
+        """The batches of `plan`: uint8 [B, 3, S, S] and int64 [B], on the CPU, in pinned memory if so asked.
+
+        Raises DataError for an unreadable file.
+        """
+        self._reads += 1
+        this_read = self._reads
+        if self._loader is None:
+            self._loader = self._new_loader()
+        self._queue.plan = plan
+        for batch in self._loader:
+            # an error travels as a value: raised in a worker it would come out wrapped in its traceback
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+            if this_read != self._reads:
+                raise RuntimeError("these batches ended when others were asked of the same Batches")
+
+    def close(self) -> None:
+        self._reads += 1
+        self._loader = None
+
+    def _new_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self._decoder,
+            batch_sampler=self._queue,  # type: ignore[arg-type]
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            collate_fn=_as_it_is,
+            pin_memory=self._pinned,
+            worker_init_fn=_ignore_signals,
+            # without its own generator the loader would draw from the global one
+            generator=torch.Generator(),
+        )
+
+
+class _Decoder(Dataset[Any]):
+    """Turns (epoch, indices) into a batch; all that a worker process holds."""
+
+    def __init__(self, dataset: ImageFolderSet, augment: Augment, seed: int) -> None:
+        self.dataset = dataset
+        self.augment = augment
+        self.seed = seed
+
+    def __getitems__(self, keys: tuple[int, Tensor]) -> Batch | DataError:
+        epoch, indices = keys
+        try:
+            images = torch.stack([self._square(epoch, index) for index in indices.tolist()])
+        except DataError as error:
+            return error
+        return images, self.dataset.labels[indices]
+
+    def _square(self, epoch: int, index: int) -> Tensor:
+        image, size, augment = read_rgb(self.dataset.path(index)), self.dataset.image_size, self.augment
+        if augment.resized_crop is None:
+            return to_tensor(centre_crop(image, size, augment.centre_fraction))
+        random = numpy_generator(self.seed, Purpose.PHOTO, epoch, index)
+        return to_tensor(
+            random_resized_crop(image, size, augment.resized_crop, augment.resized_ratio, random)
+        )
+
+
+class _Queue:
+    """The loader's batch sampler: hands out whatever plan is current when the loader starts over."""
+
+    def __init__(self) -> None:
+        self.plan: Plan = ()
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        return ((epoch, indices) for epoch, _, indices in self.plan)
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+def _ignore_signals(_worker: int) -> None:
+    # a signal to the whole process group is for the main process, which finishes its step and saves;
+    # workers end when it does
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

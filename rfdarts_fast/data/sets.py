@@ -1,0 +1,113 @@
+"""The two kinds of image set: one that fits in memory, one that is decoded from files as it is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import DataError, require, require_int
+from .photo import read_rgb
+
+
+class ImageSet:
+    """Images held in memory as bytes: `images` uint8 [N, 3, H, W] with H == W, `labels` int64 [N].
+
+    `on(device)` gives the set on a device; the copy is made once and shared by everyone who asks, so that
+    a training and a validation half of the same images occupy the device's memory once.
+    Raises DataError for another dtype or shape, for mismatched lengths and for an empty set.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise DataError(f"images: expected uint8 [N, 3, H, W], got {_describe(images)}")
+        require(
+            images.shape[2] == images.shape[3] > 0,
+            f"images: expected square images, got {images.shape[2]} x {images.shape[3]}",
+        )
+        _check_labels(labels, len(images))
+        self.images = images.contiguous()
+        self.labels = labels
+        self._copies: dict[torch.device, ImageSet] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"ImageSet({len(self)} images of {self.image_size} x {self.image_size})"
+
+    @property
+    def image_size(self) -> int:
+        return self.images.shape[-1]
+
+    def on(self, device: torch.device | str) -> ImageSet:
+        """This set with its tensors on `device`."""
+        device = torch.device(device)
+        if device == self.images.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = ImageSet(self.images.to(device), self.labels.to(device))
+        return self._copies[device]
+
+    def resized(self, image_size: int) -> ImageSet:
+        """This set with images of image_size x image_size pixels: bilinear, antialiased when it shrinks."""
+        require_int(image_size, "image_size", 1)
+        if image_size == self.image_size:
+            return self
+        shrinks = image_size < self.image_size
+        # in parts, since the floats of a whole set could be too many
+        parts = [
+            F.interpolate(part.float(), (image_size,) * 2, mode="bilinear", antialias=shrinks)
+            .round_()
+            .clamp_(0, 255)
+            .to(torch.uint8)
+            for part in self.images.split(1024)
+        ]
+        return ImageSet(torch.cat(parts), self.labels)
+
+
+class ImageFolderSet:
+    """Image files, decoded only when a batch asks for them: N `paths`, `labels` int64 [N].
+
+    `image_size` is the side in pixels of the square that every image is cropped and resized to.
+    Raises DataError for mismatched lengths, an empty set and an image_size below 1.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]], labels: Tensor, image_size: int) -> None:
+        _check_labels(labels, len(paths))
+        self.image_size = require_int(image_size, "image_size", 1)
+        self.labels = labels
+        # one array, not a million str objects: worker processes read it without touching reference counts,
+        # which would copy the list into each of them page by page
+        self._paths = np.array([os.fsencode(path) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"ImageFolderSet({len(self)} files, read as {self.image_size} x {self.image_size})"
+
+    def path(self, index: int) -> Path:
+        return Path(os.fsdecode(self._paths[index]))
+
+    def verify(self, indices: Sequence[int] | None = None) -> None:
+        """Decode every image (or those at `indices`) whole; DataError naming the first unreadable file."""
+        for index in range(len(self)) if indices is None else indices:
+            read_rgb(self.path(index))
+
+
+def _check_labels(labels: Tensor, count: int) -> None:
+    if labels.dtype != torch.int64 or labels.ndim != 1:
+        raise DataError(f"labels: expected int64 [N], got {_describe(labels)}")
+    require(len(labels) == count, f"labels: expected one per image ({count}), got {len(labels)}")
+    require(count > 0, "images: expected at least one, got an empty set")
+    require(int(labels.min()) >= 0, f"labels: expected none below 0, got {int(labels.min())}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

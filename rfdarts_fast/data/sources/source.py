@@ -1,0 +1,68 @@
+"""What every kind of source hands over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..constants import Statistics
+from ..errors import DataError, require
+from ..sets import ImageFolderSet, ImageSet
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set, checked: every label is within 0..num_classes-1.
+
+    `test` holds the images that only evaluation may use, None where there are none. `mean` and `std` are per
+    channel, of pixels scaled to 0..1; `image_size` is in pixels.
+    """
+
+    name: str
+    train: ImageSet | ImageFolderSet
+    test: ImageSet | ImageFolderSet | None
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for part, images in (("train", self.train), ("test", self.test)):
+            if images is not None:
+                top = int(images.labels.max())
+                require(
+                    top < self.num_classes,
+                    f"{self.name}: expected {part} labels within 0..{self.num_classes - 1}, got {top}",
+                )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> int:
+        return self.train.image_size
+
+    def require_test(self) -> ImageSet | ImageFolderSet:
+        """The test images; DataError where the source has none."""
+        if self.test is None:
+            raise DataError(f"{self.name}: expected test images (x_test, or a val or test folder), got none")
+        return self.test
+
+
+def statistics(images: ImageSet) -> Statistics:
+    """Mean and standard deviation per channel, over all pixels; a constant channel has deviation 1."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean: list[float] = []
+    std: list[float] = []
+    for channel in images.images.unbind(dim=1):
+        # counts instead of a float copy of every image
+        share = torch.zeros(256, dtype=torch.float64)
+        for part in channel.split(4096):
+            share += torch.bincount(part.reshape(-1), minlength=256)
+        share /= channel.numel()
+        centre = (share * levels).sum()
+        spread = (share * (levels - centre) ** 2).sum().sqrt().item()
+        mean.append(centre.item())
+        std.append(spread if spread > 1e-6 else 1.0)
+    return Statistics((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
