@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class MixedOp(nn.Module):
 
 
 class SearchCell(nn.Module):
-    """Two preprocessed inputs, four nodes, 14 mixed ops; the output concatenates the nodes."""
+    """Two preprocessed inputs, four nodes, 14 mixed ops; the output concatenates the last `multiplier` nodes."""
 
     def __init__(
         self,
@@ -70,9 +70,11 @@ class SearchCell(nn.Module):
         K: int = 1,
         affine: bool = True,
         track: bool = True,
+        multiplier: int | None = None,
     ) -> None:
         super().__init__()
         self.reduction = kind == "reduce"
+        self.multiplier = space.nodes if multiplier is None else multiplier
         if reduction_prev:
             self.preprocess0: nn.Module = FactorizedReduce(c_prev_prev, c, affine, track)
         else:
@@ -83,11 +85,16 @@ class SearchCell(nn.Module):
         for node in range(space.nodes):
             for j in range(space.inputs + node):
                 stride = 2 if self.reduction and j < space.inputs else 1
-                self._ops.append(MixedOp(next(edges), c, stride, K, affine, track))
+                self._ops.append(self.make_edge(next(edges), c, stride, K, affine, track))
+
+    def make_edge(self, *args: Any) -> MixedOp:
+        """For subclasses with a mixed op of their own; takes the arguments of `MixedOp`."""
+        return MixedOp(*args)
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None) -> Tensor:
         inputs = [self.preprocess0(s0), self.preprocess1(s1)]
-        return torch.cat(ops.mixed_cell(list(self._ops), inputs, weights, edge_weights), dim=1)
+        nodes = ops.mixed_cell(list(self._ops), inputs, weights, edge_weights)
+        return torch.cat(nodes[-self.multiplier :], dim=1)
 
 
 class Supernet(nn.Module):
@@ -161,6 +168,8 @@ class SearchNetwork(Supernet):
         affine: trainable gamma and beta in the cells' BatchNorms. Off in DARTS, on with random features.
             The stem's BatchNorms always have them.
         track_running_stats: as of BatchNorm2d.
+        stem_multiplier: the stem has stem_multiplier * C channels.
+        multiplier: how many of a cell's nodes, counted from the last, are its output; None for all.
     """
 
     def __init__(
@@ -175,6 +184,7 @@ class SearchNetwork(Supernet):
         affine: bool = True,
         track_running_stats: bool = True,
         stem_multiplier: int = 3,
+        multiplier: int | None = None,
     ) -> None:
         super().__init__(space, edge_norm)
         if space.inputs != 2:
@@ -191,15 +201,19 @@ class SearchNetwork(Supernet):
             reduction = i in (layers // 3, 2 * layers // 3)
             c = 2 * c if reduction else c
             kind = "reduce" if reduction else "normal"
-            self.cells.append(
-                SearchCell(
-                    space, kind, c_prev_prev, c_prev, c, reduction_prev, K, affine, track_running_stats
-                )
+            widths = c_prev_prev, c_prev, c
+            cell = self.make_cell(
+                space, kind, *widths, reduction_prev, K, affine, track_running_stats, multiplier
             )
+            self.cells.append(cell)
             reduction_prev = reduction
-            c_prev_prev, c_prev = c_prev, space.nodes * c
+            c_prev_prev, c_prev = c_prev, cell.multiplier * c
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(c_prev, num_classes)
+
+    def make_cell(self, *args: Any) -> SearchCell:
+        """For subclasses with a cell of their own; takes the arguments of `SearchCell`."""
+        return SearchCell(*args)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> logits [N, num_classes]."""
