@@ -74,8 +74,8 @@ def centre_crop(image: Image.Image, size: int, fraction: float) -> Image.Image:
     """The centred square of size x size pixels after the short side is resized to size / fraction pixels."""
     width, height = image.size
     short = round(size / fraction)
-    scale = short / min(width, height)
-    width, height = max(short, int(width * scale)), max(short, int(height * scale))
+    side = min(width, height)
+    width, height = int(short * width / side), int(short * height / side)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))

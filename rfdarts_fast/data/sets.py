@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,15 @@ class ImageSet:
     def on(self, device: torch.device | str) -> ImageSet:
         """This set with its tensors on `device`."""
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            # or "cuda" and "cuda:0" would each get a copy
+            device = torch.device("cuda", torch.cuda.current_device())
         if device == self.images.device:
             return self
         if device not in self._copies:
-            self._copies[device] = ImageSet(self.images.to(device), self.labels.to(device))
+            there = copy(self)
+            there.images, there.labels = self.images.to(device), self.labels.to(device)
+            self._copies[device] = there
         return self._copies[device]
 
     def resized(self, image_size: int) -> ImageSet:

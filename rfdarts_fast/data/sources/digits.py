@@ -16,8 +16,9 @@ _TEST_EVERY = 5
 def load(image_size: int | None = None) -> DataSource:
     """The 1,797 digits, grey repeated to 3 channels, enlarged from 8 x 8 pixels.
 
-    Mean and std are those of the training part. The split is fixed: of each class, in the order of the data set, every fifth image is a test image. That
-    leaves 1,442 to train and 355 to test, needs no random numbers and keeps the classes in proportion.
+    Mean and std are those of the training part. The split is fixed: of each class, in the order of the data
+    set, every fifth image is a test image. That leaves 1,442 to train and 355 to test, needs no
+    random numbers and keeps the classes in proportion.
     """
     data = load_digits()
     labels = torch.from_numpy(data.target).to(torch.int64)

@@ -55,25 +55,17 @@ def _read(file: Path) -> dict[str, _Array]:
     wanted = ("x_train", "y_train", "x_test", "y_test", "class_names")
     try:
         archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{file}: expected an .npz archive of several arrays, got a single array")
-        with archive:
-            return {key: archive[key] for key in wanted if key in archive.files} or _no_arrays(file, archive)
-    except DataError:
-        raise
+        if isinstance(archive, np.lib.npyio.NpzFile):
+            with archive:
+                return {key: archive[key] for key in wanted if key in archive.files}
     except _DAMAGED as error:
         raise DataError(f"{file}: expected a readable .npz archive, got {error}") from error
-
-
-def _no_arrays(file: Path, archive: Any) -> dict[str, _Array]:
-    raise DataError(
-        f"{file}: expected x_train, y_train, x_test, y_test, got {', '.join(archive.files) or 'none'}"
-    )
+    raise DataError(f"{file}: expected an .npz archive of several arrays, got a single array")
 
 
 def _image_set(file: Path, arrays: dict[str, _Array], part: str) -> ImageSet:
     for key in (f"x_{part}", f"y_{part}"):
-        require(key in arrays, f"{file}: expected the array {key}, got only {', '.join(arrays)}")
+        require(key in arrays, f"{file}: expected the array {key}, got only {', '.join(arrays) or 'others'}")
     images = _images(f"{file}: x_{part}", arrays[f"x_{part}"])
     labels = _labels(f"{file}: y_{part}", arrays[f"y_{part}"], len(images))
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
