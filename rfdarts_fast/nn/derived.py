@@ -64,7 +64,7 @@ class Cell(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier at two thirds of the depth (quark0/darts AuxiliaryHeadCIFAR, AuxiliaryHeadImageNet).
+    """A second classifier at two thirds of the depth (quark0/darts AuxiliaryHeadCIFAR and -ImageNet).
 
     The published heads fit 8x8 (CIFAR) and 7x7 (ImageNet) features; a global average makes larger ones fit.
     """
@@ -136,7 +136,7 @@ class Network(nn.Module):
         self.classifier = nn.Linear(c_prev, num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images [N, 3, H, W] -> logits [N, num_classes], and the auxiliary head's in training (else None)."""
+        """Images [N, 3, H, W] -> logits [N, num_classes] and, in training, the auxiliary ones (else None)."""
         auxiliary = None
         if hasattr(self, "stem"):
             s0 = s1 = self.stem(x)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rfdarts_fast import ops
 from rfdarts_fast.nn.primitives import ReLUConvBN, make_primitive
-from rfdarts_fast.nn.supernet import MixedOp, Supernet
+from rfdarts_fast.nn.supernet import MixedOp, Supernet, mixed_ops
 from rfdarts_fast.spaces import CellGenotype, Space
 
 
@@ -37,7 +37,7 @@ class NasBench201SearchCell(nn.Module):
         )
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        return ops.mixed_cell(list(self._ops), [x], weights)[-1]
+        return ops.mixed_cell(mixed_ops(self), [x], weights)[-1]
 
 
 class NasBench201Cell(nn.Module):
@@ -116,9 +116,9 @@ class NasBench201Network(nn.Module):
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(4 * C, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, 3, H, W] -> logits [N, num_classes]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Images [N, 3, H, W] -> logits [N, num_classes], and None in place of auxiliary logits."""
         x = self.stem(x)
         for cell in self.cells:
             x = cell(x)
-        return self.classifier(self.global_pooling(self.lastact(x)).flatten(1))
+        return self.classifier(self.global_pooling(self.lastact(x)).flatten(1)), None

@@ -1,9 +1,9 @@
-"""The supernet of the DARTS family: quark0/darts cnn/model_search.py, yuhuixu1993/PC-DARTS model_search.py."""
+"""The supernet of the DARTS family: `model_search.py` of quark0/darts (cnn/) and of yuhuixu1993/PC-DARTS."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,13 @@ class MixedOp(nn.Module):
         return ops.mixed_cell([self], [x], weights[None])[0]
 
 
+def mixed_ops(cell: nn.Module) -> list[MixedOp]:
+    """A search cell's edges, in order."""
+    return cast("list[MixedOp]", list(cast(nn.ModuleList, cell._ops)))
+
+
 class SearchCell(nn.Module):
-    """Two preprocessed inputs, four nodes, 14 mixed ops; the output concatenates the last `multiplier` nodes."""
+    """Two preprocessed inputs, four nodes, 14 mixed ops; the last `multiplier` nodes are concatenated."""
 
     def __init__(
         self,
@@ -93,7 +98,7 @@ class SearchCell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None) -> Tensor:
         inputs = [self.preprocess0(s0), self.preprocess1(s1)]
-        nodes = ops.mixed_cell(list(self._ops), inputs, weights, edge_weights)
+        nodes = ops.mixed_cell(mixed_ops(self), inputs, weights, edge_weights)
         return torch.cat(nodes[-self.multiplier :], dim=1)
 
 

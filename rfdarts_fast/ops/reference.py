@@ -76,7 +76,7 @@ def mixed_node(
 def mixed_cell(
     edges: Sequence[Edge], inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
 ) -> list[Tensor]:
-    """All nodes of a cell, each fed by the inputs and every earlier node; see `rfdarts_fast.ops.mixed_cell`."""
+    """All nodes of a cell, each fed by the inputs and every earlier node; see `ops.mixed_cell`."""
     states = list(inputs)
     start = 0
     while start < len(edges):

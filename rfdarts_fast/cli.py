@@ -1,0 +1,140 @@
+"""The command line: rfdarts search | train | eval | env."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from rfdarts_fast.data import DataError
+from rfdarts_fast.engine.config import ConfigError, RunConfig, read_yaml
+from rfdarts_fast.engine.run_folder import RunFolderError
+from rfdarts_fast.engine.signals import Stopped
+from rfdarts_fast.retrain.config import TrainConfig, recipe_values
+from rfdarts_fast.search.config import SearchConfig, preset_values
+
+USAGE = """\
+usage: rfdarts COMMAND [OPTIONS]
+
+Differentiable architecture search with frozen random features.
+
+commands:
+  search    search a cell with a supernet
+  train     train the network of a genotype from scratch
+  eval      evaluate a training run on the test images
+  env       what is installed and built here
+
+rfdarts COMMAND --help lists the options of a command. To begin:
+  rfdarts search --preset quick --out runs/search
+  rfdarts train --recipe quick --genotype runs/search/genotype.json --out runs/train
+"""
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Evaluate a training run on the test images of its data set."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a `rfdarts train` run."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which of its checkpoints."""
+    data_root: Path | None = None
+    """Where the data set lies, if it is not where the training found it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+
+
+def parse_config(kind: type[Config], base: Callable[[dict], dict], args: list[str], prog: str) -> Config:
+    """A config from a recipe, a YAML file and the command line, each winning over the one before.
+
+    The options that choose the recipe are read first, so that --help shows the values that would be used.
+    """
+    choosers = [name for name in ("preset", "recipe", "method", "space") if name in kind.__dataclass_fields__]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", *choosers):
+        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    given = {name: value for name, value in vars(first.parse_known_args(args)[0]).items() if value != "None"}
+    file = read_yaml(Path(given["config"]), kind) if "config" in given else {}
+    values = {**base({**file, **given}), **file}
+    default = kind(**{"out": tyro.MISSING, **values})  # type: ignore[arg-type]
+    return tyro.cli(kind, prog=prog, args=args, default=default, config=(tyro.conf.AvoidSubcommands,))
+
+
+def run_search(args: list[str]) -> None:
+    from rfdarts_fast.search import search
+
+    config = parse_config(SearchConfig, preset_values, args, "rfdarts search")
+    genotype = search(config)
+    print(
+        f"\n{genotype}\n\ngenotype  {config.out / 'genotype.json'}\nmetrics   {config.out / 'metrics.jsonl'}"
+    )
+
+
+def run_train(args: list[str]) -> None:
+    from rfdarts_fast.retrain import train
+
+    config = parse_config(TrainConfig, recipe_values, args, "rfdarts train")
+    result = train(config)
+    print(
+        f"\ntest accuracy {result['test_accuracy']:.2f}% after the last epoch, best "
+        f"{result['best_accuracy']:.2f}% after epoch {result['best_epoch']}; "
+        f"{result['parameters'] / 1e6:.3f} M parameters\n\n"
+        f"checkpoints  {config.out / 'checkpoint.pt'}, {config.out / 'best.pt'}\n"
+        f"metrics      {config.out / 'metrics.jsonl'}"
+    )
+
+
+def run_eval(args: list[str]) -> None:
+    from rfdarts_fast.retrain import evaluate_run
+
+    options = tyro.cli(EvalOptions, prog="rfdarts eval", args=args)
+    changes: dict[str, Any] = {"device": options.device}
+    if options.data_root is not None:
+        changes["data_root"] = options.data_root
+    print(json.dumps(evaluate_run(options.run, options.checkpoint, **changes)))
+
+
+def run_env(args: list[str]) -> None:
+    from rfdarts_fast.engine.environment import environment, optional_packages
+
+    argparse.ArgumentParser("rfdarts env", description="What is installed and built here.").parse_args(args)
+    here = environment()
+    del here["command"]
+    rows = {**here, **optional_packages()}
+    for name, value in rows.items():
+        print(f"{name:14} {', '.join(value) or 'none' if isinstance(value, list) else value}")
+
+
+COMMANDS = {"search": run_search, "train": run_train, "eval": run_eval, "env": run_env}
+
+
+def main() -> None:
+    """Entry point of `rfdarts`. Exit code 2 for a usage or input error, 128 + signal when stopped by one."""
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if args[0] not in COMMANDS:
+        print(f"rfdarts: there is no command {args[0]!r}\n\n{USAGE}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        COMMANDS[args[0]](args[1:])
+    except (ConfigError, DataError, RunFolderError) as error:
+        print(f"rfdarts {args[0]}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Stopped:
+        raise
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Learning rates as functions of the position, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Schedule = Literal["cosine", "linear", "step", "constant"]
+
+
+def learning_rate(
+    schedule: Schedule,
+    epoch: float,
+    epochs: int,
+    initial: float,
+    final: float = 0.0,
+    warmup_epochs: int = 0,
+    decay: float = 0.97,
+) -> float:
+    """The learning rate at `epoch` (counted from 0; fractional for a schedule that moves with each step).
+
+    cosine: from `initial` to `final` over `epochs` (Loshchilov and Hutter, as in all DARTS recipes).
+    linear: to 0, the last five epochs with a gentler slope (PC-DARTS train_imagenet.py `adjust_lr`).
+    step: times `decay` each epoch (quark0/darts train_imagenet.py).
+    In the first `warmup_epochs` the rate is initial * (epoch + 1) / warmup_epochs (PC-DARTS).
+    """
+    if epoch < warmup_epochs:
+        return initial * (math.floor(epoch) + 1) / warmup_epochs
+    match schedule:
+        case "cosine":
+            return final + (initial - final) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        case "linear":
+            body = max(epochs - 5, 1)
+            if epochs - epoch > 5:
+                return initial * (body - epoch) / body
+            return initial * (epochs - epoch) / (body * 5)
+        case "step":
+            return initial * decay ** math.floor(epoch)
+        case "constant":
+            return initial
+    raise ValueError(f"schedule: expected cosine, linear, step or constant, got {schedule!r}")
+
+
+def set_learning_rate(optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

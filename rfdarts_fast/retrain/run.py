@@ -1,0 +1,247 @@
+"""Training and evaluation of a derived network."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfdarts_fast.data import (
+    Batches,
+    ColourJitter,
+    DataError,
+    DataSource,
+    default_augment,
+    evaluation_augment,
+)
+from rfdarts_fast.engine.checkpoint import load_checkpoint
+from rfdarts_fast.engine.config import ConfigError, from_plain
+from rfdarts_fast.engine.files import write_json, write_text
+from rfdarts_fast.engine.run import Run, choose_device, evaluate, load_data, place, seed_everything
+from rfdarts_fast.engine.run_folder import RunFolder, RunFolderError, read_config
+from rfdarts_fast.engine.schedule import learning_rate, set_learning_rate
+from rfdarts_fast.nn import NasBench201Network, Network
+from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
+from rfdarts_fast.retrain.config import TrainConfig
+from rfdarts_fast.spaces import AnyGenotype, CellGenotype, parse, to_json
+
+
+def read_genotype(text: str) -> AnyGenotype:
+    """A genotype from a JSON file's path or any text that `spaces.parse` reads; ConfigError otherwise."""
+    try:
+        if text.endswith(".json"):
+            return parse(Path(text).read_text())
+        return parse(text)
+    except OSError as error:
+        raise ConfigError(f"genotype: {text} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def build_network(config: TrainConfig, genotype: AnyGenotype, num_classes: int) -> nn.Module:
+    """The derived network; its `forward` returns (logits, auxiliary logits or None)."""
+    if isinstance(genotype, CellGenotype):
+        return NasBench201Network(genotype, config.channels, num_classes, config.cells_per_stage)
+    return Network(genotype, config.channels, num_classes, config.layers, config.auxiliary, config.stem)
+
+
+def check_network(config: TrainConfig, genotype: AnyGenotype, image_size: int) -> None:
+    """ConfigError if the network that the config asks for cannot take the images."""
+    if isinstance(genotype, CellGenotype):
+        for field in ("auxiliary", "drop_path"):
+            if getattr(config, field):
+                raise ConfigError(
+                    f"{field}: expected none with a NAS-Bench-201 cell, got {getattr(config, field)!r}"
+                )
+        if config.stem != "cifar":
+            raise ConfigError(f"stem: expected cifar with a NAS-Bench-201 cell, got {config.stem}")
+        return
+    if config.auxiliary:
+        shrink = 4 if config.stem == "cifar" else 32
+        side, needed = image_size // shrink, AUXILIARY_MIN_SIDE[config.stem]
+        if side < needed:
+            raise ConfigError(
+                f"auxiliary: expected images of at least {needed * shrink} pixels for the auxiliary head, "
+                f"got {image_size} (use --no-auxiliary)"
+            )
+
+
+def source_with_test(config: TrainConfig) -> DataSource:
+    source = load_data(config)
+    if source.test is None:
+        raise DataError(
+            f"dataset: expected test images beside the training images, got none in {source.name}"
+        )
+    return source
+
+
+class TrainRun(Run):
+    """One training of a derived network; the test images choose the best checkpoint, as published."""
+
+    def __init__(
+        self, config: TrainConfig, genotype: AnyGenotype, source: DataSource, folder: RunFolder
+    ) -> None:
+        device = choose_device(config.device)
+        channels_last = config.memory_format == "channels_last"
+        jitter = ColourJitter(0.4, 0.4, 0.4, 0.2) if config.colour_jitter else None
+        augment = default_augment(source, cutout=config.cutout, jitter=jitter, channels_last=channels_last)
+        batches = Batches(
+            source.train,
+            None,
+            config.batch_size,
+            augment=augment,
+            seed=config.seed,
+            device=device,
+            workers=config.workers,
+        )
+        super().__init__(folder, config, batches, config.epochs, "train")
+        self.config = config
+        self.test_batches = _test_batches(config, source, device)
+        seed_everything(config.seed)
+        self.network = place(build_network(config, genotype, source.num_classes), config, device)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+        self.best: dict[str, Any] = {"epoch": -1, "accuracy": -1.0}
+        self.resume()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best = state["best"]
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        config = self.config
+        set_learning_rate(
+            self.optimizer,
+            learning_rate(
+                config.schedule,
+                self.epoch,
+                config.epochs,
+                config.learning_rate,
+                config.learning_rate_min,
+                config.learning_rate_warmup_epochs,
+                config.learning_rate_decay,
+            ),
+        )
+        # linear from 0 (quark0/darts train.py)
+        if isinstance(self.network, Network):
+            self.network.drop_path_prob = config.drop_path * self.epoch / config.epochs
+        logits, auxiliary = self.network(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        total = loss
+        if auxiliary is not None:
+            smoothing = config.label_smoothing
+            total = loss + config.auxiliary_weight * F.cross_entropy(
+                auxiliary, labels, label_smoothing=smoothing
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if config.grad_clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.meter.add(loss, logits, labels)
+
+    def finish_epoch(self) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "train": self.meter.result(),
+            "images_per_second": self.meter.images / self.seconds if self.seconds else None,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        done = self.epoch + 1
+        if done % self.config.evaluate_every == 0 or done == self.epochs:
+            record["test"] = evaluate(self.network, self.test_batches)
+            if record["test"]["accuracy"] > self.best["accuracy"]:
+                self.best = {"epoch": self.epoch, "accuracy": record["test"]["accuracy"]}
+                self.save("best.pt")
+        return record
+
+    def summary(self, record: dict[str, Any]) -> str:
+        train, test = record["train"], record.get("test")
+        tested = f"  test {test['loss']:.3f} {test['accuracy']:.2f}%" if test else ""
+        return (
+            f"epoch {record['epoch']:3d}/{self.epochs}  train {train['loss']:.3f} {train['accuracy']:.1f}%"
+            f"{tested}  {record['images_per_second']:.0f} images/s  lr {record['learning_rate']:.4f}"
+        )
+
+
+def _test_batches(config: TrainConfig, source: DataSource, device: torch.device) -> Batches:
+    assert source.test is not None
+    return Batches(
+        source.test,
+        None,
+        config.batch_size,
+        augment=evaluation_augment(source, channels_last=config.memory_format == "channels_last"),
+        seed=config.seed,
+        device=device,
+        shuffle=False,
+        workers=config.workers,
+    )
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains, or goes on with what the folder `config.out` holds; writes result.json there and returns it.
+
+    The result has the test accuracy (percent) of the last and of the best epoch, and the parameter count.
+    Raises as `rfdarts_fast.search.search` does.
+    """
+    config.check()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    choose_device(config.device)
+    genotype = read_genotype(config.genotype)
+    source = source_with_test(config)
+    check_network(config, genotype, source.image_size)
+    config = dataclasses.replace(config, image_size=source.image_size, genotype=str(genotype))
+    run = TrainRun(config, genotype, source, RunFolder(config.out, "train", config))
+    write_text(config.out / "genotype.json", to_json(genotype) + "\n")
+    run.run()
+    last = run.folder.metrics.read()[-1]["test"]
+    auxiliary_head = getattr(run.network, "auxiliary_head", None)
+    counted = sum(p.numel() for p in run.network.parameters())
+    if auxiliary_head is not None:
+        counted -= sum(p.numel() for p in auxiliary_head.parameters())
+    result = {
+        "test_accuracy": last["accuracy"],
+        "test_loss": last["loss"],
+        "best_accuracy": run.best["accuracy"],
+        "best_epoch": run.best["epoch"],
+        "parameters": counted,
+    }
+    write_json(config.out / "result.json", result)
+    return result
+
+
+def evaluate_run(path: Path, checkpoint: str = "best", **changes: Any) -> dict[str, float | None]:
+    """Loss (nats) and accuracies (percent) of a training run's checkpoint on the test images.
+
+    Args:
+        path: folder of a `rfdarts train` run.
+        checkpoint: "best" or "last".
+        changes: values that replace those of the run's config, such as device or data_root.
+    """
+    config = TrainConfig(**{**from_plain(read_config(path, "train"), TrainConfig), **changes})
+    config.check()
+    file = path / ("best.pt" if checkpoint == "best" else "checkpoint.pt")
+    if not file.exists():
+        raise RunFolderError(f"run: expected a checkpoint {file.name} in {path}, got none yet")
+    device = choose_device(config.device)
+    source = source_with_test(config)
+    network = build_network(config, read_genotype(config.genotype), source.num_classes)
+    network.load_state_dict(load_checkpoint(file)["network"])
+    return evaluate(place(network, config, device), _test_batches(config, source, device))

@@ -1,0 +1,112 @@
+"""The two halves of a bilevel step: the weights on training images, the architecture on validation images.
+
+DARTS, arXiv 1806.09055, section 2.3; quark0/darts cnn/architect.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfdarts_fast.nn import Supernet
+
+Batch = tuple[Tensor, Tensor]
+
+# radius of the finite difference, over the norm of the direction (DARTS, footnote 2)
+FINITE_DIFFERENCE = 0.01
+
+
+def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """d loss / d parameters; zeros for a parameter that the loss does not depend on."""
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor], clip: float
+) -> None:
+    """One optimiser step along these gradients, clipped to a norm of `clip` unless it is 0.
+
+    Only these parameters ever get a `.grad`: those of frozen tensors stay None.
+    """
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    if clip:
+        nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+class Architect:
+    """Gradients of the validation loss with respect to the architecture weights.
+
+    Args:
+        network: the supernet.
+        weight_optimizer: SGD over the trainable weights; the second order looks one of its steps ahead.
+        order: "first" takes the weights as they are, "second" as they would be after that step.
+    """
+
+    def __init__(self, network: Supernet, weight_optimizer: torch.optim.SGD, order: str) -> None:
+        self.network = network
+        self.weight_optimizer = weight_optimizer
+        self.order = order
+        self.weights = [p for group in weight_optimizer.param_groups for p in group["params"]]
+        self.arch = network.arch_parameters()
+
+    def gradients(self, train: Batch, val: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Gradients in the order of `network.arch_parameters()`, validation loss, validation logits."""
+        if self.order == "first":
+            loss, logits = self._loss(val)
+            return gradients(loss, self.arch), loss, logits
+        return self._second_order(train, val)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self.network(batch[0])
+        return F.cross_entropy(logits, batch[1]), logits
+
+    def _second_order(self, train: Batch, val: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
+        weights = [p.detach().clone() for p in self.weights]
+        rate = self.weight_optimizer.param_groups[0]["lr"]
+        self._look_ahead(gradients(self._loss(train)[0], self.weights))
+        # the published code looks ahead with a copy of the network, so its running statistics stay put
+        buffers = [b.clone() for b in self.network.buffers()]
+        loss, logits = self._loss(val)
+        grads = gradients(loss, [*self.arch, *self.weights])
+        for buffer, kept in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+        arch_grads, direction = grads[: len(self.arch)], grads[len(self.arch) :]
+
+        radius = FINITE_DIFFERENCE / torch.linalg.vector_norm(torch.cat([v.flatten() for v in direction]))
+        forward = self._arch_gradients_at(weights, direction, radius, train)
+        backward = self._arch_gradients_at(weights, direction, -radius, train)
+        self._set_weights(weights)
+        arch_grads = [
+            grad - rate * (plus - minus) / (2 * radius)
+            for grad, plus, minus in zip(arch_grads, forward, backward, strict=True)
+        ]
+        return arch_grads, loss, logits
+
+    @torch.no_grad()
+    def _look_ahead(self, grads: Sequence[Tensor]) -> None:
+        """One step of SGD with momentum and weight decay that leaves the optimiser's state alone."""
+        remaining = iter(grads)
+        for group in self.weight_optimizer.param_groups:
+            for parameter in group["params"]:
+                step = next(remaining).add(parameter, alpha=group["weight_decay"])
+                momentum = self.weight_optimizer.state[parameter].get("momentum_buffer")
+                if momentum is not None:
+                    step.add_(momentum, alpha=group["momentum"])
+                parameter.sub_(step, alpha=group["lr"])
+
+    def _arch_gradients_at(
+        self, weights: Sequence[Tensor], direction: Sequence[Tensor], radius: Tensor, train: Batch
+    ) -> list[Tensor]:
+        self._set_weights([w + radius * v for w, v in zip(weights, direction, strict=True)])
+        return gradients(self._loss(train)[0], self.arch)
+
+    @torch.no_grad()
+    def _set_weights(self, weights: Sequence[Tensor]) -> None:
+        for parameter, weight in zip(self.weights, weights, strict=True):
+            parameter.copy_(weight)

@@ -1,0 +1,252 @@
+"""What a search is told, and the published recipes by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rfdarts_fast.engine.config import (
+    RunConfig,
+    check_choices,
+    require,
+    require_not_negative,
+    require_positive,
+)
+from rfdarts_fast.nn import ConvInit, GammaInit
+
+Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
+SpaceName = Literal["darts", "s1", "s2", "s3", "s4", "nasbench201"]
+Preset = Literal[
+    "quick",
+    "darts",
+    "rf-darts",
+    "pc-darts",
+    "rf-pcdarts",
+    "pc-darts-imagenet",
+    "rf-pcdarts-imagenet",
+    "nasbench201-darts",
+    "nasbench201-rf-darts",
+    "robustdarts",
+    "robustdarts-rf-darts",
+]
+
+
+@dataclass(frozen=True)
+class SearchConfig(RunConfig):
+    """Search a cell with a supernet; ends with genotype.json in the run's folder.
+
+    Without --preset the published recipe of the method and space is taken: --method rf-darts means --preset
+    rf-darts. What the RF-DARTS paper leaves open is marked "our choice".
+    """
+
+    preset: Preset | None = None
+    """A recipe by name: values for the options below. `quick` needs minutes on a CPU and no data set."""
+    method: Method = "rf-pcdarts"
+    """rf-: random features, every convolution frozen. pc: partial channels and edge weights."""
+    space: SpaceName = "darts"
+    """The candidate operations: DARTS, RobustDARTS S1 to S4, NAS-Bench-201."""
+
+    channels: int = 16
+    """Channels of the first cells."""
+    layers: int = 8
+    """Cells of the supernet (DARTS family)."""
+    cells_per_stage: int = 5
+    """Cells in each of the three stages (NAS-Bench-201)."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layers: cifar keeps the resolution, imagenet divides it by 8."""
+    partial_channels: int = 1
+    """K: 1/K of the channels are mixed, the others bypass (pc methods)."""
+    edge_norm: bool = False
+    """Learn PC-DARTS's edge weights (pc methods)."""
+    affine: bool = True
+    """Gamma and beta in the cells' BatchNorms. Published: off; rf methods train nothing else."""
+    track_running_stats: bool = True
+    """Keep running statistics in the cells' BatchNorms; off, validation too uses batch statistics."""
+
+    conv_init: ConvInit = "kaiming_normal"
+    """How frozen convolutions are drawn (rf methods). Our choice: kaiming_normal."""
+    gamma_init: GammaInit = "ones"
+    """Initial gamma of BatchNorm (rf methods). Our choice: ones."""
+    train_classifier: bool = False
+    """Train the linear classifier too (rf methods). Our choice: frozen, "only BatchNorm" read literally."""
+
+    epochs: int = 50
+    """Passes over the training half."""
+    batch_size: int = 64
+    """Images in a step, both for weights and for the architecture."""
+    learning_rate: float = 0.025
+    """Of SGD, at the start."""
+    learning_rate_min: float = 0.001
+    """Of SGD, at the end of the cosine."""
+    learning_rate_warmup_epochs: int = 0
+    """Epochs of linear warm-up."""
+    schedule_per_step: bool = False
+    """Move the learning rate with every step instead of every epoch (NAS-Bench-201)."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    """Nesterov momentum (NAS-Bench-201)."""
+    weight_decay: float = 3e-4
+    """Of SGD."""
+    bn_weight_decay: bool = True
+    """Decay gamma and beta too. Our choice for rf methods: yes, as the host recipes do."""
+    grad_clip: float = 5.0
+    """Largest norm of the weights' gradient; 0 for none."""
+
+    arch_learning_rate: float = 3e-4
+    """Of Adam on the architecture weights, betas (0.5, 0.999)."""
+    arch_weight_decay: float = 1e-3
+    """Of Adam on the architecture weights."""
+    arch_grad_clip: float = 0.0
+    """Largest norm of the architecture's gradient; 0 for none."""
+    arch_warmup_epochs: int = 0
+    """Epochs before the architecture starts to move. Our choice for rf-pcdarts: PC-DARTS's."""
+    order: Literal["first", "second"] = "first"
+    """Order of the architecture's gradient. Our choice for rf methods: first."""
+    step_order: Literal["arch-first", "weights-first"] = "arch-first"
+    """Which half of a bilevel step comes first. DARTS: architecture; NAS-Bench-201: weights."""
+
+    split: Literal["half", "stratified", "per-class", "nasbench201"] = "half"
+    """Training and validation halves: first and second part of the training set (published), the same per
+    class, a fraction of each class (ImageNet), or the official NAS-Bench-201 file."""
+    train_portion: float = 0.5
+    """half, stratified: share of the images that trains the weights."""
+    train_fraction: float = 0.1
+    """per-class: share of each class that trains the weights."""
+    val_fraction: float = 0.025
+    """per-class: share of each class that trains the architecture."""
+    split_file: Path | None = None
+    """nasbench201: the file cifar-split.txt, plain or gzipped."""
+    cutout: int = 0
+    """Side of the square cut out of training images, in pixels; 0 for none."""
+    validate_every: int = 1
+    """Epochs between evaluations on the validation half; 0 for never."""
+
+    @property
+    def random_features(self) -> bool:
+        return self.method.startswith("rf-")
+
+    def check(self) -> None:
+        super().check()
+        check_choices(self)
+        require_positive(
+            self, "channels", "layers", "cells_per_stage", "epochs", "batch_size", "learning_rate",
+            "arch_learning_rate", "partial_channels",
+        )  # fmt: skip
+        require_not_negative(
+            self, "learning_rate_min", "learning_rate_warmup_epochs", "momentum", "weight_decay", "grad_clip",
+            "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs", "cutout", "validate_every",
+        )  # fmt: skip
+        partial = self.method in ("pc-darts", "rf-pcdarts")
+        require(partial or self.partial_channels == 1, self, "partial_channels", f"1 with {self.method}")
+        require(partial or not self.edge_norm, self, "edge_norm", f"no edge weights with {self.method}")
+        require(
+            self.channels % self.partial_channels == 0, self, "partial_channels",
+            f"a divisor of the {self.channels} channels",
+        )  # fmt: skip
+        if self.space == "nasbench201":
+            require(not partial, self, "method", "darts or rf-darts in the NAS-Bench-201 space")
+            require(self.stem == "cifar", self, "stem", "cifar in the NAS-Bench-201 space")
+        require(
+            not self.random_features or self.affine, self, "affine", f"affine BatchNorm with {self.method}"
+        )
+        require(not self.nesterov or self.momentum > 0, self, "nesterov", "a momentum above 0 beside it")
+        require(0 < self.train_portion < 1, self, "train_portion", "a share between 0 and 1")
+        require(0 < self.train_fraction < 1, self, "train_fraction", "a share between 0 and 1")
+        require(
+            0 < self.val_fraction <= 1 - self.train_fraction, self, "val_fraction",
+            f"a share of what train_fraction={self.train_fraction} leaves",
+        )  # fmt: skip
+        require(
+            (self.split_file is not None) == (self.split == "nasbench201"), self, "split_file",
+            "a file with --split nasbench201, and only there",
+        )  # fmt: skip
+        require(
+            self.arch_warmup_epochs < self.epochs, self, "arch_warmup_epochs",
+            f"fewer than the {self.epochs} epochs",
+        )  # fmt: skip
+
+
+# quark0/darts cnn/train_search.py: the defaults of SearchConfig, but for BatchNorm
+_DARTS = {"method": "darts", "affine": False}
+# yuhuixu1993/PC-DARTS train_search.py
+_PC_DARTS = {
+    "method": "pc-darts",
+    "affine": False,
+    "partial_channels": 4,
+    "edge_norm": True,
+    "batch_size": 256,
+    "learning_rate": 0.1,
+    "learning_rate_min": 0.0,
+    "arch_learning_rate": 6e-4,
+    "arch_warmup_epochs": 15,
+}
+# yuhuixu1993/PC-DARTS train_search_imagenet.py
+_PC_DARTS_IMAGENET = {
+    **_PC_DARTS,
+    "dataset": "imagefolder",
+    "image_size": 224,
+    "stem": "imagenet",
+    "partial_channels": 2,
+    "batch_size": 1024,
+    "learning_rate": 0.5,
+    "learning_rate_warmup_epochs": 5,
+    "arch_learning_rate": 6e-3,
+    "arch_grad_clip": 5.0,
+    "arch_warmup_epochs": 35,
+    "split": "per-class",
+}
+# D-X-Y/AutoDL-Projects configs/nas-benchmark/algos/DARTS.config; its split is --split nasbench201
+_NASBENCH201 = {
+    "method": "darts",
+    "space": "nasbench201",
+    "affine": False,
+    "track_running_stats": False,
+    "weight_decay": 5e-4,
+    "nesterov": True,
+    "schedule_per_step": True,
+    "step_order": "weights-first",
+}
+# automl/RobustDARTS scripts/DARTS_search.sh; takes --space s1 to s4
+_ROBUST_DARTS = {**_DARTS, "space": "s1", "order": "second"}
+_RF = {"affine": True}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        **_PC_DARTS,
+        **_RF,
+        "method": "rf-pcdarts",
+        "dataset": "digits",
+        "image_size": 16,
+        "channels": 16,
+        "layers": 3,
+        "epochs": 15,
+        "batch_size": 64,
+        "arch_warmup_epochs": 5,
+        "arch_learning_rate": 6e-3,
+        "split": "stratified",
+    },
+    "darts": _DARTS,
+    "rf-darts": {**_DARTS, **_RF, "method": "rf-darts"},
+    "pc-darts": _PC_DARTS,
+    "rf-pcdarts": {**_PC_DARTS, **_RF, "method": "rf-pcdarts"},
+    "pc-darts-imagenet": _PC_DARTS_IMAGENET,
+    "rf-pcdarts-imagenet": {**_PC_DARTS_IMAGENET, **_RF, "method": "rf-pcdarts"},
+    "nasbench201-darts": _NASBENCH201,
+    "nasbench201-rf-darts": {**_NASBENCH201, **_RF, "method": "rf-darts"},
+    "robustdarts": _ROBUST_DARTS,
+    "robustdarts-rf-darts": {**_ROBUST_DARTS, **_RF, "method": "rf-darts", "order": "first"},
+}
+
+
+def preset_values(given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe that the given values ask for: by `preset`, or else by `method` and `space`."""
+    name = given.get("preset")
+    if name is None:
+        method = given.get("method", SearchConfig.method)
+        name = f"nasbench201-{method}" if given.get("space") == "nasbench201" else method
+    if name not in PRESETS:
+        # an impossible pair of method and space; `check` explains it
+        return {}
+    return PRESETS[name]

@@ -1,0 +1,206 @@
+"""The bilevel search: from a config to genotype.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rfdarts_fast.data import (
+    Batches,
+    DataSource,
+    default_augment,
+    evaluation_augment,
+    read_split_file,
+    split_half,
+    split_per_class,
+    split_stratified,
+)
+from rfdarts_fast.engine.config import ConfigError
+from rfdarts_fast.engine.files import write_text
+from rfdarts_fast.engine.meters import Meter
+from rfdarts_fast.engine.run import Run, choose_device, evaluate, load_data, place, seed_everything
+from rfdarts_fast.engine.run_folder import RunFolder
+from rfdarts_fast.engine.schedule import learning_rate, set_learning_rate
+from rfdarts_fast.search.architect import Architect, Batch, descend, gradients
+from rfdarts_fast.search.build import build_supernet, weight_groups
+from rfdarts_fast.search.config import SearchConfig
+from rfdarts_fast.search.diagnostics import alphas, architecture_diagnostics, gamma_diagnostics
+from rfdarts_fast.spaces import AnyGenotype, to_json
+
+
+def split(config: SearchConfig, source: DataSource) -> tuple[Tensor, Tensor]:
+    """Indices of the images that train the weights and of those that train the architecture."""
+    labels = source.train.labels
+    match config.split:
+        case "half":
+            return split_half(len(labels), config.train_portion)
+        case "stratified":
+            return split_stratified(labels, config.train_portion, config.seed)
+        case "per-class":
+            train, val = split_per_class(labels, (config.train_fraction, config.val_fraction), config.seed)
+            return train, val
+    assert config.split_file is not None
+    return read_split_file(config.split_file, len(labels))
+
+
+class SearchRun(Run):
+    """One search: two optimisers, two streams of images, one supernet."""
+
+    def __init__(self, config: SearchConfig, source: DataSource, folder: RunFolder) -> None:
+        device = choose_device(config.device)
+        channels_last = config.memory_format == "channels_last"
+        train_indices, val_indices = split(config, source)
+        augment = default_augment(source, cutout=config.cutout, channels_last=channels_last)
+
+        def batches(indices: Tensor, **changes: Any) -> Batches:
+            options = {"augment": augment, "seed": config.seed, "device": device, "workers": config.workers}
+            return Batches(source.train, indices, config.batch_size, **{**options, **changes})
+
+        super().__init__(folder, config, batches(train_indices), config.epochs, f"search {config.method}")
+        self.config = config
+        self.val_batches = batches(val_indices)
+        self.held_out = batches(
+            val_indices,
+            augment=evaluation_augment(source, channels_last=channels_last),
+            shuffle=False,
+        )
+        self.val_position = 0
+        self.val_meter = Meter(device)
+
+        seed_everything(config.seed)
+        self.network = place(build_supernet(config, source.num_classes), config, device)
+        self.weight_optimizer = torch.optim.SGD(
+            weight_groups(self.network, config),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+        self.arch_optimizer = torch.optim.Adam(
+            self.network.arch_parameters(),
+            lr=config.arch_learning_rate,
+            betas=(0.5, 0.999),
+            weight_decay=config.arch_weight_decay,
+        )
+        self.architect = Architect(self.network, self.weight_optimizer, config.order)
+        self.resume()
+        self._val_stream = self.val_batches.stream(self.val_position)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "arch_optimizer": self.arch_optimizer.state_dict(),
+            "val_position": self.val_position,
+            "val_meter": self.val_meter.sums,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        self.val_position = state["val_position"]
+        self.val_meter.sums.copy_(state["val_meter"])
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        set_learning_rate(self.weight_optimizer, self._learning_rate())
+        searching = self.epoch >= self.config.arch_warmup_epochs
+        if searching and self.config.step_order == "arch-first":
+            self._arch_step((images, labels))
+        self._weight_step((images, labels))
+        if searching and self.config.step_order == "weights-first":
+            self._arch_step((images, labels))
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        within = self.step / len(self.batches) if config.schedule_per_step else 0.0
+        return learning_rate(
+            "cosine",
+            self.epoch + within,
+            config.epochs,
+            config.learning_rate,
+            config.learning_rate_min,
+            config.learning_rate_warmup_epochs,
+        )
+
+    def _weight_step(self, batch: Batch) -> None:
+        logits = self.network(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        grads = gradients(loss, self.architect.weights)
+        descend(self.weight_optimizer, self.architect.weights, grads, self.config.grad_clip)
+        self.meter.add(loss, logits, batch[1])
+
+    def _arch_step(self, train: Batch) -> None:
+        val = next(self._val_stream)
+        self.val_position += 1
+        grads, loss, logits = self.architect.gradients(train, val)
+        descend(self.arch_optimizer, self.architect.arch, grads, self.config.arch_grad_clip)
+        self.val_meter.add(loss, logits, val[1])
+
+    def finish_epoch(self) -> dict[str, Any]:
+        images = self.meter.images + self.val_meter.images
+        record: dict[str, Any] = {
+            "train": self.meter.result(),
+            "arch": self.val_meter.result(),
+            "images_per_second": images / self.seconds if self.seconds else None,
+            "learning_rate": self.weight_optimizer.param_groups[0]["lr"],
+            "arch_learning_rate": self.arch_optimizer.param_groups[0]["lr"],
+            **architecture_diagnostics(self.network),
+            "gamma": gamma_diagnostics(self.network),
+        }
+        every = self.config.validate_every
+        if every and (self.epoch + 1) % every == 0:
+            record["val"] = evaluate(self.network, self.held_out)
+        self.folder.alphas.append({"epoch": self.epoch, **alphas(self.network)})
+        self.val_meter.reset()
+        return record
+
+    def summary(self, record: dict[str, Any]) -> str:
+        train, val = record["train"], record.get("val")
+        held_out = f"  val {val['loss']:.3f} {val['accuracy']:.1f}%" if val else ""
+        entropy = " ".join(f"{cell} {value:.3f}" for cell, value in record["entropy"].items())
+        return (
+            f"epoch {record['epoch']:3d}/{self.epochs}  train {train['loss']:.3f} {train['accuracy']:.1f}%"
+            f"{held_out}  {record['images_per_second']:.0f} images/s  lr {record['learning_rate']:.4f}"
+            f"  entropy {entropy}  skips {record['skip_connects']}"
+            f"  parameter-free {record['parameter_free_ops']}"
+        )
+
+
+def _check_images(config: SearchConfig, source: DataSource) -> None:
+    """ConfigError if the supernet cannot take images of this size; nothing is computed."""
+    with torch.device("meta"):
+        network = build_supernet(config, source.num_classes)
+        images = torch.empty(2, 3, source.image_size, source.image_size)
+        try:
+            network(images)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"image_size: expected a size that fits the supernet's reductions, got {source.image_size}: "
+                f"{error}"
+            ) from None
+
+
+def search(config: SearchConfig) -> AnyGenotype:
+    """Searches, or goes on with what the folder `config.out` holds; writes genotype.json there.
+
+    Raises ConfigError, DataError or RunFolderError before any training if something does not fit, and Stopped
+    (with the state saved) after SIGTERM.
+    """
+    config.check()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    choose_device(config.device)
+    source = load_data(config)
+    split(config, source)
+    _check_images(config, source)
+    config = dataclasses.replace(config, image_size=source.image_size)
+    run = SearchRun(config, source, RunFolder(config.out, "search", config))
+    run.run()
+    genotype = run.network.genotype()
+    write_text(config.out / "genotype.json", to_json(genotype) + "\n")
+    return genotype
