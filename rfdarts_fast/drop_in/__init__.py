@@ -1,0 +1,9 @@
+"""Frozen, fused supernets for training scripts that exist already.
+
+Change one import, `from rfdarts_fast.drop_in.darts import Network` (or `.pc_darts`, `.pc_darts_imagenet`), or
+call `rfdarts_fast.accelerate(model)` on a supernet of another project.
+"""
+
+from rfdarts_fast.drop_in.published import complete_momentum
+
+__all__ = ["complete_momentum"]

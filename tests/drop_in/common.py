@@ -1,0 +1,77 @@
+"""Pairs of a foreign supernet and the drop-in for it, with equal weights."""
+
+import torch
+from torch import nn
+
+from rfdarts_fast.drop_in import darts, pc_darts, pc_darts_imagenet
+
+from . import foreign
+
+MODULES = {"darts": darts, "pc_darts": pc_darts, "pc_darts_imagenet": pc_darts_imagenet}
+
+
+def foreign_network(name, C, layers, K=None, **options):
+    default = {"darts": 1, "pc_darts": 4, "pc_darts_imagenet": 2}[name]
+    return foreign.Network(
+        C, 10, layers, nn.CrossEntropyLoss(), k=K or default, imagenet=name.endswith("imagenet"), **options
+    )
+
+
+def drop_in_network(name, C, layers, K=None, **options):
+    return MODULES[name].Network(C, 10, layers, nn.CrossEntropyLoss(), K=K, **options)
+
+
+def copy_arch(source, target):
+    with torch.no_grad():
+        for theirs, ours in zip(source.arch_parameters(), target.arch_parameters(), strict=True):
+            # larger than at the start, so that an alpha that is mixed up shows
+            theirs.copy_(torch.randn_like(theirs))
+            ours.copy_(theirs)
+
+
+def turn_affine(network):
+    """Gamma and beta for every BatchNorm of a foreign network, neither at its default."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.affine = True
+            module.weight = nn.Parameter(1 + 0.2 * torch.randn(module.num_features))
+            module.bias = nn.Parameter(0.2 * torch.randn(module.num_features))
+
+
+def freeze_convolutions(network):
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.requires_grad_(False)
+
+
+def pair(name, C, layers, K=None, dtype=torch.float64, affine=False, **options):
+    """A foreign network and a drop-in that loaded its state."""
+    theirs = foreign_network(name, C, layers, K)
+    if affine:
+        turn_affine(theirs)
+    ours = drop_in_network(name, C, layers, K, **options)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    copy_arch(theirs, ours)
+    # the alphas of the foreign network are no parameters, so .to() leaves them where they are
+    for alpha in theirs.arch_parameters():
+        alpha.data = alpha.data.to(dtype)
+    return theirs.to(dtype), ours.to(dtype)
+
+
+def batch(name, dtype=torch.float64, n=3, classes=10):
+    side = 32 if name.endswith("imagenet") else 8
+    return torch.randn(n, 3, side, side, dtype=dtype), torch.randint(classes, (n,))
+
+
+def gradients(network, x, y):
+    """Logits, and the gradients of alphas (and betas) and of what trains, by name."""
+    named = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    arch = network.arch_parameters()
+    logits = network(x)
+    loss = nn.functional.cross_entropy(logits, y)
+    found = torch.autograd.grad(loss, [*arch, *named.values()], allow_unused=True, materialize_grads=True)
+    return logits.detach(), found[: len(arch)], dict(zip(named, found[len(arch) :], strict=True))
+
+
+def tolerance(dtype):
+    return {"rtol": 1e-9, "atol": 1e-10} if dtype is torch.float64 else {"rtol": 2e-3, "atol": 2e-4}
