@@ -11,7 +11,27 @@ from rfdarts_fast.spaces.space import DARTS_PRIMITIVES, NASBENCH201_PRIMITIVES
 
 Gene = tuple[str, int]
 
+# more than any cell has; a range in a text is not expanded beyond it
+_MOST_STATES = 1000
+
 _DERIVED_PRIMITIVES = frozenset(DARTS_PRIMITIVES) - {"none"} | {"noise"}
+
+
+def _items(name: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}: expected a list, got {value!r}")
+    return tuple(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _gene(name: str, value: object) -> Gene:
+    match value:
+        case (str(op), j) if _is_int(j):
+            return op, j
+    raise ValueError(f"{name}: expected a pair of primitive and input, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -30,8 +50,11 @@ class Genotype:
 
     def __post_init__(self) -> None:
         for cell in ("normal", "reduce"):
-            genes = tuple((str(op), int(j)) for op, j in getattr(self, cell))
-            concat = tuple(int(j) for j in getattr(self, f"{cell}_concat"))
+            genes = tuple(
+                _gene(f"genotype.{cell}[{k}]", gene)
+                for k, gene in enumerate(_items(f"genotype.{cell}", getattr(self, cell)))
+            )
+            concat = _items(f"genotype.{cell}_concat", getattr(self, f"{cell}_concat"))
             object.__setattr__(self, cell, genes)
             object.__setattr__(self, f"{cell}_concat", concat)
             if not genes or len(genes) % 2:
@@ -46,7 +69,7 @@ class Genotype:
                     raise ValueError(
                         f"genotype.{cell}[{k}]: expected an input from 0 to {k // 2 + 1}, got {j}"
                     )
-            if not concat or not all(0 <= j < len(genes) // 2 + 2 for j in concat):
+            if not concat or not all(_is_int(j) and 0 <= j < len(genes) // 2 + 2 for j in concat):
                 raise ValueError(
                     f"genotype.{cell}_concat: expected states from 0 to {len(genes) // 2 + 1}, got {concat}"
                 )
@@ -78,7 +101,7 @@ class CellGenotype:
     edges: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "edges", tuple(self.edges))
+        object.__setattr__(self, "edges", _items("genotype.edges", self.edges))
         if len(self.edges) != 6:
             raise ValueError(f"genotype.edges: expected 6 primitives, got {len(self.edges)}")
         for k, op in enumerate(self.edges):
@@ -130,8 +153,8 @@ def parse(text: str) -> AnyGenotype:
 def _from_json(text: str) -> AnyGenotype:
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"genotype: expected JSON, got an error at {error}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"genotype: expected JSON, got an error: {error}") from None
     fields.pop("text", None)
     return _from_fields(fields)
 
@@ -141,10 +164,7 @@ def _from_fields(fields: dict[str, Any]) -> AnyGenotype:
     expected = set(kind.__dataclass_fields__)
     if set(fields) != expected:
         raise ValueError(f"genotype: expected the fields {sorted(expected)}, got {sorted(fields)}")
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        raise ValueError(f"genotype: expected lists of (primitive, input) pairs, got {error}") from None
+    return kind(**fields)
 
 
 def _from_cell_string(text: str) -> CellGenotype:
@@ -161,23 +181,34 @@ def _from_cell_string(text: str) -> CellGenotype:
 def _from_literal(text: str) -> AnyGenotype:
     try:
         call = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
+    # ValueError: a null byte; the last two: brackets nested too deep
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"genotype: expected Genotype(normal=..., ...), got a syntax error: {error}"
         ) from None
-    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-        raise ValueError("genotype: expected Genotype(...) with named fields only")
+    names = [k.arg for k in call.keywords] if isinstance(call, ast.Call) else []
+    if (
+        not isinstance(call, ast.Call)
+        or not isinstance(call.func, ast.Name)
+        or call.args
+        or None in names
+        or len(set(names)) < len(names)
+    ):
+        raise ValueError("genotype: expected Genotype(...) with named fields only, each once")
     return _from_fields({str(k.arg): _literal(str(k.arg), k.value) for k in call.keywords})
 
 
 def _literal(field: str, node: ast.expr) -> Any:
-    # quark0/darts prints the concat fields as range(2, 6)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
-        return tuple(range(*(_literal(field, arg) for arg in node.args)))
     try:
+        # quark0/darts prints the concat fields as range(2, 6)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+            states = range(*(ast.literal_eval(arg) for arg in node.args))
+            if len(states) > _MOST_STATES or node.keywords:
+                raise ValueError
+            return tuple(states)
         return ast.literal_eval(node)
-    except ValueError:
-        raise ValueError(f"genotype.{field}: expected a literal, got {ast.unparse(node)!r}") from None
+    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError):
+        raise ValueError(f"genotype.{field}: expected a literal, got {ast.unparse(node)[:60]!r}") from None
 
 
 def _published(normal: str, reduce: str) -> Genotype:
