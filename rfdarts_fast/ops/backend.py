@@ -1,0 +1,59 @@
+"""Which engine computes mixed ops: the user's wish, by `use_backend` or the variable RFDARTS_BACKEND."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Literal, get_args
+
+Backend = Literal["auto", "reference", "native"]
+Memory = Literal["fast", "recompute"]
+
+_told: set[str] = set()
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for by name cannot run; the message says why."""
+
+
+class use_backend:
+    """Chooses the engine for mixed ops, at once and, in a `with` statement, until its end.
+
+    Args:
+        name: "auto" takes the fastest engine that can run and says once why one cannot; "reference" is plain
+            PyTorch; "native" (C++ on the CPU) raises BackendError where it cannot run.
+        memory: what native engines keep between forward and backward: "fast" all branch outputs, "recompute"
+            node states only. The gradients are the same bit for bit.
+
+    Raises:
+        ValueError: for a name or mode that does not exist.
+    """
+
+    name: Backend = "auto"
+    memory: Memory = "fast"
+
+    def __init__(self, name: Backend, memory: Memory = "fast") -> None:
+        if name not in get_args(Backend):
+            raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {name!r}")
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory: expected one of {', '.join(get_args(Memory))}, got {memory!r}")
+        self._before = use_backend.name, use_backend.memory
+        use_backend.name, use_backend.memory = name, memory
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        use_backend.name, use_backend.memory = self._before
+
+
+def fall_back(reason: str) -> None:
+    """The fast engine cannot run because of `reason`: BackendError if it was asked for, else told once."""
+    if use_backend.name != "auto":
+        raise BackendError(f"backend: {use_backend.name} cannot run: {reason}")
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"mixed ops run on the slow PyTorch reference: {reason}", RuntimeWarning, stacklevel=4)
+
+
+use_backend(os.environ.get("RFDARTS_BACKEND", "auto"))  # type: ignore[arg-type]
