@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -67,7 +67,7 @@ class FileReader:
             persistent_workers=self._workers > 0,
             collate_fn=_as_it_is,
             pin_memory=self._pinned,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_leave_process_group,
             # without its own generator the loader would draw from the global one
             generator=torch.Generator(),
         )
@@ -81,10 +81,10 @@ class _Decoder(Dataset[Any]):
         self.augment = augment
         self.seed = seed
 
-    def __getitems__(self, keys: tuple[int, Tensor]) -> Batch | DataError:
+    def __getitems__(self, keys: tuple[int, list[int]]) -> Batch | DataError:
         epoch, indices = keys
         try:
-            images = torch.stack([self._square(epoch, index) for index in indices.tolist()])
+            images = torch.stack([self._square(epoch, index) for index in indices])
         except DataError as error:
             return error
         return images, self.dataset.labels[indices]
@@ -105,16 +105,17 @@ class _Queue:
     def __init__(self) -> None:
         self.plan: Plan = ()
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        return ((epoch, indices) for epoch, _, indices in self.plan)
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        # plain numbers: a tensor would travel to the workers through shared memory, one file each
+        return ((epoch, indices.tolist()) for epoch, _, indices in self.plan)
 
 
 def _as_it_is(batch: object) -> object:
     return batch
 
 
-def _ignore_signals(_worker: int) -> None:
-    # a signal to the whole process group is for the main process, which finishes its step and saves;
-    # workers end when it does
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _leave_process_group(_worker: int) -> None:
+    # Ctrl-C and signals to the group are for the main process, which finishes its step and saves. Ignoring
+    # SIGTERM would not do: multiprocessing ends its children with it and then waits for them
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

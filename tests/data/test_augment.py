@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import random_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_samples import random_images
 
 from rfdarts_fast.data import Augment, ColourJitter, DataError, Draws
 

@@ -1,10 +1,13 @@
 """Batches depend on (seed, epoch, step) alone: order, augmentation and resuming."""
 
+import os
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
 import torch
-from conftest import random_images
+from image_samples import random_images
 
 from rfdarts_fast.data import Augment, Batches, ColourJitter, DataError, ImageFolderSet, ImageSet, load
 
@@ -153,6 +156,38 @@ def test_going_on_with_batches_that_others_replaced_is_refused(photos):
     next(batches.epoch(1))
     with pytest.raises(RuntimeError, match="others were asked"):
         next(old)
+
+
+SIGNALLED = """
+import os, signal, sys
+from itertools import islice
+from rfdarts_fast.data import Augment, Batches, load
+
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append("SIGTERM"))
+signal.signal(signal.SIGINT, lambda *_: signals.append("SIGINT"))
+dataset = load("imagefolder", root=sys.argv[1], image_size=16).train
+stream = Batches(dataset, None, 4, augment=Augment(), seed=0, workers=2).stream()
+# one batch from each worker: both are up
+next(stream), next(stream)
+os.killpg(0, signal.SIGTERM)
+os.killpg(0, signal.SIGINT)
+print(*signals, len(list(islice(stream, 20))))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups on this system")
+def test_signals_to_the_process_group_leave_the_workers_to_the_main_process(photos):
+    # a batch job's SIGTERM and Ctrl-C reach the whole group; the main process wants to finish and save
+    finished = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(photos)],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (finished.stdout, finished.stderr) == ("SIGTERM SIGINT 20\n", "")
+    assert finished.returncode == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

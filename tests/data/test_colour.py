@@ -4,7 +4,7 @@ import colorsys
 
 import pytest
 import torch
-from conftest import random_images
+from image_samples import random_images
 
 from rfdarts_fast.data import ColourJitter, DataError
 from rfdarts_fast.data.colour import CHANGES, ColourDraws, adjust_contrast, adjust_hue, adjust_saturation

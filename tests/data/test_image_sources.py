@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import npz_arrays, write_photo
+from image_samples import npz_arrays, write_photo
 
 from rfdarts_fast.data import (
     NAMES,
