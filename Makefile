@@ -7,19 +7,23 @@ VENV ?= .venv
 RUN ?= runs/quick
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
+TORCH_READY := $(VENV)/torch-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/installed
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: install search test test-slow lint clean
 
 install: $(INSTALLED)
 
-# build tools first: the extension is built against the torch in this environment
-$(INSTALLED): $(SOURCES)
-	$(PYTHON) -m venv $(VENV)
+# another TORCH gets a new environment: torch and torchvision must fit each other
+$(TORCH_READY):
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet $(TORCH) "setuptools>=77" wheel ninja pybind11
+	touch $@
+
+# no isolation: the extension is built against the torch in this environment
+$(INSTALLED): $(TORCH_READY) $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,log]"
-	rm -f $(VENV)/installed-*
 	touch $@
 
 search: install
