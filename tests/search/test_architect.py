@@ -1,0 +1,162 @@
+"""The architecture's gradient against plain autograd and a literal port of quark0/darts cnn/architect.py."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rfdarts_fast.nn import SearchNetwork, freeze_random_features
+from rfdarts_fast.search import Architect
+from rfdarts_fast.search.architect import descend, gradients
+from rfdarts_fast.spaces import get_space
+
+
+@pytest.fixture(params=["trained", "frozen"])
+def network(request):
+    network = SearchNetwork(get_space("s2"), C=4, layers=3, num_classes=4, K=2, edge_norm=True).double()
+    for parameter in network.arch_parameters():
+        torch.nn.init.normal_(parameter)
+    if request.param == "frozen":
+        freeze_random_features(network)
+    return network
+
+
+def batch():
+    return torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randint(0, 4, (4,))
+
+
+def loss_of(network, batch):
+    return F.cross_entropy(network(batch[0]), batch[1])
+
+
+def trainable(network):
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def sgd(network, momentum, weight_decay):
+    return torch.optim.SGD(trainable(network), lr=0.05, momentum=momentum, weight_decay=weight_decay)
+
+
+def train_a_little(network, optimizer, steps=2):
+    for _ in range(steps):
+        grads = gradients(loss_of(network, batch()), trainable(network))
+        descend(optimizer, trainable(network), grads, clip=0)
+
+
+def assert_all_close(found, expected, **tolerance):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_first_order_is_the_gradient_of_the_validation_loss(network):
+    twin = copy.deepcopy(network)
+    train, val = batch(), batch()
+    grads, loss, logits = Architect(network, sgd(network, 0.9, 3e-4), "first").gradients(train, val)
+    expected_loss = loss_of(twin, val)
+    expected_loss.backward()
+    assert_all_close(grads, [p.grad for p in twin.arch_parameters()], rtol=1e-10, atol=1e-14)
+    assert torch.equal(loss, expected_loss)
+    assert torch.equal(logits.argmax(1), twin(val[0]).argmax(1))
+
+
+class PublishedArchitect:
+    """quark0/darts: the network is copied for the look-ahead. `trainable` stands for `model.parameters()`."""
+
+    def __init__(self, model, momentum, weight_decay):
+        self.model, self.network_momentum, self.network_weight_decay = model, momentum, weight_decay
+
+    def unrolled(self, train, val, eta, network_optimizer):
+        unrolled_model = self._compute_unrolled_model(train, eta, network_optimizer)
+        loss_of(unrolled_model, val).backward()
+        dalpha = [v.grad for v in unrolled_model.arch_parameters()]
+        vector = [v.grad.data for v in trainable(unrolled_model)]
+        implicit_grads = self._hessian_vector_product(vector, train)
+        return [g - eta * ig for g, ig in zip(dalpha, implicit_grads, strict=True)]
+
+    def _compute_unrolled_model(self, train, eta, network_optimizer):
+        theta = self._concat(trainable(self.model)).data
+        loss = loss_of(self.model, train)
+        try:
+            moment = self._concat(
+                network_optimizer.state[v]["momentum_buffer"] for v in trainable(self.model)
+            ).mul_(self.network_momentum)
+        except (KeyError, TypeError, AttributeError):
+            moment = torch.zeros_like(theta)
+        dtheta = (
+            self._concat(torch.autograd.grad(loss, trainable(self.model))).data
+            + self.network_weight_decay * theta
+        )
+        new = copy.deepcopy(self.model)
+        offset = 0
+        for p in trainable(new):
+            part = theta[offset : offset + p.numel()] - eta * (moment + dtheta)[offset : offset + p.numel()]
+            p.data.copy_(part.view_as(p))
+            offset += p.numel()
+        return new
+
+    def _hessian_vector_product(self, vector, train, r=1e-2):
+        R = r / self._concat(vector).norm()
+        for p, v in zip(trainable(self.model), vector, strict=True):
+            p.data.add_(v, alpha=R.item())
+        grads_p = torch.autograd.grad(loss_of(self.model, train), self.model.arch_parameters())
+        for p, v in zip(trainable(self.model), vector, strict=True):
+            p.data.sub_(v, alpha=2 * R.item())
+        grads_n = torch.autograd.grad(loss_of(self.model, train), self.model.arch_parameters())
+        for p, v in zip(trainable(self.model), vector, strict=True):
+            p.data.add_(v, alpha=R.item())
+        return [(x - y).div_(2 * R) for x, y in zip(grads_p, grads_n, strict=True)]
+
+    @staticmethod
+    def _concat(xs):
+        return torch.cat([x.reshape(-1) for x in xs])
+
+
+@pytest.mark.parametrize(
+    ("before", "momentum", "weight_decay"),
+    [(0, 0.9, 3e-4), (2, 0.9, 3e-4), (1, 0.5, 0.1)],
+    ids=["first-step", "published", "other-rates"],
+)
+def test_second_order_equals_the_published_architect(network, momentum, weight_decay, before):
+    optimizer = sgd(network, momentum, weight_decay)
+    train_a_little(network, optimizer, before)
+    twin, twin_optimizer = copy.deepcopy((network, optimizer))
+    train, val = batch(), batch()
+    weights = [p.clone() for p in network.parameters()]
+    first, *_ = Architect(copy.deepcopy(network), optimizer, "first").gradients(train, val)
+
+    grads, _, _ = Architect(network, optimizer, "second").gradients(train, val)
+
+    port = PublishedArchitect(twin, momentum, weight_decay)
+    expected = port.unrolled(train, val, 0.05, twin_optimizer)
+    assert_all_close(grads, expected, rtol=1e-6, atol=1e-9)
+    assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(grads, first, strict=True))
+    # the weights are where they were, bit by bit; the running statistics where the published code leaves them
+    assert all(torch.equal(p, before) for p, before in zip(network.parameters(), weights, strict=True))
+    assert_all_close(list(network.buffers()), list(twin.buffers()), rtol=1e-9, atol=1e-12)
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_second_order_leaves_the_momentum_alone(network):
+    optimizer = sgd(network, 0.9, 3e-4)
+    train_a_little(network, optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    Architect(network, optimizer, "second").gradients(batch(), batch())
+    for key, state in optimizer.state_dict()["state"].items():
+        assert torch.equal(state["momentum_buffer"], before["state"][key]["momentum_buffer"])
+
+
+def test_a_weight_step_leaves_the_architecture_alone(network):
+    before = [p.clone() for p in network.arch_parameters()]
+    train_a_little(network, sgd(network, 0.9, 3e-4))
+    assert all(torch.equal(a, b) for a, b in zip(network.arch_parameters(), before, strict=True))
+    assert all(p.grad is None for p in network.arch_parameters())
+
+
+@pytest.mark.parametrize(("clip", "norm"), [(0.0, 5.0), (2.0, 2.0), (9.0, 5.0)], ids=["off", "on", "loose"])
+def test_clipping(clip, norm):
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    descend(torch.optim.SGD([parameter], lr=1.0), [parameter], [torch.tensor([3.0, 4.0]).double()], clip)
+    assert parameter.norm().item() == pytest.approx(norm, rel=1e-5)
+    assert parameter.grad is None
