@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from rfdarts_fast.data import DataError
+from rfdarts_fast.engine.checkpoint import CheckpointError
 from rfdarts_fast.engine.config import ConfigError, RunConfig, read_yaml
 from rfdarts_fast.engine.run_folder import RunFolderError
 from rfdarts_fast.engine.signals import Stopped
@@ -127,7 +128,7 @@ def main() -> None:
         raise SystemExit(2)
     try:
         COMMANDS[args[0]](args[1:])
-    except (ConfigError, DataError, RunFolderError) as error:
+    except (ConfigError, DataError, RunFolderError, CheckpointError) as error:
         print(f"rfdarts {args[0]}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped:

@@ -13,6 +13,10 @@ import torch
 from rfdarts_fast.engine.files import write_atomic
 
 
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read."""
+
+
 def rng_state() -> dict[str, Any]:
     """The states of the global random generators of Python, NumPy and PyTorch."""
     version, internal, gauss = random.getstate()
@@ -41,8 +45,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """What `save_checkpoint` wrote; ValueError that names the file if it cannot be read."""
+    """What `save_checkpoint` wrote; CheckpointError that names the file if it cannot be read."""
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"checkpoint: {path} cannot be read: {str(error).splitlines()[0]}") from None
+    # whatever the bytes may make of the unpickler
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"checkpoint: {path} cannot be read: {reason}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +55,13 @@ class RunConfig:
         """Raises ConfigError for the first value that cannot be used."""
         require(self.image_size is None or self.image_size > 0, self, "image_size", "a positive number")
         require(self.workers >= 0, self, "workers", "0 or more")
-        require(self.seed >= 0, self, "seed", "0 or more")
+        require(0 <= self.seed < 2**32, self, "seed", "a number from 0 to 2**32 - 1")
         require(self.threads is None or self.threads > 0, self, "threads", "a positive number")
         require(self.checkpoint_minutes > 0, self, "checkpoint_minutes", "a positive number")
+        require(
+            not self.tensorboard or importlib.util.find_spec("tensorboard") is not None, self, "tensorboard",
+            "tensorboard to be installed (pip install 'rfdarts_fast[log]')",
+        )  # fmt: skip
 
 
 def require(condition: bool, config: Any, field: str, expected: str) -> None:
@@ -66,12 +72,12 @@ def require(condition: bool, config: Any, field: str, expected: str) -> None:
 
 def require_positive(config: Any, *fields: str) -> None:
     for field in fields:
-        require(getattr(config, field) > 0, config, field, "a positive number")
+        require(0 < getattr(config, field) < math.inf, config, field, "a positive number")
 
 
 def require_not_negative(config: Any, *fields: str) -> None:
     for field in fields:
-        require(getattr(config, field) >= 0, config, field, "0 or more")
+        require(0 <= getattr(config, field) < math.inf, config, field, "0 or more")
 
 
 def check_choices(config: Any) -> None:

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
+def temporary(path: Path) -> Path:
+    """Where `path` is written first; a kill may leave it behind, and the next write replaces it."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Calls `write` on a temporary file beside `path`, flushes it to disk and renames it to `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with temporary(path).open("wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary(path).replace(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,8 +30,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        # the meta device, for one, holds no values
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
@@ -51,6 +53,32 @@ def place(network: Network, config: RunConfig, device: torch.device) -> Network:
     channels_last = config.memory_format == "channels_last"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def check_network(
+    build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
+) -> None:
+    """ConfigError unless the network can train on sets of so many images; nothing is computed."""
+    smallest = min(size % batch_size or batch_size for size in set_sizes)
+    with torch.device("meta"):
+        try:
+            network = build()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        try:
+            network(torch.empty(2, 3, image_size, image_size))
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"image_size: expected a size that fits the network's reductions, got {image_size}: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+        try:
+            network(torch.empty(smallest, 3, image_size, image_size))
+        except ValueError:
+            raise ConfigError(
+                f"batch_size: expected no batch of {smallest} in an epoch, too few pixels for BatchNorm, but "
+                f"{batch_size} leaves one of {' and '.join(map(str, set_sizes))} images"
+            ) from None
 
 
 @torch.no_grad()

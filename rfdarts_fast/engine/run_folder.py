@@ -15,7 +15,7 @@ from typing import Any
 
 from rfdarts_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from rfdarts_fast.engine.environment import environment
-from rfdarts_fast.engine.files import JsonLines, write_json
+from rfdarts_fast.engine.files import JsonLines, temporary, write_json
 
 # where and how fast a run runs, not what it computes
 FREE_FIELDS = frozenset(
@@ -60,20 +60,26 @@ class RunFolder:
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.alphas = JsonLines(path / "alphas.jsonl")
         self._checkpoint = path / "checkpoint.pt"
-        wanted = {"command": command, **to_plain(config)}
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"out: expected a folder, got the file {path}")
-        if (path / "config.json").exists():
-            self._refuse_other(json.loads((path / "config.json").read_text()), wanted)
-        elif path.exists() and any(path.iterdir()):
+        try:
+            self._open({"command": command, **to_plain(config)})
+        except OSError as error:
+            raise RunFolderError(f"out: {path} cannot be used: {error.strerror}") from None
+
+    def _open(self, wanted: dict[str, Any]) -> None:
+        file = self.path / "config.json"
+        if file.exists():
+            self._refuse_other(_read_json(file), wanted)
+        elif self.path.exists() and {entry.name for entry in self.path.iterdir()} - {temporary(file).name}:
             raise RunFolderError(
-                f"out: expected a new folder or one of this run, got {path} with other files"
+                f"out: expected a new folder or one of this run, got {self.path} with other files"
             )
         else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / "config.json", wanted)
-        starts_file = path / "environment.json"
-        starts = json.loads(starts_file.read_text()) if starts_file.exists() else []
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(file, wanted)
+        starts_file = self.path / "environment.json"
+        starts = _read_json(starts_file) if starts_file.exists() else []
         write_json(starts_file, [*starts, environment()])
 
     def _refuse_other(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -91,7 +97,10 @@ class RunFolder:
         epoch = state["epoch"] if state else 0
         for lines in (self.metrics, self.alphas):
             if lines.path.exists():
-                lines.keep(lambda record: record["epoch"] < epoch)
+                try:
+                    lines.keep(lambda record: record["epoch"] < epoch)
+                except (ValueError, TypeError, KeyError):
+                    raise RunFolderError(f"run: {lines.path} is damaged") from None
         return state
 
     def save(self, state: dict[str, Any], name: str = "checkpoint.pt") -> None:
@@ -99,12 +108,19 @@ class RunFolder:
         save_checkpoint(self.path / name, state)
 
 
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise RunFolderError(f"run: {file} is damaged: {error}") from None
+
+
 def read_config(path: Path, command: str) -> dict[str, Any]:
     """The config of a run's folder; RunFolderError if there is none or it is another command's."""
     file = path / "config.json"
     if not file.exists():
         raise RunFolderError(f"run: expected the folder of a {command} run, got {path} without config.json")
-    config = json.loads(file.read_text())
-    if config.pop("command") != command:
+    config = _read_json(file)
+    if not isinstance(config, dict) or config.pop("command", None) != command:
         raise RunFolderError(f"run: expected the folder of a {command} run, got another command's: {path}")
     return config

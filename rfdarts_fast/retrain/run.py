@@ -21,7 +21,15 @@ from rfdarts_fast.data import (
 from rfdarts_fast.engine.checkpoint import load_checkpoint
 from rfdarts_fast.engine.config import ConfigError, from_plain
 from rfdarts_fast.engine.files import write_json, write_text
-from rfdarts_fast.engine.run import Run, choose_device, evaluate, load_data, place, seed_everything
+from rfdarts_fast.engine.run import (
+    Run,
+    check_network,
+    choose_device,
+    evaluate,
+    load_data,
+    place,
+    seed_everything,
+)
 from rfdarts_fast.engine.run_folder import RunFolder, RunFolderError, read_config
 from rfdarts_fast.engine.schedule import learning_rate, set_learning_rate
 from rfdarts_fast.nn import NasBench201Network, Network
@@ -49,8 +57,8 @@ def build_network(config: TrainConfig, genotype: AnyGenotype, num_classes: int) 
     return Network(genotype, config.channels, num_classes, config.layers, config.auxiliary, config.stem)
 
 
-def check_network(config: TrainConfig, genotype: AnyGenotype, image_size: int) -> None:
-    """ConfigError if the network that the config asks for cannot take the images."""
+def check_genotype(config: TrainConfig, genotype: AnyGenotype, image_size: int) -> None:
+    """ConfigError if the options do not fit the genotype, or the images the auxiliary head."""
     if isinstance(genotype, CellGenotype):
         for field in ("auxiliary", "drop_path"):
             if getattr(config, field):
@@ -206,7 +214,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     choose_device(config.device)
     genotype = read_genotype(config.genotype)
     source = source_with_test(config)
-    check_network(config, genotype, source.image_size)
+    check_genotype(config, genotype, source.image_size)
+    check_network(
+        lambda: build_network(config, genotype, source.num_classes),
+        config.batch_size,
+        [len(source.train)],
+        source.image_size,
+    )
     config = dataclasses.replace(config, image_size=source.image_size, genotype=str(genotype))
     run = TrainRun(config, genotype, source, RunFolder(config.out, "train", config))
     write_text(config.out / "genotype.json", to_json(genotype) + "\n")

@@ -19,10 +19,17 @@ from rfdarts_fast.data import (
     split_per_class,
     split_stratified,
 )
-from rfdarts_fast.engine.config import ConfigError
 from rfdarts_fast.engine.files import write_text
 from rfdarts_fast.engine.meters import Meter
-from rfdarts_fast.engine.run import Run, choose_device, evaluate, load_data, place, seed_everything
+from rfdarts_fast.engine.run import (
+    Run,
+    check_network,
+    choose_device,
+    evaluate,
+    load_data,
+    place,
+    seed_everything,
+)
 from rfdarts_fast.engine.run_folder import RunFolder
 from rfdarts_fast.engine.schedule import learning_rate, set_learning_rate
 from rfdarts_fast.search.architect import Architect, Batch, descend, gradients
@@ -171,20 +178,6 @@ class SearchRun(Run):
         )
 
 
-def _check_images(config: SearchConfig, source: DataSource) -> None:
-    """ConfigError if the supernet cannot take images of this size; nothing is computed."""
-    with torch.device("meta"):
-        network = build_supernet(config, source.num_classes)
-        images = torch.empty(2, 3, source.image_size, source.image_size)
-        try:
-            network(images)
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"image_size: expected a size that fits the supernet's reductions, got {source.image_size}: "
-                f"{error}"
-            ) from None
-
-
 def search(config: SearchConfig) -> AnyGenotype:
     """Searches, or goes on with what the folder `config.out` holds; writes genotype.json there.
 
@@ -196,8 +189,12 @@ def search(config: SearchConfig) -> AnyGenotype:
         torch.set_num_threads(config.threads)
     choose_device(config.device)
     source = load_data(config)
-    split(config, source)
-    _check_images(config, source)
+    check_network(
+        lambda: build_supernet(config, source.num_classes),
+        config.batch_size,
+        [len(indices) for indices in split(config, source)],
+        source.image_size,
+    )
     config = dataclasses.replace(config, image_size=source.image_size)
     run = SearchRun(config, source, RunFolder(config.out, "search", config))
     run.run()

@@ -29,7 +29,7 @@ def _is_int(value: object) -> bool:
 
 def _gene(name: str, value: object) -> Gene:
     match value:
-        case (str(op), j) if _is_int(j):
+        case (str(op), int(j)) if _is_int(j):
             return op, j
     raise ValueError(f"{name}: expected a pair of primitive and input, got {value!r}")
 
