@@ -14,6 +14,7 @@ from rfdarts_fast.data import (
     Batches,
     ColourJitter,
     DataError,
+    ImageSet,
     default_augment,
     evaluation_augment,
     load,
@@ -96,6 +97,14 @@ def test_npz_is_resized_on_request(tmp_path):
     assert source.train.images.shape == (12, 3, 4, 4) and source.test.image_size == 4
     assert (source.train.images == 77).all()
     assert source.std == (1.0, 1.0, 1.0)
+
+
+def test_shrinking_looks_at_every_pixel():
+    # every fourth column is white; bilinear without antialiasing would see only the black between them
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    images[..., ::4] = 255
+    shrunk = ImageSet(images, torch.zeros(1, dtype=torch.int64)).resized(4)
+    assert (shrunk.images.int() - 64).abs().max() < 24
 
 
 def test_npz_without_test_images_says_so_when_they_are_needed(tmp_path):
