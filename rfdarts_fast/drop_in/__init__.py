@@ -4,6 +4,7 @@ Change one import, `from rfdarts_fast.drop_in.darts import Network` (or `.pc_dar
 call `rfdarts_fast.accelerate(model)` on a supernet of another project.
 """
 
+from rfdarts_fast.drop_in.foreign import Report, accelerate
 from rfdarts_fast.drop_in.published import complete_momentum
 
-__all__ = ["complete_momentum"]
+__all__ = ["Report", "accelerate", "complete_momentum"]

@@ -58,7 +58,7 @@ def pair(name, C, layers, K=None, dtype=torch.float64, affine=False, **options):
     return theirs.to(dtype), ours.to(dtype)
 
 
-def batch(name, dtype=torch.float64, n=3, classes=10):
+def batch(name, dtype=torch.float64, n=2, classes=10):
     side = 32 if name.endswith("imagenet") else 8
     return torch.randn(n, 3, side, side, dtype=dtype), torch.randint(classes, (n,))
 

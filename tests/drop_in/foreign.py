@@ -268,6 +268,13 @@ class Network(nn.Module):
     def _loss(self, input, target):
         return self._criterion(self(input), target)
 
+    def new(self):
+        other = type(self)(self._C, self._num_classes, self._layers, self._criterion, k=self._k)
+        other = other.to(self.classifier.weight)
+        for mine, its in zip(self.arch_parameters(), other.arch_parameters(), strict=True):
+            its.data = mine.data.clone()
+        return other
+
 
 class RobustNetwork(Network):
     cell = RobustCell

@@ -32,16 +32,13 @@ CASES = [
     ("darts", 16, 3, None, F32),
     ("darts", 4, 8, None, F64),
     ("pc_darts", 4, 3, 4, F64),
-    ("pc_darts", 4, 3, 2, F64),
     ("pc_darts", 12, 3, 4, F64),
     ("pc_darts", 12, 3, 2, F64),
     ("pc_darts", 16, 3, None, F64),
     ("pc_darts", 16, 3, 2, F32),
-    ("pc_darts", 16, 8, None, F64),
     ("pc_darts_imagenet", 4, 3, 2, F64),
     ("pc_darts_imagenet", 4, 3, 4, F64),
-    ("pc_darts_imagenet", 12, 3, 4, F32),
-    ("pc_darts_imagenet", 16, 3, None, F64),
+    ("pc_darts_imagenet", 16, 3, None, F32),
 ]
 EVERY = [
     (name, C, layers, K, dtype)
@@ -183,7 +180,7 @@ def published_genotype(network):
 @pytest.mark.parametrize("name", MODULES)
 def test_genotype(name):
     theirs, ours = pair(name, 4, 3)
-    for _ in range(20):
+    for _ in range(10):
         copy_arch(theirs, ours)
         genotype = ours.genotype()
         assert [genotype.normal, genotype.reduce] == published_genotype(theirs)

@@ -1,0 +1,95 @@
+"""What `accelerate` turns foreign modules into: subclasses of their own classes with another `forward`.
+
+A module keeps its identity, its tensors, its names in `state_dict()` and its class for `isinstance`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfdarts_fast import ops
+
+
+class Fused:
+    """Mixed into a foreign class that cannot be imported under the new name, so pickling names both parts."""
+
+    def __reduce__(self) -> Any:
+        mixin, foreign = type(self).__bases__
+        return _restore, (mixin, foreign), self.__dict__.copy()
+
+
+class FusedMixedOp(Fused):
+    """One edge; has the attributes of `rfdarts_fast.ops.Edge`."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return ops.mixed_cell([self], [x], weights[None])[0]  # type: ignore[list-item]
+
+
+class FusedCell(Fused):
+    """A cell of the DARTS family: `forward(s0, s1, weights)`, with PC-DARTS's edge weights as a fourth
+    argument. RobustDARTS's drop path, if it is not 0, takes the foreign `forward`, edge by edge."""
+
+    preprocess0: nn.Module
+    preprocess1: nn.Module
+    _ops: nn.ModuleList
+    _multiplier: int
+
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, *extra: Any, **named: Any) -> Tensor:
+        fourth = next(iter((*extra, *named.values())), None)
+        edge_weights = fourth if isinstance(fourth, Tensor) and fourth.ndim == 1 else None
+        if edge_weights is None and fourth not in (None, 0.0):
+            return super().forward(s0, s1, weights, *extra, **named)  # type: ignore[misc]
+        inputs = [self.preprocess0(s0), self.preprocess1(s1)]
+        edges: Any = list(self._ops)
+        nodes = ops.mixed_cell(edges, inputs, weights, edge_weights)
+        return torch.cat(nodes[-self._multiplier :], dim=1)
+
+
+class EdgeList(nn.ModuleList):
+    """The candidates of an edge of NAS-Bench-201, with the attributes of `rfdarts_fast.ops.Edge`."""
+
+    primitives: tuple[str, ...]
+    channels: int
+    stride: int
+    K: int
+
+    @property
+    def _ops(self) -> nn.ModuleList:
+        return self
+
+
+class FusedNasBench201Cell(Fused):
+    """A search cell of AutoDL-Projects; its other forward functions are as they were."""
+
+    edges: nn.ModuleDict
+
+    def forward(self, inputs: Tensor, weightss: Tensor) -> Tensor:
+        edges: Any = list(self.edges.values())
+        return ops.mixed_cell(edges, [inputs], weightss)[-1]
+
+
+class FusedNasBench201JointCell(FusedNasBench201Cell):
+    """With a `forward_joint` that computes the same."""
+
+    def forward_joint(self, inputs: Tensor, weightss: Tensor) -> Tensor:
+        return self.forward(inputs, weightss)
+
+
+@functools.cache
+def _fused_class(mixin: Any, foreign: Any) -> Any:
+    return type(f"Fused{foreign.__name__}", (mixin, foreign), {"__module__": foreign.__module__})
+
+
+def fuse(module: nn.Module, mixin: Any) -> None:
+    """Gives `module` the `forward` of `mixin`, in place."""
+    foreign: Any = type(module)
+    module.__class__ = _fused_class(mixin, foreign)
+
+
+def _restore(mixin: Any, foreign: Any) -> Any:
+    cls = _fused_class(mixin, foreign)
+    return cls.__new__(cls)
