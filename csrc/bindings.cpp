@@ -1,0 +1,245 @@
+// All ops: schemas, and the way from torch tensors to raw pointers. Torch's stable ABI only.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "rfdarts/cell.h"
+#include "rfdarts/memory.h"
+
+namespace rfdarts {
+namespace {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// a tensor on pooled memory
+Tensor take(const Ints& sizes, const Ints& strides, ScalarType type, int64_t item) {
+  int64_t count = 1;
+  for (int64_t size : sizes) count *= size;
+  void* data = pool_take(count * item);
+  return torch::stable::from_blob(data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  type, [](void* p) { pool_give(p); });
+}
+// [N, C, H, W], channels last
+Tensor take_state(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
+  return take({n, c, h, w}, {h * w * c, 1, w * c, c}, like.scalar_type(), like.element_size());
+}
+Tensor take_vector(int64_t n, ScalarType type, int64_t item) { return take({n}, {1}, type, item); }
+Tensor take_matrix(int64_t rows, int64_t columns, const Tensor& like) {
+  return take({rows, columns}, {columns, 1}, like.scalar_type(), like.element_size());
+}
+
+template <class T>
+Batch<T> batch(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4 && (x.stride(1) == 1 || x.size(1) == 1),
+                  "states: expected [N, C, H, W] in channels_last order");
+  return {static_cast<const T*>(x.data_ptr()), x.stride(0), x.stride(2), x.stride(3)};
+}
+template <class T>
+const T* pointer(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_contiguous(), "expected a contiguous tensor");
+  return static_cast<const T*>(x.data_ptr());
+}
+
+void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { f(begin, end); });
+}
+
+struct CellArguments {
+  const Tensors &inputs, &noise;
+  const Tensor &weights, &gamma, &beta, &mix;
+  const std::optional<Tensor>& edge_weights;
+  const Ints& spec;
+  double eps;
+
+  Cell cell() const {
+    const Tensor& x = inputs.at(0);
+    Ints sizes;
+    for (const Tensor& t : inputs) {
+      STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.size(0) == x.size(0) && t.size(1) == x.size(1),
+                      "inputs: expected one dtype, batch size and number of channels");
+      sizes.push_back(t.size(2)), sizes.push_back(t.size(3));
+    }
+    Cell c(spec, x.size(0), x.size(1), eps, sizes);
+    STD_TORCH_CHECK(int64_t(inputs.size()) == c.inputs, "inputs: expected as many as the cell has");
+    STD_TORCH_CHECK(gamma.numel() == c.norms * c.mixed && beta.numel() == gamma.numel(),
+                    "gamma, beta: expected [norms, C / K]");
+    STD_TORCH_CHECK(mix.numel() == int64_t(c.edges.size()) * c.primitives, "mix: expected [edges, primitives]");
+    for (const Tensor* t : {&weights, &gamma, &beta, &mix})
+      STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "expected the dtype of the inputs everywhere");
+    return c;
+  }
+  template <class T, class S>
+  CellForward<T, S> forward(const Tensor& kept, const Tensor& moments, const Tensors& nodes) const {
+    CellForward<T, S> f;
+    for (const Tensor& x : inputs) f.inputs.push_back(batch<T>(x));
+    for (const Tensor& z : noise) {
+      STD_TORCH_CHECK(z.stride(1) == 1 || z.size(1) == 1, "noise: expected channels_last order");
+      f.noise.push_back(static_cast<const T*>(z.data_ptr()));
+    }
+    f.weights = pointer<T>(weights);
+    f.weights_size = weights.numel();
+    f.gamma = pointer<T>(gamma);
+    f.beta = pointer<T>(beta);
+    f.mix = pointer<T>(mix);
+    f.edge_weights = edge_weights ? pointer<T>(*edge_weights) : nullptr;
+    f.kept = static_cast<S*>(kept.data_ptr());
+    f.moments = static_cast<double*>(moments.data_ptr());
+    for (const Tensor& t : nodes) f.nodes.push_back(static_cast<T*>(t.data_ptr()));
+    return f;
+  }
+};
+
+// f(T, S): the types of arithmetic and of what is kept
+template <class F>
+void with_types(const Tensor& x, bool bfloat16, F&& f) {
+  if (x.scalar_type() == ScalarType::Double)
+    f(double(), double());
+  else if (bfloat16)
+    f(float(), bf16());
+  else
+    f(float(), float());
+}
+
+Tensor take_kept(const Cell& cell, const Tensor& x, bool bfloat16) {
+  bool doubles = x.scalar_type() == ScalarType::Double;
+  if (bfloat16 && !doubles) return take_vector(cell.kept_size(), ScalarType::BFloat16, 2);
+  return take_vector(cell.kept_size(), x.scalar_type(), x.element_size());
+}
+
+std::tuple<Tensors, Tensor, Tensor> cell_forward_op(const Tensors& inputs, const Tensors& noise, const Tensor& weights,
+                                                    const Tensor& gamma, const Tensor& beta, const Tensor& mix,
+                                                    std::optional<Tensor> edge_weights,
+                                                    std::optional<Tensor> moments, const Ints& spec, double eps,
+                                                    bool bfloat16) {
+  CellArguments arguments{inputs, noise, weights, gamma, beta, mix, edge_weights, spec, eps};
+  Cell cell = arguments.cell();
+  STD_TORCH_CHECK(cell.training == !moments.has_value(), "moments: expected in evaluation mode, and only there");
+  const Tensor& x = inputs[0];
+  Tensors nodes;
+  for (int i = 0; i < cell.nodes; i++) nodes.push_back(take_state(cell.images, cell.channels, cell.oh, cell.ow, x));
+  Tensor kept = take_kept(cell, x, bfloat16);
+  Tensor used = take({2, cell.norms, cell.mixed}, {cell.norms * cell.mixed, cell.mixed, 1}, ScalarType::Double, 8);
+  if (moments) {
+    const double* from = pointer<double>(*moments);
+    std::copy_n(from, used.numel(), static_cast<double*>(used.data_ptr()));
+  }
+  with_types(x, bfloat16, [&](auto t, auto s) {
+    auto data = arguments.forward<decltype(t), decltype(s)>(kept, used, nodes);
+    cell_forward(cell, data, true, parallel);
+  });
+  return {nodes, kept, used};
+}
+
+Tensor cell_kept_op(const Tensors& inputs, const Tensors& nodes, const Tensor& weights, const Tensor& gamma,
+                    const Tensor& beta, const Tensor& mix, const Tensor& moments, const Ints& spec, double eps,
+                    bool bfloat16) {
+  std::optional<Tensor> none;
+  CellArguments arguments{inputs, {}, weights, gamma, beta, mix, none, spec, eps};
+  Cell cell = arguments.cell();
+  Tensor kept = take_kept(cell, inputs[0], bfloat16);
+  Tensor again = torch::stable::clone(moments);
+  with_types(inputs[0], bfloat16, [&](auto t, auto s) {
+    auto data = arguments.forward<decltype(t), decltype(s)>(kept, again, nodes);
+    cell_forward(cell, data, false, parallel);
+  });
+  return kept;
+}
+
+std::tuple<Tensors, Tensor, Tensor, Tensor, Tensor> cell_backward_op(
+    const Tensors& grads, const Ints& grad_nodes, const Tensors& inputs, const Tensors& nodes, const Tensors& noise,
+    const Tensor& weights, const Tensor& gamma, const Tensor& beta, const Tensor& mix,
+    std::optional<Tensor> edge_weights, const Tensor& moments, Tensor kept, const Ints& spec, double eps,
+    bool bfloat16, const Ints& wanted) {
+  CellArguments arguments{inputs, noise, weights, gamma, beta, mix, edge_weights, spec, eps};
+  Cell cell = arguments.cell();
+  const Tensor& x = inputs[0];
+  STD_TORCH_CHECK(grads.size() == grad_nodes.size(), "grads: expected one for each of grad_nodes");
+  STD_TORCH_CHECK(kept.numel() == cell.kept_size(), "kept: not what the forward of this cell returned");
+  Tensors grad_inputs;
+  for (int64_t j : wanted)
+    grad_inputs.push_back(take_state(cell.images, cell.channels, inputs.at(j).size(2), inputs.at(j).size(3), x));
+  Tensor grad_gamma = take_matrix(cell.norms, cell.mixed, x), grad_beta = take_matrix(cell.norms, cell.mixed, x);
+  int64_t edges = cell.edges.size();
+  Tensor grad_mix = take_matrix(edges, cell.primitives, x);
+  Tensor grad_edges = take_vector(edge_weights ? edges : 0, x.scalar_type(), x.element_size());
+  std::vector<void*> blocks;
+  with_types(x, bfloat16, [&](auto t, auto s) {
+    using T = decltype(t);
+    CellBackward<T, decltype(s)> data;
+    data.forward = arguments.forward<T, decltype(s)>(kept, moments, nodes);
+    data.grad_nodes.resize(cell.nodes);
+    for (size_t i = 0; i < grads.size(); i++) data.grad_nodes.at(grad_nodes[i]) = batch<T>(grads[i]);
+    data.grad_inputs.resize(cell.inputs, nullptr);
+    for (size_t i = 0; i < wanted.size(); i++)
+      data.grad_inputs.at(wanted[i]) = static_cast<T*>(grad_inputs[i].data_ptr());
+    data.grad_gamma = static_cast<T*>(grad_gamma.data_ptr());
+    data.grad_beta = static_cast<T*>(grad_beta.data_ptr());
+    data.grad_mix = static_cast<T*>(grad_mix.data_ptr());
+    data.grad_edge_weights = edge_weights ? static_cast<T*>(grad_edges.data_ptr()) : nullptr;
+    cell_backward<T, decltype(s)>(cell, data, parallel, [&](int64_t bytes) {
+      blocks.push_back(pool_take(bytes));
+      return blocks.back();
+    });
+  });
+  for (void* p : blocks) pool_give(p);
+  return {grad_inputs, grad_gamma, grad_beta, grad_mix, grad_edges};
+}
+
+std::string isa_op() { return isa_name(); }
+std::string isa_best_op() { return isa_best(); }
+void pool_release_op() { pool_release(); }
+int64_t pool_cached_op() { return pool_cached(); }
+void pool_poison_op(bool on) { pool_poison(on); }
+std::string profile_op() {
+  std::string text;
+  for (const Phase& p : profile()) text += std::string(p.name) + "=" + std::to_string(p.seconds) + ";";
+  return text;
+}
+}  // namespace
+}  // namespace rfdarts
+
+// the arguments of a cell; see rfdarts_fast/ops/native.py
+#define CELL "Tensor weights, Tensor gamma, Tensor beta, Tensor mix"
+STABLE_TORCH_LIBRARY(rfdarts, m) {
+  m.def("cell_forward(Tensor[] inputs, Tensor[] noise, " CELL
+        ", Tensor? edge_weights, Tensor? moments, int[] spec, float eps, bool bfloat16)"
+        " -> (Tensor[], Tensor, Tensor)");
+  m.def("cell_kept(Tensor[] inputs, Tensor[] nodes, " CELL
+        ", Tensor moments, int[] spec, float eps, bool bfloat16) -> Tensor");
+  m.def("cell_backward(Tensor[] grads, int[] grad_nodes, Tensor[] inputs, Tensor[] nodes, Tensor[] noise, " CELL
+        ", Tensor? edge_weights, Tensor moments, Tensor(a!) kept, int[] spec, float eps, bool bfloat16, int[] wanted)"
+        " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)");
+  m.def("isa() -> str");
+  m.def("isa_best() -> str");
+  m.def("pool_release() -> ()");
+  m.def("pool_cached() -> int");
+  m.def("pool_poison(bool on) -> ()");
+  m.def("profile() -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(rfdarts, CPU, m) {
+  m.impl("cell_forward", TORCH_BOX(&rfdarts::cell_forward_op));
+  m.impl("cell_kept", TORCH_BOX(&rfdarts::cell_kept_op));
+  m.impl("cell_backward", TORCH_BOX(&rfdarts::cell_backward_op));
+}
+STABLE_TORCH_LIBRARY_IMPL(rfdarts, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&rfdarts::isa_op));
+  m.impl("isa_best", TORCH_BOX(&rfdarts::isa_best_op));
+  m.impl("pool_release", TORCH_BOX(&rfdarts::pool_release_op));
+  m.impl("pool_cached", TORCH_BOX(&rfdarts::pool_cached_op));
+  m.impl("pool_poison", TORCH_BOX(&rfdarts::pool_poison_op));
+  m.impl("profile", TORCH_BOX(&rfdarts::profile_op));
+}
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,110 @@
+// What a cell's forward and backward share.
+#pragma once
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "rfdarts/cell.h"
+
+namespace rfdarts {
+
+enum PhaseId { kStage1, kStage2, kNodes, kNodesBackward, kStage2Backward, kStage1Backward, kPhases };
+struct Timed {
+  explicit Timed(PhaseId phase);
+  ~Timed();
+  PhaseId phase;
+  std::chrono::steady_clock::time_point begin;
+};
+
+// Scratch of one thread: taken piece by piece, given back at once.
+class Scratch {
+ public:
+  Scratch();
+  // the whole arena must be known before the first piece is used; zeroed pieces are zero at the first use
+  template <class T>
+  T* take(int64_t n, bool zero = false) {
+    // skewed so that pieces do not share cache sets
+    int64_t bytes = (n * int64_t(sizeof(T)) + 63) / 64 * 64 + 320;
+    T* p = static_cast<T*>(grab(bytes));
+    if (zero) std::memset(static_cast<void*>(p), 0, n * sizeof(T));
+    return p;
+  }
+
+ private:
+  void* grab(int64_t bytes);
+  size_t block_ = 0;
+  int64_t used_ = 0;
+};
+
+// Per-channel coefficients in the width that the kernels read.
+template <class T>
+class Coefficients {
+ public:
+  Coefficients() = default;
+  Coefficients(int64_t rows, int64_t c, int64_t period) : c_(c), period_(period), values_(rows * period) {}
+  void set(int64_t row, int64_t channel, double value) {
+    for (int64_t k = channel; k < period_; k += c_) values_[row * period_ + k] = T(value);
+  }
+  void set(int64_t row, double value) {
+    for (int64_t i = 0; i < c_; i++) set(row, i, value);
+  }
+  const T* row(int64_t r) const { return values_.data() + r * period_; }
+
+ private:
+  int64_t c_ = 0, period_ = 0;
+  std::vector<T> values_;
+};
+
+template <class T, class S>
+struct CellContext {
+  const Cell& cell;
+  CellForward<T, S>& data;
+  const Parallel& parallel;
+  const Kernels<T, S>& k = kernels<T, S>();
+  int64_t cm = cell.mixed, period = k.repeat(cm);
+  std::vector<T> repeated;  // packed weights, rows repeated to `period`
+  std::vector<Batch<T>> states;
+
+  CellContext(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel)
+      : cell(cell), data(data), parallel(parallel), states(data.inputs) {
+    for (T* node : data.nodes) states.push_back({node, cell.pixels() * cell.channels, cell.ow * cell.channels,
+                                                 cell.channels});
+    if (period == cm) return;
+    repeated.resize(data.weights_size / cm * period);
+    for (int64_t r = 0; r < data.weights_size / cm; r++)
+      for (int64_t j = 0; j < period; j++) repeated[r * period + j] = data.weights[r * cm + j % cm];
+  }
+
+  // packed weights of one convolution pair
+  struct Pair {
+    const T *dw, *pw, *pw_t;
+    Conv conv;
+  };
+  Pair pair(const Branch& b, bool second, int stride) const {
+    if (second) stride = 1;
+    bool wide = stride != 1 || period == cm;
+    const T* base = wide ? data.weights : repeated.data();
+    int64_t row = wide ? cm : period, taps = b.kernel * b.kernel;
+    const T* dw = base + (b.weight / cm + (second ? taps + 2 * cm : 0)) * row;
+    return {dw, dw + taps * row, dw + (taps + cm) * row, {b.kernel, b.dilation, stride}};
+  }
+  S* slot(int s, int64_t n) const { return data.kept + (s * cell.images + n) * cell.image(); }
+  double mean(int norm, int64_t i) const { return data.moments[norm * cm + i]; }
+  double variance(int norm, int64_t i) const { return data.moments[(cell.norms + norm) * cm + i]; }
+  double rstd(int norm, int64_t i) const { return 1 / std::sqrt(variance(norm, i) + cell.eps); }
+  double gamma(int norm, int64_t i) const { return data.gamma[norm * cm + i]; }
+  double beta(int norm, int64_t i) const { return data.beta[norm * cm + i]; }
+  double mix(int edge, int primitive) const { return data.mix[edge * cell.primitives + primitive]; }
+  double edge_weight(int edge) const { return data.edge_weights ? data.edge_weights[edge] : 1; }
+  double strength(int edge, int primitive) const { return mix(edge, primitive) * edge_weight(edge); }
+
+  // x without its strides: itself where it has none
+  const T* dense(View<T> x, int64_t h, int64_t w, int64_t c, T* room) const {
+    if (x.pixel == c && x.row == w * c) return x.data;
+    k.pack(x, h, w, c, room);
+    return room;
+  }
+};
+
+}  // namespace rfdarts

@@ -1,0 +1,106 @@
+// 1x1 convolutions: out[p][o] = sum_i d[p][i] w[i][o], a tile of pixels and output channels in registers.
+template <class T, int L, int Pixels, int Blocks, class Out>
+RF_INLINE void pointwise_tile(const T* d, int64_t ci, const T* w, int64_t co, Out&& out) {
+  Vec<T, L> acc[Pixels * Blocks];
+  unroll<Pixels * Blocks>(RF_LAMBDA(i) { acc[i] = Vec<T, L>{}; });
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < ci; i++) {
+    Vec<T, L> column[Blocks];
+    unroll<Blocks>(RF_LAMBDA(n) { column[n] = load<L>(w + i * co + n * L); });
+    unroll<Pixels>(RF_LAMBDA(m) {
+      T value = d[m * ci + i];
+      unroll<Blocks>(RF_LAMBDA(n) { acc[m * Blocks + n] += column[n] * value; });
+    });
+  }
+  unroll<Pixels>(RF_LAMBDA(m) {
+    unroll<Blocks>(RF_LAMBDA(n) { out(int64_t(m), int64_t(n * L), acc[m * Blocks + n]); });
+  });
+}
+
+// out(pixel, channel, value) for `pixels` pixels and the Blocks * L channels from `channel` on
+template <class T, int L, int Pixels, int Blocks, class Out>
+RF_INLINE void pointwise_columns(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co, Out&& out) {
+  int64_t p = 0;
+  for (; p + Pixels <= pixels; p += Pixels)
+    pointwise_tile<T, L, Pixels, Blocks>(d + p * ci, ci, w, co,
+                                         [&](int64_t m, int64_t n, Vec<T, L> v)
+                                             __attribute__((always_inline)) { out(p + m, n, v); });
+  for (; p < pixels; p++)
+    pointwise_tile<T, L, 1, Blocks>(d + p * ci, ci, w, co,
+                                    [&](int64_t m, int64_t n, Vec<T, L> v)
+                                        __attribute__((always_inline)) { out(p + m, n, v); });
+}
+
+// Where the tiles of a strip go: into a framed row or dense rows, plain.
+template <class T, int L, int Pixels, int Blocks>
+__attribute__((noinline)) void pointwise_plain(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
+                                               T* out) {
+  pointwise_columns<T, L, Pixels, Blocks>(d, pixels, ci, w, co,
+                                          [&](int64_t p, int64_t n, Vec<T, L> v)
+                                              __attribute__((always_inline)) { store<L>(out + p * co + n, v); });
+}
+
+// Kept as S, with sums of (y - shift) and its square over the strip.
+template <class T, class S, int L, int Pixels, int Blocks, bool NonTemporal>
+__attribute__((noinline)) void pointwise_moments(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
+                                                 S* y, const T* shift, T* sum, T* square) {
+  Vec<T, L> about[Blocks], s[Blocks], q[Blocks];
+  unroll<Blocks>(RF_LAMBDA(n) {
+    about[n] = load<L>(shift + n * L);
+    s[n] = q[n] = Vec<T, L>{};
+  });
+  pointwise_columns<T, L, Pixels, Blocks>(
+      d, pixels, ci, w, co, [&](int64_t p, int64_t n, Vec<T, L> v) __attribute__((always_inline)) {
+        if constexpr (NonTemporal)
+          stream<L>(y + p * co + n, v);
+        else
+          store<L>(y + p * co + n, v);
+        Vec<T, L> off = v - about[n / L];
+        s[n / L] += off;
+        q[n / L] += off * off;
+      });
+  unroll<Blocks>(RF_LAMBDA(n) {
+    store<L>(sum + n * L, s[n]);
+    store<L>(square + n * L, q[n]);
+  });
+}
+
+// Tile shapes: as many accumulators as the registers hold beside the columns of w.
+template <int Blocks>
+constexpr int kTilePixels = kManyRegisters ? (Blocks == 1 ? 16 : Blocks == 2 ? 8 : 4) : (Blocks == 1 ? 8 : 4);
+
+// f(blocks, channel) over groups of output channels
+template <int L, class F>
+RF_INLINE void for_column_groups(int64_t co, F&& f) {
+  int64_t o = 0;
+  if constexpr (kManyRegisters)
+    for (; o + 4 * L <= co; o += 4 * L) f(std::integral_constant<int, 4>{}, o);
+  for (; o + 2 * L <= co; o += 2 * L) f(std::integral_constant<int, 2>{}, o);
+  for (; o < co; o += L) f(std::integral_constant<int, 1>{}, o);
+}
+
+template <class T, int L>
+void pointwise(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co, T* out) {
+  for_column_groups<L>(co, [&](auto blocks, int64_t o) {
+    pointwise_plain<T, L, kTilePixels<blocks>, blocks>(d, pixels, ci, w + o, co, out + o);
+  });
+}
+
+// Flat: C divides a vector, which holds several pixels; lane l of row i of w is w[i][l % C].
+template <int L, int C, int I, int... l>
+RF_INLINE auto channel_mask(std::integer_sequence<int, l...>) {
+  return std::integer_sequence<int, (l / C * C + I)...>{};
+}
+template <class T, int I, int... l>
+RF_INLINE Vec<T, kLanes<T>> permute(Vec<T, kLanes<T>> v, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(v, v, l...);
+}
+template <class T, int C>
+RF_INLINE Vec<T, kLanes<T>> pointwise_flat(Vec<T, kLanes<T>> d, const Vec<T, kLanes<T>>* w) {
+  constexpr int L = kLanes<T>;
+  Vec<T, L> acc = Vec<T, L>{};
+  unroll<C>(RF_LAMBDA(i) {
+    acc += permute<T, i>(d, channel_mask<L, C, i>(std::make_integer_sequence<int, L>{})) * w[i];
+  });
+  return acc;
+}

@@ -1,0 +1,80 @@
+// 3x3 pools with padding 1 of a dense image, windows clipped at the border (count_include_pad=False).
+inline int64_t pooled(int64_t n, int stride) { return (n - 1) / stride + 1; }
+inline int64_t window(int64_t center, int64_t n) { return 1 + (center > 0) + (center < n - 1); }
+
+template <class T>
+void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* max, T* avg, T* scratch) {
+  int64_t oh = pooled(h, stride), ow = pooled(w, stride), row = w * c;
+  // one row's maxima and sums over its three rows, with one pixel of border
+  T *tall_max = scratch + c, *tall_sum = tall_max + row + 2 * c;
+  constexpr T lowest = -std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < c; i++) {
+    tall_max[i - c] = tall_max[row + i] = lowest;
+    tall_sum[i - c] = tall_sum[row + i] = 0;
+  }
+  for (int64_t r = 0; r < oh; r++) {
+    int64_t y = r * stride;
+    const T *mid = x + y * row, *up = y > 0 ? mid - row : mid, *down = y < h - 1 ? mid + row : mid;
+    T has_up = y > 0, has_down = y < h - 1;
+    sweep<T>(row, repeated<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      Vec<T, L> a = load<L>(up + i), b = load<L>(mid + i), d = load<L>(down + i);
+      store<L>(tall_max + i, max_vec<T, L>(max_vec<T, L>(a, b), d));
+      // a clamped row repeats the middle one, which must not count twice
+      Vec<T, L> zero = Vec<T, L>{};
+      store<L>(tall_sum + i, b + (has_up ? a : zero) + (has_down ? d : zero));
+    });
+    T tall = window(y, h);
+    T *to_max = max + r * ow * c, *to_avg = avg + r * ow * c;
+    auto pixel = [&](auto lanes, int64_t at, int64_t i, T scale) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      Vec<T, L> left = load<L>(tall_max + i - c), mid = load<L>(tall_max + i), right = load<L>(tall_max + i + c);
+      store<L>(to_max + at, max_vec<T, L>(max_vec<T, L>(left, mid), right));
+      store<L>(to_avg + at, (load<L>(tall_sum + i - c) + load<L>(tall_sum + i) + load<L>(tall_sum + i + c)) * scale);
+    };
+    T inner = 1 / (3 * tall);
+    if (stride == 1) {
+      sweep<T>(row, repeated<T>(c),
+               [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) { pixel(lanes, i, i, inner); });
+    } else {
+      with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+        for (int64_t q = 0; q < ow; q++)
+          for (int64_t k = 0; k < c; k += lanes) pixel(lanes, q * c + k, q * stride * c + k, inner);
+      });
+    }
+    for (int64_t q : {int64_t(0), ow - 1}) {
+      T scale = 1 / (tall * window(q * stride, w));
+      for (int64_t k = 0; k < c; k++)
+        pixel(std::integral_constant<int, 1>{}, q * c + k, q * stride * c + k, scale);
+    }
+  }
+}
+
+// The first maximum in row-major order takes its window's gradient, as in torch.
+template <class T>
+void pool_backward(const T* x, const T* max, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c,
+                   int stride, T* dx) {
+  int64_t oh = pooled(h, stride), ow = pooled(w, stride);
+  with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+    constexpr int L = lanes;
+    using Mask = decltype(Vec<T, L>{} < Vec<T, L>{});
+    for (int64_t r = 0; r < oh; r++)
+      for (int64_t q = 0; q < ow; q++) {
+        int64_t y0 = most<int64_t>(r * stride - 1, 0), y1 = least<int64_t>(r * stride + 1, h - 1);
+        int64_t x0 = most<int64_t>(q * stride - 1, 0), x1 = least<int64_t>(q * stride + 1, w - 1);
+        for (int64_t k = 0; k < c; k += L) {
+          int64_t o = (r * ow + q) * c + k;
+          Vec<T, L> top = load<L>(max + o), dm = load<L>(d_max + o), da = load<L>(d_avg + o);
+          Mask open = ~Mask{};
+          for (int64_t y = y0; y <= y1; y++)
+            for (int64_t p = x0; p <= x1; p++) {
+              int64_t i = (y * w + p) * c + k;
+              // true for a NaN maximum too, so that its gradient is not lost
+              Mask hit = ~(load<L>(x + i) < top) & open;
+              open &= ~hit;
+              store<L>(dx + i, load<L>(dx + i) + da + (hit ? dm : Vec<T, L>{}));
+            }
+        }
+      }
+  });
+}

@@ -1,0 +1,67 @@
+// The kernels for one instruction set. RFDARTS_ISA names the namespace, RFDARTS_VECTOR_BYTES the vector.
+// Everything here has internal linkage: an inline function shared with another file's target would be one
+// copy for both.
+namespace rfdarts {
+namespace {
+namespace RFDARTS_ISA {
+#include "vec.h"
+
+#include "depthwise.h"
+#include "elementwise.h"
+#include "pointwise.h"
+#include "pool.h"
+
+#include "bypass.h"
+#include "image.h"
+#include "image_backward.h"
+
+template <class T, class S>
+constexpr Kernels<T, S> make_table(const char* name) {
+  Kernels<T, S> k{};
+  k.name = name;
+  k.repeat = repeated<T>;
+  k.frame = make_frame<T>;
+  k.frame_relu = frame_relu<T>;
+  k.frame_affine_relu = frame_affine_relu<T, S>;
+  k.conv_forward = conv_forward<T, S>;
+  k.reduce_forward = reduce_forward<T, S>;
+  k.pack = pack<T>;
+  k.pool_forward = pool_forward<T>;
+  k.moments = moments<T>;
+  k.pool_backward = pool_backward<T>;
+  k.sum_kept = sum_streams<T, S>;
+  k.sum_states = sum_streams<T, T>;
+  k.dot_kept = [](const T* g, int n, const S* const* src, const T* mean, double* out, int64_t size, int64_t c,
+                  T* scratch) { dot_streams<T, S>(g, n, src, mean, out, nullptr, size, c, scratch); };
+  k.dot_states = dot_streams<T, T>;
+  k.conv_backward = conv_backward<T, T, S>;
+  k.conv_backward_kept = conv_backward<T, S, S>;
+  k.reduce_backward = reduce_backward<T, S>;
+  k.relu_backward_inner = relu_backward_inner<T, S>;
+  k.relu_backward_add = relu_backward_add<T>;
+  k.divide_by_window = divide_by_window<T>;
+  k.unshuffle = unshuffle<T>;
+  k.shuffle = shuffle<T>;
+  k.join = join<T>;
+  k.half_pool_forward = half_pool_forward<T>;
+  k.half_pool_backward = half_pool_backward<T>;
+  return k;
+}
+}  // namespace RFDARTS_ISA
+}  // namespace
+
+#define RF_NAME2(isa) #isa
+#define RF_NAME(isa) RF_NAME2(isa)
+#define RF_TABLE2(isa, kind) table_##isa##_##kind
+#define RF_TABLE(isa, kind) RF_TABLE2(isa, kind)
+extern const Kernels<float, float> RF_TABLE(RFDARTS_ISA, f32);
+extern const Kernels<float, bf16> RF_TABLE(RFDARTS_ISA, bf16);
+const Kernels<float, float> RF_TABLE(RFDARTS_ISA, f32) =
+    RFDARTS_ISA::make_table<float, float>(RF_NAME(RFDARTS_ISA));
+const Kernels<float, bf16> RF_TABLE(RFDARTS_ISA, bf16) =
+    RFDARTS_ISA::make_table<float, bf16>(RF_NAME(RFDARTS_ISA));
+#ifdef RFDARTS_WITH_DOUBLE
+extern const Kernels<double, double> table_f64;
+const Kernels<double, double> table_f64 = RFDARTS_ISA::make_table<double, double>(RF_NAME(RFDARTS_ISA));
+#endif
+}  // namespace rfdarts

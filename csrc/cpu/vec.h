@@ -1,0 +1,114 @@
+// Vectors of L lanes in GCC's vector extension. Included inside each instruction set's namespace.
+#define RF_INLINE inline __attribute__((always_inline))
+
+template <class T, int L>
+struct VecType {
+  typedef T type __attribute__((vector_size(L * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+template <class T, int L>
+using Vec = typename VecType<T, L>::type;
+
+template <class T>
+constexpr int kLanes = RFDARTS_VECTOR_BYTES / sizeof(T);
+// registers left for accumulators decide the tiles
+constexpr bool kManyRegisters = RFDARTS_VECTOR_BYTES == 64;
+
+// Own versions of a few std functions: a template of std instantiated here under one instruction set could be
+// the copy that the linker picks for the whole library.
+template <class I>
+RF_INLINE I least(I a, I b) {
+  return b < a ? b : a;
+}
+template <class I>
+RF_INLINE I most(I a, I b) {
+  return a < b ? b : a;
+}
+template <class T>
+RF_INLINE void fill(T* p, int64_t n, T value) {
+  for (int64_t i = 0; i < n; i++) p[i] = value;
+}
+template <class T>
+RF_INLINE void copy(const T* from, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; i++) to[i] = from[i];
+}
+
+template <class F, int... I>
+RF_INLINE void unroll_impl(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+// keeps arrays of vectors in registers where a pragma does not
+template <int N, class F>
+RF_INLINE void unroll(F&& f) {
+  unroll_impl(f, std::make_integer_sequence<int, N>{});
+}
+#define RF_LAMBDA(i) [&](auto i) __attribute__((always_inline))
+
+template <int L, class T>
+  requires std::is_floating_point_v<T>
+RF_INLINE Vec<T, L> load(const T* p) {
+  return *reinterpret_cast<const Vec<T, L>*>(p);
+}
+template <int L>
+RF_INLINE Vec<float, L> load(const bf16* p) {
+  auto wide = __builtin_convertvector(*reinterpret_cast<const Vec<uint16_t, L>*>(p), Vec<uint32_t, L>) << 16;
+  return reinterpret_cast<Vec<float, L>&>(wide);
+}
+template <int L, class T>
+  requires std::is_floating_point_v<T>
+RF_INLINE void store(T* p, Vec<T, L> v) {
+  *reinterpret_cast<Vec<T, L>*>(p) = v;
+}
+template <int L>
+RF_INLINE void store(bf16* p, Vec<float, L> v) {
+  auto bits = reinterpret_cast<Vec<uint32_t, L>&>(v);
+  // round to nearest even; a NaN keeps its upper half, with the quiet bit set so that it stays one
+  auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  auto kept = (v != v) ? (bits | 0x400000u) : rounded;
+  *reinterpret_cast<Vec<uint16_t, L>*>(p) = __builtin_convertvector(kept >> 16, Vec<uint16_t, L>);
+}
+// past the caches, for results that are next read after they would have been evicted
+template <int L, class T>
+  requires std::is_floating_point_v<T>
+RF_INLINE void stream(T* p, Vec<T, L> v) {
+#if RFDARTS_VECTOR_BYTES == 64
+  if constexpr (L * sizeof(T) == 64) {
+    if constexpr (sizeof(T) == 4)
+      _mm512_stream_ps(p, (__m512)v);
+    else
+      _mm512_stream_pd(p, (__m512d)v);
+    return;
+  }
+#endif
+  store<L>(p, v);
+}
+template <int L>
+RF_INLINE void stream(bf16* p, Vec<float, L> v) {
+  store<L>(p, v);
+}
+
+template <int L, class T>
+RF_INLINE Vec<T, L> splat(T s) {
+  return s - Vec<T, L>{};
+}
+// a NaN is not <= 0 and passes, as in torch
+template <class T, int L>
+RF_INLINE Vec<T, L> relu_vec(Vec<T, L> v) {
+  return v <= 0 ? Vec<T, L>{} : v;
+}
+// the larger, or NaN if either is
+template <class T, int L>
+RF_INLINE Vec<T, L> max_vec(Vec<T, L> a, Vec<T, L> b) {
+  auto larger = b > a ? b : a;
+  return b != b ? b : larger;
+}
+
+// A vector that divides C channels, as a constant handed to f: full, or 4 lanes, or one. (More would only make
+// the build longer: elementwise passes repeat small C, and flat convolutions have their own code.)
+template <class T, class F>
+RF_INLINE void with_lanes(int64_t c, F&& f) {
+  constexpr int full = kLanes<T>;
+  if (c % full == 0) return f(std::integral_constant<int, full>{});
+  if constexpr (full > 4)
+    if (c % 4 == 0) return f(std::integral_constant<int, 4>{});
+  f(std::integral_constant<int, 1>{});
+}

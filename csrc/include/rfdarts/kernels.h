@@ -1,0 +1,101 @@
+// What one image needs: the kernels that a cell is made of, on raw pointers, one table per instruction set.
+#pragma once
+#include <cstdint>
+
+namespace rfdarts {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// One image, NHWC: consecutive channels, any pixel and row stride (in elements).
+template <class T>
+struct View {
+  const T* data;
+  int64_t row;
+  int64_t pixel;
+};
+
+struct Conv {
+  int kernel;
+  int dilation;
+  int stride;
+};
+
+// Scratch image with room around it: `origin` is where pixel (0, 0) lies, `rows` is how far apart rows are.
+struct Frame {
+  int64_t origin;
+  int64_t pitch;
+  int64_t size;
+};
+
+// Per-channel coefficients, repeated until they fill whole vectors: see `repeat`.
+// T: arithmetic and states. S: how branch outputs are kept (T, or bf16 beside float).
+template <class T, class S>
+struct Kernels {
+  const char* name;
+  // Channels that a coefficient array must hold for C channels.
+  int64_t (*repeat)(int64_t c);
+  Frame (*frame)(int64_t h, int64_t w, int64_t c, int stride);
+
+  // dst frame = relu(x)
+  void (*frame_relu)(View<T> x, int64_t h, int64_t w, int64_t c, Frame f, T* dst);
+  // dst frame = relu(scale y + shift); scale, shift repeated
+  void (*frame_affine_relu)(const S* y, const T* scale, const T* shift, int64_t h, int64_t w, int64_t c, Frame f,
+                            T* dst);
+
+  // y = pointwise(depthwise(x frame)); mean and sum of squared deviations of y per channel.
+  void (*conv_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw,
+                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch);
+  // FactorizedReduce: y = [w1 x(2r, 2q) | w2 x(2r+1, 2q+1)], both as one [2C, C] matrix.
+  void (*reduce_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, const T* pw, S* y, double* mean,
+                         double* deviation, T* scratch);
+  // dense = x without its strides
+  void (*pack)(View<T> x, int64_t h, int64_t w, int64_t c, T* dense);
+  // 3x3 pools of a dense image; scratch of 2 (w + 2) c
+  void (*pool_forward)(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* max, T* avg, T* scratch);
+  void (*moments)(const T* y, int64_t pixels, int64_t c, double* mean, double* deviation);
+  // dx += gradients of both pools; d_avg already divided by its window's size
+  void (*pool_backward)(const T* x, const T* max, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c,
+                        int stride, T* dx);
+
+  // dst = (first ? bias : dst) + sum_k coef[k] src[k]; coef [n][repeat], bias [repeat] or null
+  void (*sum_kept)(T* dst, bool first, int n, const S* const* src, const T* coef, const T* bias, int64_t size,
+                   int64_t period);
+  void (*sum_states)(T* dst, bool first, int n, const T* const* src, const T* coef, const T* bias, int64_t size,
+                     int64_t period);
+  // out[k][c] += sum g (src[k] - mean[k]); out [n][C], mean [n][repeat]. g_sum[c] += sum g.
+  void (*dot_kept)(const T* g, int n, const S* const* src, const T* mean, double* out, int64_t size, int64_t c,
+                   T* scratch);
+  void (*dot_states)(const T* g, int n, const T* const* src, const T* mean, double* out, double* g_sum,
+                     int64_t size, int64_t c, T* scratch);
+
+  // d = coef0 g + coef1 (y - coef2) + coef3, coef [4][repeat]; then dx += depthwise^T(pointwise^T(d)).
+  void (*conv_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
+                        const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch);
+  void (*conv_backward_kept)(const S* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
+                             const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch);
+  void (*reduce_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, const T* pw_t,
+                          T* dx, T* scratch);
+  // du = dx where scale y + shift > 0; sums of du and du (y - mean). du may be where y2 was.
+  void (*relu_backward_inner)(const T* dx, const S* y, const T* scale, const T* shift, const T* mean, S* du,
+                              double* sum, double* dot, int64_t size, int64_t c, T* scratch);
+  void (*relu_backward_add)(const T* dx, const T* x, T* rest, int64_t size, int64_t c);
+  void (*divide_by_window)(T* d, int64_t h, int64_t w, int64_t c, int stride);
+
+  // Partial channels. planar [pixels][C]: group after group; its first C/K channels are the mixed op's.
+  void (*unshuffle)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* planar, T* mixed);
+  void (*shuffle)(const T* mixed, const T* planar, int64_t pixels, int64_t c, int64_t K, T* out);
+  void (*join)(const T* mixed, const T* planar, View<T> outer, int64_t h, int64_t w, int64_t c, int64_t cm, T* dst);
+  void (*half_pool_forward)(View<T> x, int64_t h, int64_t w, int64_t c, T* out);
+  void (*half_pool_backward)(View<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx);
+};
+
+template <class T, class S>
+const Kernels<T, S>& kernels();
+
+// "avx512", "avx2" or "baseline": the best that this processor runs, or what RFDARTS_CPU_ISA names.
+const char* isa_name();
+const char* isa_best();
+
+}  // namespace rfdarts

@@ -1,0 +1,214 @@
+"""The compiled CPU engine for mixed ops with frozen convolutions: one autograd node for a whole cell.
+
+The kernels are in csrc/; `rfdarts::cell_forward`, `cell_kept` and `cell_backward` are their ops.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rfdarts_fast.ops.native_plan import (
+    Plan,
+    gamma_beta,
+    plan_of,
+    running_moments,
+    training_mode,
+    update_running,
+)
+from rfdarts_fast.ops.reference import Edge
+
+Storage = Literal["same", "bfloat16"]
+
+_missing: str | None = None
+try:
+    importlib.import_module("rfdarts_fast.ops._C")
+except ImportError as error:
+    _missing = f"the compiled kernels were not built or do not load ({error})"
+
+
+def status() -> dict[str, str | bool]:
+    """What is built and which instruction set runs: `built`, `isa`, `isa_best`, or `reason` where not built."""
+    if _missing is not None:
+        return {"built": False, "reason": _missing}
+    ops = torch.ops.rfdarts
+    return {"built": True, "isa": ops.isa(), "isa_best": ops.isa_best()}
+
+
+def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
+    """Why the engine cannot compute this cell, or None if it can."""
+    if _missing is not None:
+        return _missing
+    for x in inputs:
+        if x.device.type != "cpu":
+            return f"no kernels for device {x.device.type}"
+        if x.dtype not in (torch.float32, torch.float64):
+            return f"no kernels for dtype {x.dtype}"
+        if x.dtype != inputs[0].dtype:
+            return "inputs of different dtypes"
+        if x.dim() != 4 or x.numel() == 0:
+            return "inputs that are not [N, C, H, W], or empty"
+        if x.shape[1] != edges[0].channels:
+            return f"inputs of {x.shape[1]} channels for edges of {edges[0].channels}"
+    plan = plan_of(edges, len(inputs))
+    if isinstance(plan, str):
+        return f"no kernels for {plan}"
+    if plan.stride == 2 and any(x.shape[2] % 2 or x.shape[3] % 2 for x in inputs):
+        return "a reduction of an odd image size"
+    for conv in plan.convs:
+        weight = conv._parameters["weight"]
+        assert weight is not None
+        if weight.requires_grad:
+            return "a convolution is trained; the kernels have no weight gradients"
+        if weight.dtype != inputs[0].dtype:
+            return "convolutions and inputs of different dtypes"
+    for norm in plan.norms:
+        weight = norm._parameters["weight"]
+        if weight is not None and weight.dtype != inputs[0].dtype:
+            return "BatchNorms and inputs of different dtypes"
+    mode = training_mode(plan)
+    return mode if isinstance(mode, str) else None
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """x itself where channels are consecutive, else a channels_last copy."""
+    if x.stride(1) == 1 and x.stride(3) >= x.shape[1]:
+        return x
+    copy = torch.empty_like(x, memory_format=torch.channels_last)
+    return copy.copy_(x)
+
+
+class CellFunction(torch.autograd.Function):
+    """All nodes of a cell; see `mixed_cell`. Not differentiable twice: nothing in the package needs that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        spec: list[int],
+        options: tuple[bool, bool],
+        moments: Tensor | None,
+        noise: list[Tensor],
+        gamma: Tensor,
+        beta: Tensor,
+        mix: Tensor,
+        edge_weights: Tensor | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        recompute, bfloat16 = options
+        weights = plan.weights()
+        eps = plan.norms[0].eps if plan.norms else 1e-5
+        dense = [_nhwc(x.detach()) for x in inputs]
+        nodes, kept, used = torch.ops.rfdarts.cell_forward(
+            dense, noise, weights, gamma, beta, mix, edge_weights, moments, spec, eps, bfloat16
+        )
+        ctx.spec, ctx.eps, ctx.bfloat16 = spec, eps, bfloat16
+        # the backward uses `kept` up; None is filled again from the states
+        ctx.kept = None if recompute else kept
+        ctx.set_materialize_grads(False)
+        ctx.inputs, ctx.noises = len(inputs), len(noise)
+        ctx.save_for_backward(*dense, *nodes, *noise, weights, gamma, beta, mix, edge_weights, used)
+        ctx.mark_non_differentiable(used)
+        return (*nodes, used)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        weights, gamma, beta, mix, edge_weights, moments = saved[-6:]
+        inputs, rest = saved[: ctx.inputs], saved[ctx.inputs : -6]
+        nodes, noise = rest[: len(rest) - ctx.noises], rest[len(rest) - ctx.noises :]
+        spec, eps, bfloat16 = ctx.spec, ctx.eps, ctx.bfloat16
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            # statistics are the saved ones
+            again = [*spec[:5], 0, *spec[6:]]
+            kept = torch.ops.rfdarts.cell_kept(
+                inputs, nodes, weights, gamma, beta, mix, moments, again, eps, bfloat16
+            )
+        present = [i for i, grad in enumerate(grads[:-1]) if grad is not None]
+        given = [_nhwc(grads[i]) for i in present]  # type: ignore[arg-type]
+        wanted = [i for i in range(ctx.inputs) if ctx.needs_input_grad[9 + i]]
+        grad_inputs, grad_gamma, grad_beta, grad_mix, grad_edges = torch.ops.rfdarts.cell_backward(
+            given,
+            present,
+            inputs,
+            nodes,
+            noise,
+            weights,
+            gamma,
+            beta,
+            mix,
+            edge_weights,
+            moments,
+            kept,
+            spec,
+            eps,
+            bfloat16,
+            wanted,
+        )
+        outputs: list[Tensor | None] = [None] * ctx.inputs
+        for i, grad in zip(wanted, grad_inputs, strict=True):
+            outputs[i] = grad
+        edges = grad_edges if edge_weights is not None else None
+        return (None, None, None, None, None, grad_gamma, grad_beta, grad_mix, edges, *outputs)
+
+
+def mixed_cell(
+    edges: Sequence[Edge],
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    edge_weights: Tensor | None = None,
+    memory: Literal["fast", "recompute"] = "fast",
+    storage: Storage = "same",
+) -> list[Tensor]:
+    """The engine behind `rfdarts_fast.ops.mixed_cell`, for cells that `why_not` has nothing against.
+
+    Args:
+        memory: "fast" keeps all branch outputs for the backward, "recompute" the states only; the gradients
+            are the same bit for bit.
+        storage: "bfloat16" keeps branch outputs in half the bytes, float32 inputs only.
+
+    Raises:
+        RuntimeError: if the engine cannot run this cell.
+        ValueError: for BatchNorms in training mode with a single value per channel, as BatchNorm2d.
+    """
+    plan = plan_of(edges, len(inputs))
+    if isinstance(plan, str):
+        raise RuntimeError(f"no kernels for {plan}")
+    training = training_mode(plan)
+    if isinstance(training, str):
+        raise RuntimeError(training)
+    x = inputs[0]
+    n, _, h, w = x.shape
+    stride = edges[0].stride
+    pixels = n * (h // stride) * (w // stride)
+    if training and plan.norms and pixels == 1:
+        raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
+    noise = []
+    for _ in range(plan.noises):
+        drawn = torch.randn(n, plan.channels // plan.K, h // stride, w // stride, dtype=x.dtype)
+        noise.append(drawn.contiguous(memory_format=torch.channels_last))
+    gamma, beta = gamma_beta(plan, x)
+    moments = None if training else running_moments(plan)
+    spec = [*plan.spec[:5], int(training), *plan.spec[6:]]
+    *nodes, used = CellFunction.apply(
+        plan,
+        spec,
+        (memory == "recompute", storage == "bfloat16"),
+        moments,
+        noise,
+        gamma,
+        beta,
+        weights.contiguous(),
+        None if edge_weights is None else edge_weights.contiguous(),
+        *inputs,
+    )
+    if training:
+        update_running(plan, used, pixels)
+    return nodes

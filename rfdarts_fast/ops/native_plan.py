@@ -1,0 +1,281 @@
+"""What the compiled engine needs to know of a cell's modules, found once per cell and checked at each call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+from rfdarts_fast.ops.reference import Edge
+
+
+class Op(IntEnum):
+    """The numbers of csrc/include/rfdarts/cell.h."""
+
+    NONE = 0
+    MAX_POOL = 1
+    AVG_POOL = 2
+    IDENTITY = 3
+    REDUCE = 4
+    SEP_CONV = 5
+    DIL_CONV = 6
+    NOISE = 7
+
+
+class Unsupported(Exception):
+    """The compiled engine has no kernel for this; the message says for what."""
+
+
+@dataclass
+class Plan:
+    """A cell in the terms of the kernels.
+
+    Attributes:
+        spec: the flat description that the ops take; `training` is written into it at each call.
+        norms: all BatchNorms, in the order of the rows of gamma, beta and the moments.
+        convs: groups of convolutions whose weights are packed together, in packing order.
+        slots: where each module was found, so that a replaced one is noticed.
+    """
+
+    spec: list[int] = field(default_factory=list)
+    norms: list[nn.BatchNorm2d] = field(default_factory=list)
+    convs: list[nn.Conv2d] = field(default_factory=list)
+    slots: list[tuple[dict, str, nn.Module | None]] = field(default_factory=list)
+    noises: int = 0
+    channels: int = 0
+    K: int = 1
+    stride: int = 1
+    packed: Tensor | None = None
+    packed_from: tuple = ()
+    packers: list = field(default_factory=list)
+    size: int = 0
+
+    def current(self) -> bool:
+        return all(modules.get(name) is module for modules, name, module in self.slots)
+
+    def weights(self) -> Tensor:
+        """All frozen convolutions in one vector, packed again when one has changed."""
+        tensors = [conv._parameters["weight"] for conv in self.convs]
+        state = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)  # type: ignore[union-attr]
+        if self.packed is None or state != self.packed_from:
+            with torch.no_grad():
+                parts = [part.reshape(-1) for pack in self.packers for part in pack()]
+                like = self.convs[0].weight if self.convs else torch.empty(0)
+                self.packed = torch.cat(parts) if parts else like.new_empty(0)
+            self.packed_from = state
+        return self.packed
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Plan | str]] = weakref.WeakKeyDictionary()
+
+
+def plan_of(edges: Sequence[Edge], inputs: int) -> Plan | str:
+    """The plan of a cell, or the reason why there is none."""
+    key = (inputs, *(id(edge) for edge in edges))
+    found = _plans.get(edges[0])  # type: ignore[call-overload]
+    if found is not None and found[0] == key and (isinstance(found[1], str) or found[1].current()):
+        return found[1]
+    plan: Plan | str
+    try:
+        plan = _make(edges, inputs)
+    except Unsupported as reason:
+        plan = str(reason)
+    _plans[edges[0]] = (key, plan)  # type: ignore[index]
+    return plan
+
+
+def _make(edges: Sequence[Edge], inputs: int) -> Plan:
+    plan = Plan()
+    first = edges[0]
+    primitives = len(first.primitives)
+    nodes, count = 0, 0
+    while count < len(edges):
+        count += inputs + nodes
+        nodes += 1
+    if count != len(edges):
+        raise Unsupported(f"{len(edges)} edges are no whole number of nodes with {inputs} inputs")
+    plan.channels, plan.K = first.channels, first.K
+    if first.channels % first.K:
+        raise Unsupported(f"K={first.K} does not divide {first.channels} channels")
+    body: list[int] = []
+    for edge in edges:
+        if (edge.channels, edge.K, len(edge.primitives)) != (first.channels, first.K, primitives):
+            raise Unsupported("edges of different width or number of primitives in one cell")
+        if len(set(edge.primitives)) != primitives:
+            raise Unsupported("a primitive that occurs twice on an edge")
+        body.append(edge.stride)
+        _watch(plan, edge._ops, *edge._ops._modules)
+        for name, op in zip(edge.primitives, edge._ops, strict=True):
+            body += _branch(plan, name, op, edge)
+    plan.stride = max(edge.stride for edge in edges)
+    if any(norm.eps != plan.norms[0].eps or norm.momentum != plan.norms[0].momentum for norm in plan.norms):
+        raise Unsupported("BatchNorms with different eps or momentum in one cell")
+    if plan.norms and plan.norms[0].momentum is None:
+        raise Unsupported("BatchNorm with a cumulative average (momentum=None)")
+    plan.spec = [inputs, nodes, primitives, len(plan.norms), first.K, 0, *body]
+    return plan
+
+
+def _watch(plan: Plan, parent: nn.Module, *names: str) -> None:
+    plan.slots += [(parent._modules, name, parent._modules[name]) for name in names]
+
+
+def _norm(plan: Plan, module: nn.Module, channels: int) -> int:
+    if type(module) is not nn.BatchNorm2d:
+        raise Unsupported(f"{type(module).__name__} where a BatchNorm2d was expected")
+    if module.num_features != channels:
+        raise Unsupported("a BatchNorm of another width")
+    plan.norms.append(module)
+    return len(plan.norms) - 1
+
+
+def _pack_pair(depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> list[Tensor]:
+    dw, pw = depthwise.weight, pointwise.weight
+    return [dw.flatten(1).t(), pw.flatten(1).t(), pw.flatten(1)]
+
+
+def _pack_reduce(one: nn.Conv2d, two: nn.Conv2d) -> list[Tensor]:
+    a, b = one.weight.flatten(1).t(), two.weight.flatten(1).t()
+    both = torch.cat([torch.cat([a, torch.zeros_like(b)], 1), torch.cat([torch.zeros_like(a), b], 1)])
+    return [both, both.t()]
+
+
+def _conv_pair(plan: Plan, layers: list[nn.Module], channels: int, stride: int) -> tuple[int, int]:
+    """Checks [ReLU, depthwise, pointwise, BatchNorm] and packs it; returns kernel and dilation."""
+    relu, dw, pw, _ = layers
+    if type(relu) is not nn.ReLU or type(dw) is not nn.Conv2d or type(pw) is not nn.Conv2d:
+        raise Unsupported("a separable convolution with unexpected layers")
+    kernel, dilation = dw.kernel_size[0], dw.dilation[0]
+    if (kernel, dilation) not in ((3, 1), (5, 1), (3, 2), (5, 2)):
+        raise Unsupported(f"a {kernel}x{kernel} depthwise convolution with dilation {dilation}")
+    padding = dilation * (kernel - 1) // 2
+    regular = (
+        dw.groups == dw.in_channels == dw.out_channels == pw.in_channels == pw.out_channels == channels
+        and dw.kernel_size == (kernel, kernel)
+        and dw.dilation == (dilation, dilation)
+        and dw.stride == (stride, stride)
+        and dw.padding == (padding, padding)
+        and (pw.kernel_size, pw.stride, pw.padding, pw.groups) == ((1, 1), (1, 1), (0, 0), 1)
+        and dw.bias is None
+        and pw.bias is None
+        and dw.padding_mode == "zeros"
+    )
+    if not regular:
+        raise Unsupported("a separable convolution of an unexpected shape")
+    plan.convs += [dw, pw]
+    plan.packers.append(lambda: _pack_pair(dw, pw))
+    plan.size += channels * (kernel * kernel + 2 * channels)
+    return kernel, dilation
+
+
+def _branch(plan: Plan, name: str, op: nn.Module, edge: Edge) -> list[int]:
+    """(op, kernel, dilation, weight, norm, inner norm, noise) of one primitive."""
+    channels = edge.channels // edge.K
+    if name == "none":
+        return [Op.NONE, 0, 0, 0, -1, -1, -1]
+    if name == "noise":
+        plan.noises += 1
+        return [Op.NOISE, 0, 0, 0, -1, -1, plan.noises - 1]
+    if name in ("max_pool_3x3", "avg_pool_3x3"):
+        if not isinstance(op, nn.Sequential) or len(op) != 2:
+            raise Unsupported("a pool without BatchNorm")
+        pool = op[0]
+        kind = nn.MaxPool2d if name == "max_pool_3x3" else nn.AvgPool2d
+        if type(pool) is not kind or (pool.kernel_size, pool.stride, pool.padding) != (3, edge.stride, 1):
+            raise Unsupported("a pool of an unexpected shape")
+        # torch averages over the padding too unless told not to: every published supernet tells it
+        if isinstance(pool, nn.AvgPool2d) and pool.count_include_pad:
+            raise Unsupported("an average pool that counts its padding")
+        _watch(plan, op, "0", "1")
+        code = Op.MAX_POOL if kind is nn.MaxPool2d else Op.AVG_POOL
+        return [code, 0, 0, 0, _norm(plan, op[1], channels), -1, -1]
+    if name == "skip_connect" and isinstance(op, nn.Identity):
+        if edge.stride != 1:
+            raise Unsupported("an identity with stride 2")
+        return [Op.IDENTITY, 0, 0, 0, -1, -1, -1]
+    if name == "skip_connect":
+        one, two, norm = (getattr(op, part, None) for part in ("conv_1", "conv_2", "bn"))
+        if not isinstance(one, nn.Conv2d) or not isinstance(two, nn.Conv2d) or norm is None or edge.stride != 2:
+            raise Unsupported("a skip connection that is neither an identity nor a FactorizedReduce")
+        for conv in (one, two):
+            shape = (conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.bias)
+            if shape != (channels, (1, 1), (2, 2), (0, 0), None):
+                raise Unsupported("a FactorizedReduce of an unexpected shape")
+        if one.out_channels + two.out_channels != channels:
+            raise Unsupported("a FactorizedReduce of an unexpected shape")
+        _watch(plan, op, "conv_1", "conv_2", "bn")
+        at = plan.size
+        plan.size += 4 * channels * channels
+        plan.convs += [one, two]
+        plan.packers.append(lambda: _pack_reduce(one, two))
+        return [Op.REDUCE, 0, 0, at, _norm(plan, norm, channels), -1, -1]
+    if name.startswith(("sep_conv", "dil_conv")):
+        layers = getattr(op, "op", None)
+        if not isinstance(layers, nn.Sequential) or len(layers) not in (4, 8):
+            raise Unsupported(f"{name} with unexpected layers")
+        _watch(plan, op, "op")
+        _watch(plan, layers, *layers._modules)
+        at = plan.size
+        kernel, dilation = _conv_pair(plan, list(layers)[:4], channels, edge.stride)
+        norm = _norm(plan, layers[3], channels)
+        if len(layers) == 4:
+            return [Op.DIL_CONV, kernel, dilation, at, norm, -1, -1]
+        if _conv_pair(plan, list(layers)[4:], channels, 1) != (kernel, dilation):
+            raise Unsupported(f"{name} with two different halves")
+        return [Op.SEP_CONV, kernel, dilation, at, _norm(plan, layers[7], channels), norm, -1]
+    raise Unsupported(f"the primitive {name}")
+
+
+def training_mode(plan: Plan) -> bool | str:
+    """Whether BatchNorms use batch statistics, or the reason why that has no single answer."""
+    modes = {norm.training or norm.running_mean is None for norm in plan.norms}
+    if len(modes) > 1:
+        return "BatchNorms in training and in evaluation mode in one cell"
+    return modes.pop() if modes else True
+
+
+def gamma_beta(plan: Plan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """gamma and beta [norms, C/K] of all BatchNorms; autograd leads back to the parameters."""
+    if not plan.norms:
+        empty = like.new_empty(0, plan.channels // plan.K)
+        return empty, empty
+    width = plan.channels // plan.K
+    gammas = [norm._parameters["weight"] for norm in plan.norms]
+    betas = [norm._parameters["bias"] for norm in plan.norms]
+    if any(g is None for g in gammas):
+        one, zero = like.new_ones(width), like.new_zeros(width)
+        gammas = [one if g is None else g for g in gammas]  # type: ignore[misc]
+        betas = [zero if b is None else b for b in betas]  # type: ignore[misc]
+    return torch.stack(gammas), torch.stack(betas)  # type: ignore[arg-type]
+
+
+def running_moments(plan: Plan) -> Tensor:
+    """Running mean and variance [2, norms, C/K] in double."""
+    means = torch.stack([norm.running_mean for norm in plan.norms])  # type: ignore[misc]
+    return torch.stack([means, torch.stack([norm.running_var for norm in plan.norms])]).double()  # type: ignore[misc]
+
+
+@torch.no_grad()
+def update_running(plan: Plan, moments: Tensor, count: int) -> None:
+    """Running statistics as BatchNorm2d in training mode updates them; the variance unbiased."""
+    tracked = [i for i, norm in enumerate(plan.norms) if norm.training and norm.running_mean is not None]
+    if not tracked:
+        return
+    norms = [plan.norms[i] for i in tracked]
+    dtype = norms[0].running_mean.dtype  # type: ignore[union-attr]
+    chosen = moments if len(tracked) == len(plan.norms) else moments[:, tracked]
+    means = chosen[0].to(dtype).unbind(0)
+    variances = (chosen[1] * (count / max(count - 1, 1))).to(dtype).unbind(0)
+    momentum = float(norms[0].momentum or 0.0)
+    for running, batch in (
+        ([norm.running_mean for norm in norms], means),
+        ([norm.running_var for norm in norms], variances),
+    ):
+        torch._foreach_mul_(running, 1 - momentum)
+        torch._foreach_add_(running, batch, alpha=momentum)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
