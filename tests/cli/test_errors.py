@@ -123,7 +123,7 @@ TRAIN = {
     "cell-auxiliary": f"--auxiliary --genotype {CELL.replace('|', '!')} | auxiliary: expected none",
     "cell-drop-path": f"--drop-path 0.2 --genotype {CELL.replace('|', '!')} | drop_path: expected none",
     "cell-stem": f"--drop-path 0 --stem imagenet --genotype {CELL.replace('|', '!')} | stem: expected cifar",
-    "image-odd": "--image-size 10 | image_size: expected a size that fits",
+    "image-odd": "--layers 4 --image-size 10 | image_size: expected a size that fits",
     "imagenet-odd-channels": "--stem imagenet --channels 5 --image-size 32 | channels: ",
     "single-pixel": "--image-size 2 --batch-size 23 | batch_size: expected no batch of 1 in an epoch",
 }
