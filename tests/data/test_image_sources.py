@@ -14,6 +14,7 @@ from rfdarts_fast.data import (
     Batches,
     ColourJitter,
     DataError,
+    DataSource,
     ImageSet,
     default_augment,
     evaluation_augment,
@@ -362,6 +363,14 @@ def test_only_download_fetches(tmp_path, monkeypatch):
 def test_arguments_that_cannot_be(arguments, message):
     with pytest.raises(DataError, match=f"^{message}"):
         load(arguments.pop("name"), **arguments)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_source_refuses_labels_beyond_its_classes(part):
+    good, bad = (ImageSet(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([y])) for y in (1, 2))
+    sets = {"train": good, "test": good, part: bad}
+    with pytest.raises(DataError, match=rf"^mine: expected {part} labels within 0\.\.1, got 2"):
+        DataSource("mine", **sets, class_names=("a", "b"), mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def test_default_augmentation_fits_the_data_set(tmp_path, photos):
