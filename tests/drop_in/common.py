@@ -44,12 +44,12 @@ def freeze_convolutions(network):
             module.requires_grad_(False)
 
 
-def pair(name, C, layers, K=None, dtype=torch.float64, affine=False, **options):
+def pair(name, C, layers, K=None, dtype=torch.float64, affine=False, nodes=4, **options):
     """A foreign network and a drop-in that loaded its state."""
-    theirs = foreign_network(name, C, layers, K)
+    theirs = foreign_network(name, C, layers, K, steps=nodes, multiplier=nodes)
     if affine:
         turn_affine(theirs)
-    ours = drop_in_network(name, C, layers, K, **options)
+    ours = drop_in_network(name, C, layers, K, steps=nodes, multiplier=nodes, **options)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     copy_arch(theirs, ours)
     # the alphas of the foreign network are no parameters, so .to() leaves them where they are

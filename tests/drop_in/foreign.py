@@ -269,7 +269,8 @@ class Network(nn.Module):
         return self._criterion(self(input), target)
 
     def new(self):
-        other = type(self)(self._C, self._num_classes, self._layers, self._criterion, k=self._k)
+        shape = self._C, self._num_classes, self._layers, self._criterion, self._steps, self._multiplier
+        other = type(self)(*shape, k=self._k)
         other = other.to(self.classifier.weight)
         for mine, its in zip(self.arch_parameters(), other.arch_parameters(), strict=True):
             its.data = mine.data.clone()

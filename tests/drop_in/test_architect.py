@@ -33,14 +33,14 @@ def search(network, architect, optimizer, unrolled, steps=2, name="darts"):
 @pytest.mark.parametrize("name", ["darts", "pc_darts"])
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_trainable_network_searches_like_the_published_one(name, unrolled):
-    theirs, ours = pair(name, 4, 3, random_features=False)
+    theirs, ours = pair(name, 4, 3, nodes=2, random_features=False)
     results = [search(n, PublishedArchitect(n), sgd(n), unrolled, name=name) for n in (theirs, ours)]
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_first_order_with_random_features(name):
-    theirs, ours = pair(name, 4, 3, affine=True)
+    theirs, ours = pair(name, 4, 3, nodes=2, affine=True)
     freeze_convolutions(theirs)
     results = [search(n, PublishedArchitect(n), sgd(n), False, name=name) for n in (theirs, ours)]
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-9)
@@ -53,8 +53,8 @@ def frozen_tensors(network):
 def test_second_order_with_random_features():
     # the published code also decays frozen weights in its look-ahead copy, by 7.5e-6 of themselves, which
     # BatchNorm undoes but for its eps; hence the tolerance
-    _, ours = pair("darts", 4, 3, affine=True)
-    _, reference = pair("darts", 4, 3)
+    _, ours = pair("darts", 4, 3, nodes=2, affine=True)
+    _, reference = pair("darts", 4, 3, nodes=2)
     reference.load_state_dict(ours.state_dict())
     start = copy.deepcopy(ours.state_dict())
     before = frozen_tensors(ours)
@@ -64,7 +64,7 @@ def test_second_order_with_random_features():
     expected = search(reference, TrainableArchitect(reference), sgd(reference), True)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
     # without the momentum the gradients are visibly others
-    _, other = pair("darts", 4, 3)
+    _, other = pair("darts", 4, 3, nodes=2)
     other.load_state_dict(start)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
@@ -76,7 +76,7 @@ def test_second_order_with_random_features():
 
 
 def test_complete_momentum_takes_no_memory_and_survives_a_checkpoint():
-    _, ours = pair("darts", 4, 3)
+    _, ours = pair("darts", 4, 3, nodes=2)
     optimizer = sgd(ours)
     complete_momentum(optimizer)
     buffers = [optimizer.state[p]["momentum_buffer"] for p in ours.parameters() if not p.requires_grad]
@@ -87,7 +87,7 @@ def test_complete_momentum_takes_no_memory_and_survives_a_checkpoint():
 
 
 def test_loss_is_a_plain_number_to_everyone_else():
-    _, ours = pair("darts", 4, 3)
+    _, ours = pair("darts", 4, 3, nodes=2)
     x, y = batch("darts")
     loss = ours._loss(x, y)
     assert loss.item() > 0
@@ -101,7 +101,7 @@ def test_loss_is_a_plain_number_to_everyone_else():
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("random_features", [True, False])
 def test_new(name, random_features):
-    _, ours = pair(name, 4, 3, random_features=random_features)
+    _, ours = pair(name, 4, 3, nodes=2, random_features=random_features)
     ours.eval()
     other = ours.new()
     assert type(other) is type(ours) and other.training

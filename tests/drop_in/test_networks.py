@@ -71,7 +71,7 @@ def test_equals_published_network(name, C, layers, K, dtype):
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("random_features", [True, False])
 def test_loads_published_state_without_gamma_and_beta(name, random_features):
-    theirs, ours = pair(name, 4, 3, dtype=F32, random_features=random_features)
+    theirs, ours = pair(name, 4, 3, dtype=F32, nodes=2, random_features=random_features)
     x, y = batch(name, F32)
     for training in (True, False):
         theirs.train(training)
@@ -109,7 +109,7 @@ def test_loading_resets_gamma_and_beta_and_keeps_alphas():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_running_statistics_after_five_steps(name):
-    theirs, ours = pair(name, 4, 3, affine=True)
+    theirs, ours = pair(name, 4, 3, affine=True, nodes=2)
     freeze_convolutions(theirs)
     frozen = {n: p.detach().clone() for n, p in ours.named_parameters() if not p.requires_grad}
     for network in (theirs, ours):
