@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from rfdarts_fast.ops import reference
+from rfdarts_fast.ops import native, reference
+from rfdarts_fast.ops.backend import Backend, BackendError, Memory, fall_back, use_backend
 from rfdarts_fast.ops.reference import Edge
 
-__all__ = ["Edge", "mixed_cell"]
+__all__ = ["Backend", "BackendError", "Edge", "Memory", "mixed_cell", "use_backend"]
 
 
 def mixed_cell(
@@ -26,5 +27,24 @@ def mixed_cell(
 
     Returns:
         The states of all nodes, [N, C, H', W'] each, with H' = H / 2 in a reduction cell.
+
+    Raises:
+        BackendError: if the backend that `use_backend` names cannot run.
     """
+    # on the meta device only shapes matter
+    if use_backend.name != "reference" and inputs[0].device.type != "meta":
+        reason = native.why_not(edges, inputs)
+        if reason is None:
+            return native.mixed_cell(edges, inputs, weights, edge_weights, memory=use_backend.memory)
+        fall_back(reason, expected=_trains_convolutions(edges))
     return reference.mixed_cell(edges, inputs, weights, edge_weights)
+
+
+def _trains_convolutions(edges: Sequence[Edge]) -> bool:
+    """Whether the method is one that the engines are not made for (darts, pc-darts)."""
+    return any(
+        conv.weight.requires_grad
+        for edge in edges
+        for conv in edge._ops.modules()
+        if isinstance(conv, nn.Conv2d)
+    )

@@ -47,11 +47,12 @@ class use_backend:
         use_backend.name, use_backend.memory = self._before
 
 
-def fall_back(reason: str) -> None:
-    """The fast engine cannot run because of `reason`: BackendError if it was asked for, else told once."""
+def fall_back(reason: str, expected: bool = False) -> None:
+    """The fast engine cannot run because of `reason`: BackendError if it was asked for by name; otherwise it
+    is told once, unless it was to be expected."""
     if use_backend.name != "auto":
         raise BackendError(f"backend: {use_backend.name} cannot run: {reason}")
-    if reason not in _told:
+    if not expected and reason not in _told:
         _told.add(reason)
         warnings.warn(f"mixed ops run on the slow PyTorch reference: {reason}", RuntimeWarning, stacklevel=4)
 
