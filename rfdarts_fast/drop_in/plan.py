@@ -21,7 +21,7 @@ from rfdarts_fast.drop_in.fused import (
     FusedNasBench201JointCell,
     fuse,
 )
-from rfdarts_fast.drop_in.recognise import Found, Unrecognised, bare_pool, recognise
+from rfdarts_fast.drop_in.recognise import Found, Unrecognised, plain, recognise
 from rfdarts_fast.ops.backend import use_backend
 
 _PROBE_SIDE = 4
@@ -43,7 +43,7 @@ class EdgePlan:
         target.primitives, target.stride = self.primitives, self.stride
         target.channels, target.K = self.channels, self.K
         for i, op in enumerate(candidates):
-            candidates[i] = bare_pool(op)
+            candidates[i] = plain(op)
 
     def __str__(self) -> str:
         partial = f", K={self.K}" if self.K > 1 else ""
@@ -246,7 +246,7 @@ def _read_edge(candidates: nn.ModuleList) -> EdgePlan:
     found: list[Found] = []
     for i, op in enumerate(candidates):
         try:
-            found.append(recognise(bare_pool(op)))
+            found.append(recognise(plain(op)))
         except Unrecognised as error:
             raise Unrecognised(f"operation {i}: {error}") from None
     strides = {f.stride for f in found}

@@ -76,8 +76,14 @@ def recognise(op: nn.Module) -> Found:
     return found
 
 
-def bare_pool(op: nn.Module) -> nn.Module:
-    """AutoDL-Projects wraps a pool as `.op` beside a `.preprocess` that is None in search cells."""
+def plain(op: nn.Module) -> nn.Module:
+    """PyTorch's own module where a fork has a parameter-free one that does the same, else `op` itself.
+
+    Every fork has an Identity of its own; AutoDL-Projects wraps a pool as `.op` beside a `.preprocess` that
+    is None in search cells.
+    """
+    if type(op).__name__ == "Identity" and not list(op.children()):
+        return nn.Identity()
     wrapped = getattr(op, "op", None)
     if isinstance(wrapped, (nn.MaxPool2d, nn.AvgPool2d)) and getattr(op, "preprocess", 0) is None:
         return wrapped
