@@ -162,17 +162,17 @@ def test_copies_and_pickles(name, tmp_path):
 
 
 def test_drop_path_takes_the_foreign_forward():
-    network = to_double(robust_network())
+    network = robust_network()
     ours = copy.deepcopy(network)
     rfdarts_fast.accelerate(ours)
-    x, _ = images("")
+    x = images("")[0].float()
     for drop in (0.0, 0.5):
         network.drop_path_prob = ours.drop_path_prob = drop
         results = []
         for each in (network, ours):
             torch.manual_seed(5)
             results.append(each(x))
-        torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(network(x), network(x))
 
 
