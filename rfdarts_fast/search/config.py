@@ -14,6 +14,7 @@ from rfdarts_fast.engine.config import (
     require_positive,
 )
 from rfdarts_fast.nn import ConvInit, GammaInit
+from rfdarts_fast.ops import Backend, Memory
 
 Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
 SpaceName = Literal["darts", "s1", "s2", "s3", "s4", "nasbench201"]
@@ -122,6 +123,11 @@ class SearchConfig(RunConfig):
     """Side of the square cut out of training images, in pixels; 0 for none."""
     validate_every: int = 1
     """Epochs between evaluations on the validation half; 0 for never."""
+
+    backend: Backend = "auto"
+    """Engine of the mixed ops: auto takes the fastest that can run, reference is plain PyTorch."""
+    memory: Memory = "fast"
+    """What the native engine keeps for the backward pass: all branch outputs, or node states only."""
 
     @property
     def random_features(self) -> bool:
