@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rfdarts_fast import ops
+from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
 
 
 class Fused:
@@ -47,6 +48,20 @@ class FusedCell(Fused):
         edges: Any = list(self._ops)
         nodes = ops.mixed_cell(edges, inputs, weights, edge_weights)
         return torch.cat(nodes[-self._multiplier :], dim=1)
+
+
+class FusedReLUConvBN(Fused):
+    """The 1x1 convolution in front of a cell, computed as this package's own is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ReLUConvBN.forward(self, x)  # type: ignore[arg-type]
+
+
+class FusedFactorizedReduce(Fused):
+    """The same behind a reduction cell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FactorizedReduce.forward(self, x)  # type: ignore[arg-type]
 
 
 class EdgeList(nn.ModuleList):
