@@ -20,7 +20,7 @@ from rfdarts_fast.engine.meters import Meter
 from rfdarts_fast.engine.progress import EventWriter, Progress
 from rfdarts_fast.engine.run_folder import RunFolder
 from rfdarts_fast.engine.signals import Stopped, StopRequest
-from rfdarts_fast.ops import use_backend
+from rfdarts_fast.ops import BackendError, use_backend
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -61,7 +61,8 @@ def check_network(
     build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
 ) -> None:
     """ConfigError unless the network can train on sets of so many images; tried on a copy, on the CPU."""
-    with use_backend("reference"):
+    # a backend asked for by name has to be able to run, too
+    with use_backend("reference" if use_backend.name == "auto" else use_backend.name):
         _try_network(build, batch_size, set_sizes, image_size)
 
 
@@ -74,6 +75,8 @@ def _try_network(
         raise ConfigError(str(error)) from None
     try:
         network(torch.zeros(2, 3, image_size, image_size))
+    except BackendError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"image_size: expected a size that fits the network's reductions, got {image_size}: "
