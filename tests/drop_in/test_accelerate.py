@@ -86,9 +86,8 @@ def test_computes_the_same(name):
     cell = FusedNasBench201Cell if name == "NAS-Bench-201" else FusedCell
     cells = [m for m in ours.modules() if isinstance(m, cell)]
     assert len(cells) == (2 if name == "NAS-Bench-201" else 3)
-    assert all(
-        report.replaced[f"cells.{i}.preprocess{j}"] for i in range(3) for j in (0, 1) if "NAS" not in name
-    )
+    preprocessing = [path for path in report.replaced if ".preprocess" in path]
+    assert len(preprocessing) == (0 if name == "NAS-Bench-201" else 6)
     state = ours.state_dict()
     for key, value in original.state_dict().items():
         # a bias in front of a BatchNorm is the only thing that goes, into its running mean
@@ -278,7 +277,7 @@ def test_all_or_nothing(change, why):
     x = images("")[0].float()
     expected = network(x)
     report = rfdarts_fast.accelerate(network, strict=False)
-    assert list(report.left) == ["cells.0._ops.3"] and len(report.replaced) == 22
+    assert list(report.left) == ["cells.0._ops.3"] and len(report.replaced) == 20
     torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -304,9 +303,10 @@ def test_names_what_is_wrong_with_the_model():
 
 
 def test_leaves_the_random_numbers_and_hooks_alone():
-    network = small("darts")
+    network = robust_network("s4")
     calls = []
-    network.cells[0].register_forward_hook(lambda *_: calls.append(1))
+    for module in (network.cells[0], network.cells[0]._ops[0]._ops[1]):
+        module.register_forward_hook(lambda *_: calls.append(1))
     state = torch.get_rng_state()
     rfdarts_fast.accelerate(network)
     assert torch.equal(torch.get_rng_state(), state) and not calls
