@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from abc import ABC, abstractmethod
@@ -107,6 +108,10 @@ def evaluate(network: nn.Module, batches: Batches) -> dict[str, float | None]:
     return meter.result()
 
 
+class Diverged(RuntimeError):
+    """The training loss is no longer a number."""
+
+
 class Run(ABC):
     """A run over `epochs` of `steps`. Subclasses say what a step, the end of an epoch and the state are.
 
@@ -204,6 +209,12 @@ class Run(ABC):
         if self.batches.device.type == "cuda":
             torch.cuda.synchronize()
             self.seconds += time.monotonic() - before
+        loss = self.meter.result()["loss"]
+        if loss is not None and not math.isfinite(loss):
+            raise Diverged(
+                f"loss: became {loss} in epoch {self.epoch}; the last checkpoint is from before "
+                "(a smaller --learning-rate needs a new folder)"
+            )
         record = {"epoch": self.epoch, **self.finish_epoch()}
         self.folder.metrics.append(record)
         self._events.add(record)

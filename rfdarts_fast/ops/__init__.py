@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rfdarts_fast.ops import native, native_conv, reference
-from rfdarts_fast.ops.backend import Backend, BackendError, Memory, fall_back, use_backend
+from rfdarts_fast.ops.backend import Backend, BackendError, Memory, backend_name, fall_back, use_backend
 from rfdarts_fast.ops.reference import Edge
 
 __all__ = [
@@ -61,16 +61,16 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
 
     See `reference.relu_conv_bn`. Frozen 1x1 convolutions are fused where an engine can.
     """
-    fused = use_backend.name != "reference" and native.status()["built"]
+    fused = backend_name() != "reference" and native.status()["built"]
     if fused and native_conv.why_not_conv(x, tuple(convs), norm) is None:
         return native_conv.relu_conv_bn(x, tuple(convs), norm)
     return reference.relu_conv_bn(x, convs, norm)
 
 
 def _native_runs(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> bool:
-    """Whether the compiled engine takes the cell. Where not, says why, or raises if it was asked for by name."""
+    """Whether the compiled engine takes the cell; where not, says why, or raises if it was named."""
     # on the meta device only shapes matter
-    if use_backend.name == "reference" or inputs[0].device.type == "meta":
+    if backend_name() == "reference" or inputs[0].device.type == "meta":
         return False
     reason = native.why_not(edges, inputs)
     if reason is not None:
