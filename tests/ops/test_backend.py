@@ -8,7 +8,7 @@ from rfdarts_fast.ops.backend import backend_name, fall_back
 
 def test_an_unknown_backend_in_the_environment_is_named(monkeypatch):
     monkeypatch.setattr(use_backend, "name", "cudnn")
-    with pytest.raises(BackendError, match="RFDARTS_BACKEND: expected one of .*, got 'cudnn'"):
+    with pytest.raises(BackendError, match=r"RFDARTS_BACKEND: expected one of .*, got 'cudnn'"):
         backend_name()
 
 
