@@ -7,6 +7,7 @@ from torch import nn
 from rfdarts_fast.drop_in import darts, pc_darts, pc_darts_imagenet
 from rfdarts_fast.drop_in.published import darts_space
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
+from rfdarts_fast.spaces import parse
 
 from . import foreign
 from .common import (
@@ -193,6 +194,8 @@ def test_genotype(name):
     assert genotype._fields == ("normal", "normal_concat", "reduce", "reduce_concat")
     assert genotype.normal_concat == genotype.reduce_concat == range(2, 6)
     assert isinstance(genotype.normal, list) and isinstance(genotype.normal[0], tuple)
+    # what it prints is what `--genotype` reads
+    assert parse(str(genotype)).normal == tuple(genotype.normal)
 
 
 def test_other_steps_and_multiplier():
