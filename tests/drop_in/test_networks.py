@@ -58,7 +58,8 @@ ALL_CASES = CASES + [pytest.param(*case, marks=SLOW) for case in EVERY if case n
 def test_equals_published_network(name, C, layers, K, dtype):
     theirs, ours = pair(name, C, layers, K, dtype, affine=True)
     freeze_convolutions(theirs)
-    x, y = batch(name, dtype)
+    # statistics over very few pixels would be mostly rounding in float32
+    x, y = batch(name, dtype, n=2 if dtype is F64 else 8)
     for training in (True, False):
         theirs.train(training)
         ours.train(training)
