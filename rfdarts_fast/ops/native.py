@@ -112,7 +112,9 @@ class CellFunction(torch.autograd.Function):
         ctx.kept = None if recompute else kept
         ctx.set_materialize_grads(False)
         ctx.inputs, ctx.noises = len(inputs), len(noise)
-        ctx.save_for_backward(*dense, *nodes, *noise, weights, gamma, beta, mix, edge_weights, used)
+        # the parts of the concatenation hold the same values, and it lives on anyway
+        states = [concatenated] if together else nodes
+        ctx.save_for_backward(*dense, *states, *noise, weights, gamma, beta, mix, edge_weights, used)
         ctx.mark_non_differentiable(used)
         ctx.together = together
         return (concatenated, used) if together else (*nodes, used)
@@ -124,6 +126,8 @@ class CellFunction(torch.autograd.Function):
         weights, gamma, beta, mix, edge_weights, moments = saved[-6:]
         inputs, rest = saved[: ctx.inputs], saved[ctx.inputs : -6]
         nodes, noise = rest[: len(rest) - ctx.noises], rest[len(rest) - ctx.noises :]
+        if ctx.together:
+            nodes = list(nodes[0].chunk(ctx.spec[1], dim=1))
         spec, eps, bfloat16 = ctx.spec, ctx.eps, ctx.bfloat16
         kept, ctx.kept = ctx.kept, None
         if kept is None:
