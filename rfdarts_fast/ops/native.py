@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rfdarts_fast.ops import native_fakes
+from rfdarts_fast.ops.backend import Memory
 from rfdarts_fast.ops.native_conv import channels_inside, channels_last, relu_conv_bn, why_not_conv
 from rfdarts_fast.ops.native_plan import (
     Plan,
@@ -26,11 +27,6 @@ from rfdarts_fast.ops.native_plan import (
 from rfdarts_fast.ops.reference import Edge
 
 __all__ = ["mixed_cell", "relu_conv_bn", "status", "why_not", "why_not_conv"]
-
-Storage = Literal["same", "bfloat16"]
-
-# what `mixed_cell` keeps branch outputs as unless told otherwise
-default_storage: Storage = "same"
 
 _missing: str | None = None
 try:
@@ -171,17 +167,13 @@ def mixed_cell(
     inputs: Sequence[Tensor],
     weights: Tensor,
     edge_weights: Tensor | None = None,
-    memory: Literal["fast", "recompute"] = "fast",
-    storage: Storage | None = None,
+    memory: Memory = "fast",
     concatenate: bool = False,
 ) -> list[Tensor]:
     """The engine behind `rfdarts_fast.ops.mixed_cell`, for cells that `why_not` has nothing against.
 
     Args:
-        memory: "fast" keeps all branch outputs for the backward, "recompute" the states only; the gradients
-            are the same bit for bit.
-        storage: "bfloat16" keeps branch outputs in half the bytes, float32 inputs only;
-            None takes `default_storage`.
+        memory: see `use_backend`; "bfloat16" is "fast" where the inputs are not float32.
         concatenate: return [all nodes concatenated, [N, nodes * C, H', W']] instead of the nodes, for less
             than what torch.cat costs.
 
@@ -211,7 +203,7 @@ def mixed_cell(
     *nodes, used = CellFunction.apply(
         plan,
         spec,
-        (memory == "recompute", (storage or default_storage) == "bfloat16", concatenate),
+        (memory == "recompute", memory == "bfloat16" and x.dtype == torch.float32, concatenate),
         moments,
         noise,
         gamma,

@@ -127,7 +127,8 @@ class SearchConfig(RunConfig):
     backend: Backend = "auto"
     """Engine of the mixed ops: auto takes the fastest that can run, reference is plain PyTorch."""
     memory: Memory = "fast"
-    """What the native engine keeps for the backward pass: all branch outputs, or node states only."""
+    """What the native engine keeps for the backward pass: all branch outputs, those in bfloat16, or node
+    states only."""
 
     @property
     def random_features(self) -> bool:
