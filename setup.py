@@ -1,7 +1,7 @@
 """Builds the compiled kernels beside the Python package; everything else is in pyproject.toml.
 
-RFDARTS_BUILD_CPU decides: `auto` (default) builds them where torch and a compiler are, and says what is missing
-where not; `required` fails instead; `off` does not try. The package works without them.
+RFDARTS_BUILD_CPU decides: `auto` (default) builds them where torch and a compiler are, and says what is
+missing where not; `required` fails instead; `off` does not try. The package works without them.
 """
 
 import os

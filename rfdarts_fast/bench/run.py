@@ -145,8 +145,7 @@ def table(report: dict) -> str:
         lines.append(
             f"{VARIANTS[r['variant']]:<44}{r['seconds']:>8.3f}{r['best']:>8.3f}{r['images_per_second']:>10.1f}"
             f"{speed:>7}{r['cpu_seconds']:>8.2f}{less_cpu:>7}{memory:>11}{less:>7}"
-            f"{counts['flops'] / r['seconds'] / 1e9:>9.1f}"
-            + (f"{moved:>7.1f}" if kernels else "")
+            f"{counts['flops'] / r['seconds'] / 1e9:>9.1f}" + (f"{moved:>7.1f}" if kernels else "")
         )
     return "\n".join(lines)
 
