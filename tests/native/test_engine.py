@@ -65,7 +65,7 @@ def test_opcheck():
     gamma, beta = torch.rand(len(plan.norms), 4), torch.rand(len(plan.norms), 4)
     mix, edge_weights = torch.rand(2, 8), torch.rand(2)
     ops = torch.ops.rfdarts
-    common = (plan.weights(), gamma, beta, mix)
+    common = (plan.weights(torch.float32), gamma, beta, mix)
     # aliases, shapes and dtypes; autograd lives in Python
     tests = ("test_schema", "test_faketensor")
     forward = (x, [], *common, edge_weights, None, spec, 1e-5, False, True)
