@@ -62,7 +62,7 @@ def environment() -> dict[str, Any]:
     """JSON values that tell where a run runs."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "rfdarts_fast": rfdarts_fast.__version__,
         "commit": _commit(),
         "python": platform.python_version(),

@@ -257,4 +257,8 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         # an impossible pair of method and space; `check` explains it
         return {}
-    return PRESETS[name]
+    values = PRESETS[name]
+    if given.get("method") in ("darts", "rf-darts"):
+        # a recipe of a pc method, taken for one without partial channels
+        values = {k: v for k, v in values.items() if k not in ("partial_channels", "edge_norm")}
+    return values

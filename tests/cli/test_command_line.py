@@ -165,3 +165,11 @@ def test_search_train_eval(output, tiny_npz, tmp_path):
     moved = tiny_npz.with_name("moved.npz")
     moved.write_bytes(tiny_npz.read_bytes())
     assert json.loads(output("eval", tmp_path / "b", "--data-root", moved)) == best
+
+
+def test_a_pc_recipe_fits_a_method_without_partial_channels():
+    from rfdarts_fast.search.config import SearchConfig, preset_values
+
+    values = preset_values({"preset": "quick", "method": "rf-darts"})
+    SearchConfig(**{"out": "unused", **values, "method": "rf-darts"}).check()
+    assert preset_values({"preset": "quick"})["partial_channels"] == 4
