@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from rfdarts_fast.ops import native, reference
+from rfdarts_fast.ops import cuda, native, reference
 from rfdarts_fast.ops.backend import Backend, BackendError, Memory, fall_back, use_backend
 from rfdarts_fast.ops.reference import Edge
 
@@ -33,9 +33,10 @@ def mixed_cell(
     """
     # on the meta device only shapes matter
     if use_backend.name != "reference" and inputs[0].device.type != "meta":
-        reason = native.why_not(edges, inputs)
+        engine = cuda if inputs[0].device.type == "cuda" else native
+        reason = engine.why_not(edges, inputs)
         if reason is None:
-            return native.mixed_cell(edges, inputs, weights, edge_weights, memory=use_backend.memory)
+            return engine.mixed_cell(edges, inputs, weights, edge_weights, memory=use_backend.memory)
         fall_back(reason, expected=_trains_convolutions(edges))
     return reference.mixed_cell(edges, inputs, weights, edge_weights)
 

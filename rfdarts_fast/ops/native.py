@@ -51,6 +51,12 @@ def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
             return f"no kernels for dtype {x.dtype}"
         if x.dtype != inputs[0].dtype:
             return "inputs of different dtypes"
+    return unsupported(edges, inputs, inputs[0].dtype)
+
+
+def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor], parameters: torch.dtype) -> str | None:
+    """What no device has kernels for in this cell, or None; weights must have the dtype `parameters`."""
+    for x in inputs:
         if x.dim() != 4 or x.numel() == 0:
             return "inputs that are not [N, C, H, W], or empty"
         if x.shape[1] != edges[0].channels:
@@ -65,11 +71,11 @@ def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
         assert weight is not None
         if weight.requires_grad:
             return "a convolution is trained; the kernels have no weight gradients"
-        if weight.dtype != inputs[0].dtype:
+        if weight.dtype != parameters:
             return "convolutions and inputs of different dtypes"
     for norm in plan.norms:
         weight = norm._parameters["weight"]
-        if weight is not None and weight.dtype != inputs[0].dtype:
+        if weight is not None and weight.dtype != parameters:
             return "BatchNorms and inputs of different dtypes"
     mode = training_mode(plan)
     return mode if isinstance(mode, str) else None
@@ -192,9 +198,10 @@ def mixed_cell(
         raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
     noise = []
     for _ in range(plan.noises):
-        drawn = torch.randn(n, plan.channels // plan.K, h // stride, w // stride, dtype=x.dtype)
+        shape = n, plan.channels // plan.K, h // stride, w // stride
+        drawn = torch.randn(shape, dtype=x.dtype, device=x.device)
         noise.append(drawn.contiguous(memory_format=torch.channels_last))
-    gamma, beta = gamma_beta(plan, x)
+    gamma, beta = gamma_beta(plan, weights)
     moments = None if training else running_moments(plan)
     spec = [*plan.spec[:5], int(training), *plan.spec[6:]]
     *nodes, used = CellFunction.apply(
