@@ -14,8 +14,8 @@ from setuptools import setup
 
 SOURCES = Path("csrc/sources.txt")
 # one binary for every torch from 2.11 and every Python from 3.10 on
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
-FLAGS = ["-O2", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-psabi"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+FLAGS = ["-O2", "-fvect-cost-model=dynamic", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-psabi"]
 
 
 def missing() -> str | None:

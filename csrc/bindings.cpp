@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "rfdarts/cell.h"
+#include "rfdarts/conv_bn.h"
 #include "rfdarts/memory.h"
 #include "rfdarts/schemas.h"
 
@@ -195,6 +196,54 @@ std::tuple<Tensors, Tensor, Tensor, Tensor, Tensor> cell_backward_op(
   return {grad_inputs, grad_gamma, grad_beta, grad_mix, grad_edges};
 }
 
+template <class T>
+ConvNorm<T> conv_norm(const Tensor& x, const Tensor& weights, const Tensor& gamma, const Tensor& beta,
+                      const Tensor& y, const Tensor& moments, double eps, bool training, bool reduce) {
+  for (const Tensor* t : {&weights, &gamma, &beta})
+    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "expected the dtype of the input everywhere");
+  int64_t ci = x.size(1), co = gamma.numel();
+  STD_TORCH_CHECK(weights.numel() == 2 * (reduce ? 2 : 1) * ci * co, "weights: expected the matrix and its transpose");
+  return {x.size(0), x.size(2), x.size(3), ci, co, reduce, training, eps, batch<T>(x), pointer<T>(weights),
+          pointer<T>(gamma), pointer<T>(beta), static_cast<T*>(y.data_ptr()), nullptr,
+          static_cast<double*>(moments.data_ptr())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_bn_forward_op(const Tensor& x, const Tensor& weights, const Tensor& gamma,
+                                                      const Tensor& beta, std::optional<Tensor> moments, double eps,
+                                                      bool reduce) {
+  int64_t co = gamma.numel(), half = reduce ? 2 : 1;
+  Tensor out = take_state(x.size(0), co, x.size(2) / half, x.size(3) / half, x);
+  Tensor y = take_state(x.size(0), co, x.size(2) / half, x.size(3) / half, x);
+  Tensor used = take({2, co}, {co, 1}, ScalarType::Double, 8);
+  if (moments) std::copy_n(pointer<double>(*moments), 2 * co, static_cast<double*>(used.data_ptr()));
+  with_types(x, false, [&](auto t, auto) {
+    using T = decltype(t);
+    auto a = conv_norm<T>(x, weights, gamma, beta, y, used, eps, !moments, reduce);
+    a.out = static_cast<T*>(out.data_ptr());
+    conv_norm_forward(a, parallel);
+  });
+  return {out, y, used};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_bn_backward_op(const Tensor& grad, const Tensor& x, const Tensor& y,
+                                                       const Tensor& weights, const Tensor& gamma, const Tensor& beta,
+                                                       const Tensor& moments, double eps, bool training, bool reduce,
+                                                       bool wanted) {
+  int64_t co = gamma.numel();
+  STD_TORCH_CHECK(grad.stride(1) == 1 && grad.stride(3) == co && grad.stride(2) == co * grad.size(3),
+                  "grad: expected channels_last order");
+  Tensor dx = wanted ? take_state(x.size(0), x.size(1), x.size(2), x.size(3), x) : take_state(0, 1, 1, 1, x);
+  Tensor grad_gamma = take_vector(co, x.scalar_type(), x.element_size());
+  Tensor grad_beta = take_vector(co, x.scalar_type(), x.element_size());
+  with_types(x, false, [&](auto t, auto) {
+    using T = decltype(t);
+    auto a = conv_norm<T>(x, weights, gamma, beta, y, moments, eps, training, reduce);
+    conv_norm_backward(a, static_cast<const T*>(grad.data_ptr()), wanted ? static_cast<T*>(dx.data_ptr()) : nullptr,
+                       static_cast<T*>(grad_gamma.data_ptr()), static_cast<T*>(grad_beta.data_ptr()), parallel);
+  });
+  return {dx, grad_gamma, grad_beta};
+}
+
 std::string isa_op() { return isa_name(); }
 std::string isa_best_op() { return isa_best(); }
 void pool_release_op() { pool_release(); }
@@ -210,6 +259,10 @@ std::string profile_op() {
 
 STABLE_TORCH_LIBRARY(rfdarts, m) {
   define_cell_ops(m);
+  m.def("conv_bn_forward(Tensor x, Tensor weights, Tensor gamma, Tensor beta, Tensor? moments, float eps, bool reduce)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("conv_bn_backward(Tensor grad, Tensor x, Tensor y, Tensor weights, Tensor gamma, Tensor beta, Tensor moments,"
+        " float eps, bool training, bool reduce, bool wanted) -> (Tensor, Tensor, Tensor)");
   m.def("isa() -> str");
   m.def("isa_best() -> str");
   m.def("pool_release() -> ()");
@@ -221,6 +274,8 @@ STABLE_TORCH_LIBRARY_IMPL(rfdarts, CPU, m) {
   m.impl("cell_forward", TORCH_BOX(&rfdarts::cell_forward_op));
   m.impl("cell_kept", TORCH_BOX(&rfdarts::cell_kept_op));
   m.impl("cell_backward", TORCH_BOX(&rfdarts::cell_backward_op));
+  m.impl("conv_bn_forward", TORCH_BOX(&rfdarts::conv_bn_forward_op));
+  m.impl("conv_bn_backward", TORCH_BOX(&rfdarts::conv_bn_backward_op));
 }
 STABLE_TORCH_LIBRARY_IMPL(rfdarts, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&rfdarts::isa_op));

@@ -17,6 +17,7 @@ from rfdarts_fast.engine.checkpoint import CheckpointError
 from rfdarts_fast.engine.config import ConfigError, RunConfig, read_yaml
 from rfdarts_fast.engine.run_folder import RunFolderError
 from rfdarts_fast.engine.signals import Stopped
+from rfdarts_fast.ops import BackendError
 from rfdarts_fast.retrain.config import TrainConfig, recipe_values
 from rfdarts_fast.search.config import SearchConfig, preset_values
 
@@ -128,7 +129,7 @@ def main() -> None:
         raise SystemExit(2)
     try:
         COMMANDS[args[0]](args[1:])
-    except (ConfigError, DataError, RunFolderError, CheckpointError) as error:
+    except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
         print(f"rfdarts {args[0]}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped:

@@ -44,17 +44,20 @@ void shuffle(const T* mixed, const T* planar, int64_t pixels, int64_t c, int64_t
 // dst [pixels][C] = [mixed | planar bypass] + outer, outer strided or null
 template <class T>
 void join(const T* mixed, const T* planar, View<T> outer, int64_t h, int64_t w, int64_t c, int64_t cm, T* dst) {
-  for (int64_t r = 0; r < h; r++)
-    for (int64_t q = 0; q < w; q++) {
-      int64_t p = r * w + q;
-      T* to = dst + p * c;
-      copy(mixed + p * cm, cm, to);
-      if (planar) copy(planar + p * c + cm, c - cm, to + cm);
-      if (outer.data) {
-        const T* add = outer.data + r * outer.row + q * outer.pixel;
-        for (int64_t i = 0; i < c; i++) to[i] += add[i];
+  with_lanes<T>(cm, [&](auto lanes) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < h; r++)
+      for (int64_t q = 0; q < w; q++) {
+        int64_t p = r * w + q;
+        T* to = dst + p * c;
+        const T* add = outer.data ? outer.data + r * outer.row + q * outer.pixel : nullptr;
+        auto put = [&](const T* from, int64_t k) __attribute__((always_inline)) {
+          auto v = load<lanes>(from);
+          store<lanes>(to + k, add ? v + load<lanes>(add + k) : v);
+        };
+        for (int64_t k = 0; k < cm; k += lanes) put(mixed + p * cm + k, k);
+        for (int64_t k = cm; k < c; k += lanes) put(planar + p * c + k, k);
       }
-    }
+  });
 }
 
 // 2x2 max pool with stride 2

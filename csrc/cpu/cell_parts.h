@@ -1,5 +1,6 @@
 // What a cell's forward and backward share.
 #pragma once
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -54,6 +55,30 @@ class Coefficients {
  private:
   int64_t c_ = 0, period_ = 0;
   std::vector<T> values_;
+};
+
+// Mean and squared deviations of each image, for each BatchNorm that a pass feeds.
+struct Moments {
+  int64_t c, count;
+  std::vector<double> mean, deviation;
+  Moments(int64_t images, int64_t count, int64_t c)
+      : c(c), count(count), mean(images * count * c), deviation(images * count * c) {}
+  double* mean_of(int64_t n, int64_t i) { return mean.data() + (n * count + i) * c; }
+  double* deviation_of(int64_t n, int64_t i) { return deviation.data() + (n * count + i) * c; }
+
+  // images of equal size: the mean of means, and Chan's merge of the deviations
+  void merge(int64_t i, int64_t images, int64_t pixels, double* mean_out, double* variance_out) {
+    std::fill_n(mean_out, c, 0.0);
+    for (int64_t n = 0; n < images; n++)
+      for (int64_t j = 0; j < c; j++) mean_out[j] += mean_of(n, i)[j];
+    for (int64_t j = 0; j < c; j++) mean_out[j] /= images, variance_out[j] = 0;
+    for (int64_t n = 0; n < images; n++)
+      for (int64_t j = 0; j < c; j++) {
+        double off = mean_of(n, i)[j] - mean_out[j];
+        variance_out[j] += deviation_of(n, i)[j] + pixels * off * off;
+      }
+    for (int64_t j = 0; j < c; j++) variance_out[j] /= images * pixels;
+  }
 };
 
 template <class T, class S>

@@ -15,6 +15,8 @@ namespace RFDARTS_ISA {
 #include "image.h"
 #include "image_backward.h"
 
+#include "image_1x1.h"
+
 template <class T, class S>
 constexpr Kernels<T, S> make_table(const char* name) {
   Kernels<T, S> k{};
@@ -40,6 +42,9 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.relu_backward_inner = relu_backward_inner<T, S>;
   k.relu_backward_add = relu_backward_add<T>;
   k.divide_by_window = divide_by_window<T>;
+  k.conv1x1_forward = conv1x1_forward<T>;
+  k.conv1x1_backward = conv1x1_backward<T>;
+  k.affine = affine<T>;
   k.unshuffle = unshuffle<T>;
   k.shuffle = shuffle<T>;
   k.join = join<T>;

@@ -36,6 +36,8 @@ class RunConfig:
     """Let torchvision download the data set to data_root."""
     image_size: int | None = None
     """Side of the images in pixels (default: the data set's own)."""
+    flip: bool | None = None
+    """Mirror training images at random (default: all data sets but digits)."""
     workers: int = 0
     """Processes that decode images (imagefolder only)."""
     seed: int = 2

@@ -20,6 +20,7 @@ from rfdarts_fast.engine.meters import Meter
 from rfdarts_fast.engine.progress import EventWriter, Progress
 from rfdarts_fast.engine.run_folder import RunFolder
 from rfdarts_fast.engine.signals import Stopped, StopRequest
+from rfdarts_fast.ops import use_backend
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -55,30 +56,38 @@ def place(network: Network, config: RunConfig, device: torch.device) -> Network:
     return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
 
 
+@torch.no_grad()
 def check_network(
     build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
 ) -> None:
-    """ConfigError unless the network can train on sets of so many images; nothing is computed."""
-    smallest = min(size % batch_size or batch_size for size in set_sizes)
-    with torch.device("meta"):
-        try:
-            network = build()
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        try:
-            network(torch.empty(2, 3, image_size, image_size))
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"image_size: expected a size that fits the network's reductions, got {image_size}: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
-        try:
-            network(torch.empty(smallest, 3, image_size, image_size))
-        except ValueError:
-            raise ConfigError(
-                f"batch_size: expected no batch of {smallest} in an epoch, too few pixels for BatchNorm, but "
-                f"{batch_size} leaves one of {' and '.join(map(str, set_sizes))} images"
-            ) from None
+    """ConfigError unless the network can train on sets of so many images; tried on a copy, on the CPU."""
+    with use_backend("reference"):
+        _try_network(build, batch_size, set_sizes, image_size)
+
+
+def _try_network(
+    build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
+) -> None:
+    try:
+        network = build()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        network(torch.zeros(2, 3, image_size, image_size))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"image_size: expected a size that fits the network's reductions, got {image_size}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    if not any(size % batch_size == 1 for size in set_sizes) and batch_size > 1:
+        return
+    try:
+        network(torch.zeros(1, 3, image_size, image_size))
+    except ValueError:
+        raise ConfigError(
+            f"batch_size: expected no batch of 1 in an epoch, too few pixels for BatchNorm, but {batch_size} "
+            f"leaves one of {' and '.join(map(str, set_sizes))} images"
+        ) from None
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ FREE_FIELDS = frozenset(
         "download",
         "workers",
         "checkpoint_minutes",
+        "memory",
         "tensorboard",
     }
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rfdarts_fast.ops.native_conv import channels_inside, channels_last, relu_conv_bn, why_not_conv
 from rfdarts_fast.ops.native_plan import (
     Plan,
     gamma_beta,
@@ -22,6 +23,8 @@ from rfdarts_fast.ops.native_plan import (
     update_running,
 )
 from rfdarts_fast.ops.reference import Edge
+
+__all__ = ["mixed_cell", "relu_conv_bn", "status", "why_not", "why_not_conv"]
 
 Storage = Literal["same", "bfloat16"]
 
@@ -81,14 +84,6 @@ def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor], parameters: tor
     return mode if isinstance(mode, str) else None
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    """x itself where channels are consecutive, else a channels_last copy."""
-    if x.stride(1) == 1 and x.stride(3) >= x.shape[1]:
-        return x
-    copy = torch.empty_like(x, memory_format=torch.channels_last)
-    return copy.copy_(x)
-
-
 class CellFunction(torch.autograd.Function):
     """All nodes of a cell; see `mixed_cell`. Not differentiable twice: nothing in the package needs that."""
 
@@ -109,7 +104,7 @@ class CellFunction(torch.autograd.Function):
         recompute, bfloat16 = options
         weights = plan.weights()
         eps = plan.norms[0].eps if plan.norms else 1e-5
-        dense = [_nhwc(x.detach()) for x in inputs]
+        dense = [channels_inside(x.detach()) for x in inputs]
         nodes, kept, used = torch.ops.rfdarts.cell_forward(
             dense, noise, weights, gamma, beta, mix, edge_weights, moments, spec, eps, bfloat16
         )
@@ -138,7 +133,7 @@ class CellFunction(torch.autograd.Function):
                 inputs, nodes, weights, gamma, beta, mix, moments, again, eps, bfloat16
             )
         present = [i for i, grad in enumerate(grads[:-1]) if grad is not None]
-        given = [_nhwc(grads[i]) for i in present]  # type: ignore[arg-type]
+        given = [channels_inside(grads[i]) for i in present]  # type: ignore[arg-type]
         wanted = [i for i in range(ctx.inputs) if ctx.needs_input_grad[9 + i]]
         grad_inputs, grad_gamma, grad_beta, grad_mix, grad_edges = torch.ops.rfdarts.cell_backward(
             given,
@@ -200,7 +195,7 @@ def mixed_cell(
     for _ in range(plan.noises):
         shape = n, plan.channels // plan.K, h // stride, w // stride
         drawn = torch.randn(shape, dtype=x.dtype, device=x.device)
-        noise.append(drawn.contiguous(memory_format=torch.channels_last))
+        noise.append(channels_last(drawn))
     gamma, beta = gamma_beta(plan, weights)
     moments = None if training else running_moments(plan)
     spec = [*plan.spec[:5], int(training), *plan.spec[6:]]

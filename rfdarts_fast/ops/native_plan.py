@@ -138,7 +138,8 @@ def _pack_pair(depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> list[Tensor]:
     return [dw.flatten(1).t(), pw.flatten(1).t(), pw.flatten(1)]
 
 
-def _pack_reduce(one: nn.Conv2d, two: nn.Conv2d) -> list[Tensor]:
+def pack_reduce(one: nn.Conv2d, two: nn.Conv2d) -> list[Tensor]:
+    """FactorizedReduce's two convolutions as one matrix [2 C, C'], and its transpose."""
     a, b = one.weight.flatten(1).t(), two.weight.flatten(1).t()
     both = torch.cat([torch.cat([a, torch.zeros_like(b)], 1), torch.cat([torch.zeros_like(a), b], 1)])
     return [both, both.t()]
@@ -211,7 +212,7 @@ def _branch(plan: Plan, name: str, op: nn.Module, edge: Edge) -> list[int]:
         at = plan.size
         plan.size += 4 * channels * channels
         plan.convs += [one, two]
-        plan.packers.append(lambda: _pack_reduce(one, two))
+        plan.packers.append(lambda: pack_reduce(one, two))
         return [Op.REDUCE, 0, 0, at, _norm(plan, norm, channels), -1, -1]
     if name.startswith(("sep_conv", "dil_conv")):
         layers = getattr(op, "op", None)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from rfdarts_fast.data import (
     Batches,
     ColourJitter,
-    DataError,
     DataSource,
     default_augment,
     evaluation_augment,
@@ -78,15 +77,6 @@ def check_genotype(config: TrainConfig, genotype: AnyGenotype, image_size: int) 
             )
 
 
-def source_with_test(config: TrainConfig) -> DataSource:
-    source = load_data(config)
-    if source.test is None:
-        raise DataError(
-            f"dataset: expected test images beside the training images, got none in {source.name}"
-        )
-    return source
-
-
 class TrainRun(Run):
     """One training of a derived network; the test images choose the best checkpoint, as published."""
 
@@ -96,7 +86,9 @@ class TrainRun(Run):
         device = choose_device(config.device)
         channels_last = config.memory_format == "channels_last"
         jitter = ColourJitter(0.4, 0.4, 0.4, 0.2) if config.colour_jitter else None
-        augment = default_augment(source, cutout=config.cutout, jitter=jitter, channels_last=channels_last)
+        augment = default_augment(
+            source, cutout=config.cutout, jitter=jitter, flip=config.flip, channels_last=channels_last
+        )
         batches = Batches(
             source.train,
             None,
@@ -189,9 +181,8 @@ class TrainRun(Run):
 
 
 def _test_batches(config: TrainConfig, source: DataSource, device: torch.device) -> Batches:
-    assert source.test is not None
     return Batches(
-        source.test,
+        source.require_test(),
         None,
         config.batch_size,
         augment=evaluation_augment(source, channels_last=config.memory_format == "channels_last"),
@@ -213,7 +204,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     choose_device(config.device)
     genotype = read_genotype(config.genotype)
-    source = source_with_test(config)
+    source = load_data(config)
+    source.require_test()
     check_genotype(config, genotype, source.image_size)
     check_network(
         lambda: build_network(config, genotype, source.num_classes),
@@ -255,7 +247,7 @@ def evaluate_run(path: Path, checkpoint: str = "best", **changes: Any) -> dict[s
     if not file.exists():
         raise RunFolderError(f"run: expected a checkpoint {file.name} in {path}, got none yet")
     device = choose_device(config.device)
-    source = source_with_test(config)
+    source = load_data(config)
     network = build_network(config, read_genotype(config.genotype), source.num_classes)
     network.load_state_dict(load_checkpoint(file)["network"])
     return evaluate(place(network, config, device), _test_batches(config, source, device))

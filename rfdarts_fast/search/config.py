@@ -14,6 +14,7 @@ from rfdarts_fast.engine.config import (
     require_positive,
 )
 from rfdarts_fast.nn import ConvInit, GammaInit
+from rfdarts_fast.ops import Backend, Memory
 
 Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
 SpaceName = Literal["darts", "s1", "s2", "s3", "s4", "nasbench201"]
@@ -123,6 +124,11 @@ class SearchConfig(RunConfig):
     validate_every: int = 1
     """Epochs between evaluations on the validation half; 0 for never."""
 
+    backend: Backend = "auto"
+    """Engine of the mixed ops: auto takes the fastest that can run, reference is plain PyTorch."""
+    memory: Memory = "fast"
+    """What the native engine keeps for the backward pass: all branch outputs, or node states only."""
+
     @property
     def random_features(self) -> bool:
         return self.method.startswith("rf-")
@@ -222,7 +228,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "channels": 16,
         "layers": 3,
         "epochs": 15,
-        "batch_size": 64,
+        "batch_size": 32,
+        "learning_rate": 0.5,
         "arch_warmup_epochs": 5,
         "arch_learning_rate": 6e-3,
         "split": "stratified",

@@ -32,6 +32,7 @@ from rfdarts_fast.engine.run import (
 )
 from rfdarts_fast.engine.run_folder import RunFolder
 from rfdarts_fast.engine.schedule import learning_rate, set_learning_rate
+from rfdarts_fast.ops import use_backend
 from rfdarts_fast.search.architect import Architect, Batch, descend, gradients
 from rfdarts_fast.search.build import build_supernet, weight_groups
 from rfdarts_fast.search.config import SearchConfig
@@ -61,7 +62,7 @@ class SearchRun(Run):
         device = choose_device(config.device)
         channels_last = config.memory_format == "channels_last"
         train_indices, val_indices = split(config, source)
-        augment = default_augment(source, cutout=config.cutout, channels_last=channels_last)
+        augment = default_augment(source, cutout=config.cutout, flip=config.flip, channels_last=channels_last)
 
         def batches(indices: Tensor, **changes: Any) -> Batches:
             options = {"augment": augment, "seed": config.seed, "device": device, "workers": config.workers}
@@ -69,7 +70,7 @@ class SearchRun(Run):
 
         super().__init__(folder, config, batches(train_indices), config.epochs, f"search {config.method}")
         self.config = config
-        self.val_batches = batches(val_indices)
+        self.val_batches = batches(val_indices, seed=config.seed + 1)
         self.held_out = batches(
             val_indices,
             augment=evaluation_augment(source, channels_last=channels_last),
@@ -196,8 +197,11 @@ def search(config: SearchConfig) -> AnyGenotype:
         source.image_size,
     )
     config = dataclasses.replace(config, image_size=source.image_size)
-    run = SearchRun(config, source, RunFolder(config.out, "search", config))
-    run.run()
+    # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
+    backend = use_backend.name if config.backend == "auto" else config.backend
+    with use_backend(backend, config.memory):
+        run = SearchRun(config, source, RunFolder(config.out, "search", config))
+        run.run()
     genotype = run.network.genotype()
     write_text(config.out / "genotype.json", to_json(genotype) + "\n")
     return genotype

@@ -216,7 +216,7 @@ def test_tensorboard_missing(rfdarts, search_args, tmp_path, monkeypatch):
 def test_without_test_images(rfdarts, train_args, tmp_path):
     file = tmp_path / "no_test.npz"
     np.savez(file, x_train=np.zeros((8, 8, 8, 3), np.uint8), y_train=np.arange(8) % 2)
-    case = f"--data-root {file} | dataset: expected test images"
+    case = f"--data-root {file} | expected test images"
     check_refused(rfdarts, "train", train_args, case, tmp_path / "run")
 
 

@@ -83,6 +83,13 @@ struct Kernels {
   void (*relu_backward_add)(const T* dx, const T* x, T* rest, int64_t size, int64_t c);
   void (*divide_by_window)(T* d, int64_t h, int64_t w, int64_t c, int stride);
 
+  // One image through ReLU and a 1x1 convolution; see image_1x1.h.
+  void (*conv1x1_forward)(View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co, bool reduce, const T* pw, T* y,
+                          double* mean, double* deviation, T* scratch);
+  void (*conv1x1_backward)(const T* g, const T* y, const T* coef, View<T> x, int64_t oh, int64_t ow, int64_t ci,
+                           int64_t co, bool reduce, const T* pw_t, T* dx, T* scratch);
+  void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out);
+
   // Partial channels. planar [pixels][C]: group after group; its first C/K channels are the mixed op's.
   void (*unshuffle)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* planar, T* mixed);
   void (*shuffle)(const T* mixed, const T* planar, int64_t pixels, int64_t c, int64_t K, T* out);

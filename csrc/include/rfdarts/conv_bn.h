@@ -1,0 +1,29 @@
+// ReLU, frozen 1x1 convolution, BatchNorm: the preprocessing of a cell, and FactorizedReduce (`reduce`).
+#pragma once
+#include "rfdarts/cell.h"
+
+namespace rfdarts {
+
+template <class T>
+struct ConvNorm {
+  int64_t images, h, w, ci, co;  // of the input
+  bool reduce, training;
+  double eps;
+  Batch<T> x;
+  // [ci][co] and its transpose; 2 ci instead of ci where `reduce`
+  const T *weights, *gamma, *beta;
+  T *y, *out;       // [images][oh][ow][co]: before and after the BatchNorm
+  double* moments;  // [2][co]; read instead of written where not training
+
+  int64_t oh() const { return reduce ? h / 2 : h; }
+  int64_t ow() const { return reduce ? w / 2 : w; }
+};
+
+template <class T>
+void conv_norm_forward(const ConvNorm<T>& a, const Parallel& parallel);
+// g dense; dx [images][h][w][ci] or null
+template <class T>
+void conv_norm_backward(const ConvNorm<T>& a, const T* g, T* dx, T* grad_gamma, T* grad_beta,
+                        const Parallel& parallel);
+
+}  // namespace rfdarts

@@ -1,0 +1,167 @@
+"""Help, precedence of presets, files and options, and the small commands."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import pytest
+
+from rfdarts_fast import cli
+from rfdarts_fast.cli import EvalOptions, parse_config
+from rfdarts_fast.retrain import RECIPES, TrainConfig
+from rfdarts_fast.retrain.config import recipe_values
+from rfdarts_fast.search import PRESETS, SearchConfig
+from rfdarts_fast.search.config import preset_values
+
+
+@pytest.fixture
+def output(monkeypatch, capsys):
+    """stdout of a command that succeeds."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["rfdarts", *map(str, args)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert not stop.code
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]], ids=["nothing", "-h", "--help"])
+def test_help_names_every_command(output, args):
+    text = output(*args)
+    for command in cli.COMMANDS:
+        assert re.search(rf"^  {command} ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("search", SearchConfig), ("train", TrainConfig), ("eval", EvalOptions)]
+)
+def test_help_of_a_command_names_every_option(output, monkeypatch, command, kind):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = output(command, "--help")
+    for field in dataclasses.fields(kind):
+        if field.name != "run":
+            assert f"--{field.name.replace('_', '-')}" in text
+    assert f"usage: rfdarts {command}" in text
+
+
+def test_help_shows_the_values_that_would_be_used(output, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    epochs = [
+        re.search(r"--epochs INT.*?default: (\d+)", output("search", *args, "--help"), re.DOTALL).group(1)
+        for args in ([], ["--preset", "quick"])
+    ]
+    assert epochs == ["50", str(PRESETS["quick"]["epochs"])]
+
+
+def search_config(*args):
+    return parse_config(SearchConfig, preset_values, [*args, "--out", "x"], "rfdarts search")
+
+
+def train_config(*args):
+    return parse_config(TrainConfig, recipe_values, [*args, "--out", "x"], "rfdarts train")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_config_that_can_be_used(preset):
+    config = search_config("--preset", preset)
+    config.check()
+    assert config.preset == preset
+    for name, value in PRESETS[preset].items():
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_a_config_that_can_be_used(recipe):
+    config = train_config("--recipe", recipe)
+    config.check()
+    for name, value in RECIPES[recipe].items():
+        assert getattr(config, name) == value
+
+
+RECIPE_OF = {
+    "rf-pcdarts": (["--method", "rf-pcdarts"], {"partial_channels": 4, "edge_norm": True, "affine": True}),
+    "pc-darts": (["--method=pc-darts"], {"partial_channels": 4, "affine": False, "batch_size": 256}),
+    "darts": (["--method", "darts"], {"partial_channels": 1, "affine": False, "arch_warmup_epochs": 0}),
+    "rf-darts": (["--method", "rf-darts"], {"partial_channels": 1, "affine": True, "edge_norm": False}),
+    "nasbench201": (
+        ["--method", "rf-darts", "--space", "nasbench201"],
+        {"step_order": "weights-first", "nesterov": True, "track_running_stats": False, "affine": True},
+    ),
+}
+
+
+@pytest.mark.parametrize(("args", "values"), RECIPE_OF.values(), ids=RECIPE_OF.keys())
+def test_method_and_space_choose_the_published_recipe(args, values):
+    config = search_config(*args)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_precedence(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("preset: quick\nepochs: 7\narch-learning-rate: 3e-4\nseed: 5\n")
+    config = search_config("--config", str(file), "--seed", "6")
+    quick = PRESETS["quick"]
+    found = (config.layers, config.epochs, config.arch_learning_rate, config.seed, config.preset)
+    assert found == (quick["layers"], 7, 0.0003, 6, "quick")
+    # a preset on the command line takes the place of the file's, and the file still wins over it
+    other = search_config("--config", str(file), "--preset", "pc-darts")
+    assert (other.preset, other.batch_size, other.epochs) == ("pc-darts", 256, 7)
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003", "'3e-4'", "3E-4"])
+def test_yaml_numbers(tmp_path, text):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"weight_decay: {text}\nlearning_rate: 1")
+    config = train_config("--config", str(file))
+    assert (config.weight_decay, config.learning_rate) == (0.0003, 1.0)
+    assert isinstance(config.learning_rate, float)
+
+
+def test_yaml_values_of_every_kind(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "out: runs/a\ndata_root: data\nauxiliary: false\nimage_size: null\nschedule: step\nthreads: 2"
+    )
+    config = parse_config(TrainConfig, recipe_values, ["--config", str(file)], "rfdarts train")
+    assert (str(config.out), str(config.data_root)) == ("runs/a", "data")
+    assert (config.auxiliary, config.image_size, config.schedule, config.threads) == (False, None, "step", 2)
+
+
+def test_empty_yaml(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("")
+    assert search_config("--config", str(file)).epochs == SearchConfig.epochs
+
+
+def test_environment(output):
+    text = output("env")
+    for name in ("rfdarts_fast", "python", "torch", "cpu", "torchvision", "tensorboard", "triton"):
+        assert re.search(rf"^{name} +\S", text, re.MULTILINE)
+
+
+def test_search_train_eval(output, tiny_npz, tmp_path):
+    """The three commands in a row; eval repeats what training measured."""
+    data = ["--dataset", "npz", "--data-root", tiny_npz, "--device", "cpu", "--epochs", 2, "--batch-size", 4]
+    small = ["--channels", 4, "--layers", 3]
+    text = output("search", "--method", "rf-darts", "--space", "s2", *data, *small, "--out", tmp_path / "a")
+    genotype = tmp_path / "a" / "genotype.json"
+    assert str(genotype) in text
+    assert json.loads(genotype.read_text())["text"] in text
+    options = ["--genotype", genotype, "--no-auxiliary", "--cutout", 0, *data, *small]
+    text = output("train", *options, "--out", tmp_path / "b")
+    result = json.loads((tmp_path / "b" / "result.json").read_text())
+    assert f"test accuracy {result['test_accuracy']:.2f}%" in text
+    assert (tmp_path / "b" / "genotype.json").read_text() == genotype.read_text()
+    last = json.loads(output("eval", tmp_path / "b", "--checkpoint", "last"))
+    assert last["accuracy"] == result["test_accuracy"]
+    assert last["loss"] == pytest.approx(result["test_loss"], rel=1e-6)
+    best = json.loads(output("eval", tmp_path / "b"))
+    assert best["accuracy"] == result["best_accuracy"]
+    moved = tiny_npz.with_name("moved.npz")
+    moved.write_bytes(tiny_npz.read_bytes())
+    assert json.loads(output("eval", tmp_path / "b", "--data-root", moved)) == best

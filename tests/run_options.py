@@ -1,0 +1,116 @@
+"""What each option of every run does: `check_<field>(lab)` for each field of RunConfig.
+
+A lab has `start(**changes)`, a run at its first step, and `finish(**changes)`, the folder of a finished one.
+"""
+
+import pytest
+import torch
+from PIL import Image
+
+from rfdarts_fast.engine import run as run_module
+from rfdarts_fast.engine.config import ConfigError
+from rfdarts_fast.engine.run_folder import RunFolder
+
+
+def check_out(lab):
+    assert (lab.finish(out=lab.tmp_path / "elsewhere", epochs=1) / "metrics.jsonl").exists()
+
+
+def check_config(lab):
+    file = lab.tmp_path / "config.yaml"
+    file.write_text("weight-decay: 3e-2\nseed: 11")
+    config = lab.parse("--config", str(file), "--seed", "12")
+    assert (config.weight_decay, config.seed) == (0.03, 12)
+    assert config.config == file
+
+
+def check_dataset(lab):
+    assert len(lab.start().batches.dataset) == 24
+    assert len(lab.start(dataset="digits", data_root=None).batches.dataset) == 1442
+
+
+def check_data_root(lab):
+    with pytest.raises(ValueError, match=r"other\.npz"):
+        lab.start(data_root=lab.tmp_path / "other.npz")
+
+
+def check_download(lab):
+    asked = []
+    load = run_module.load
+    lab.monkeypatch.setattr(
+        run_module, "load", lambda *a, download, **k: (asked.append(download), load(*a, **k))[1]
+    )
+    lab.start()
+    lab.start(download=True)
+    assert asked == [False, True]
+
+
+def check_image_size(lab):
+    assert [next(lab.start(image_size=s).batches.epoch(0))[0].shape[-1] for s in (None, 16)] == [8, 16]
+
+
+def check_flip(lab):
+    assert [lab.start(flip=flip).batches.augment.flip for flip in (None, True, False)] == [True, True, False]
+
+
+def check_workers(lab):
+    for part in ("train", "test"):
+        for label in ("ant", "bee"):
+            folder = lab.tmp_path / "photos" / part / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(folder / f"{i}.png")
+    options = {"dataset": "imagefolder", "data_root": lab.tmp_path / "photos", "image_size": 8}
+    assert [lab.start(**options, workers=w).batches._reader._workers for w in (0, 1)] == [0, 1]
+
+
+def check_seed(lab):
+    first, again, other = (lab.start(seed=seed) for seed in (1, 1, 2))
+    images = [next(run.batches.epoch(0))[0] for run in (first, again, other)]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+    weights = [run.network.classifier.weight for run in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def check_device(lab):
+    assert lab.start(device="cpu").batches.device == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device: 'cuda:99' cannot be used"):
+        lab.start(device="cuda:99")
+
+
+def check_threads(lab):
+    asked = []
+    lab.monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    lab.finish(epochs=1, threads=3)
+    assert asked == [3]
+
+
+def check_memory_format(lab):
+    for name, layout in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
+        run = lab.start(memory_format=name)
+        stem = next(m for m in run.network.modules() if isinstance(m, torch.nn.Conv2d)).weight
+        for tensor in (stem, next(run.batches.epoch(0))[0]):
+            assert tensor.is_contiguous(memory_format=layout)
+            assert not tensor.is_contiguous(
+                memory_format=torch.contiguous_format if name == "channels_last" else torch.channels_last
+            )
+
+
+def check_checkpoint_minutes(lab):
+    saved = []
+    lab.monkeypatch.setattr(RunFolder, "save", lambda self, state, name="": saved.append(state["step"]))
+    lab.start(epochs=1, checkpoint_minutes=60.0).run()
+    steps = set(saved)
+    saved.clear()
+    run = lab.start(epochs=1, checkpoint_minutes=1e-9)
+    run.run()
+    assert steps - {len(run.batches)} == {0}
+    assert set(saved) == set(range(len(run.batches) + 1))
+
+
+def check_tensorboard(lab):
+    pytest.importorskip("tensorboard")
+    assert list((lab.finish(epochs=1, tensorboard=True) / "tensorboard").glob("events*"))
+    assert not (lab.finish(epochs=1, out=lab.tmp_path / "without") / "tensorboard").exists()
