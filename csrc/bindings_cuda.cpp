@@ -1,6 +1,8 @@
 // The ops of a cell for CUDA tensors, beside a torch with or without CUDA. Torch's stable ABI only. With
 // RFDARTS_EMULATION: the same kernels on CPU tensors, as a library of its own.
 #ifndef RFDARTS_EMULATION
+#include <Python.h>
+
 #define USE_CUDA
 #include <cuda_runtime.h>
 #endif
@@ -239,5 +241,11 @@ STABLE_TORCH_LIBRARY_IMPL(rfdarts_emulated, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(rfdarts, CompositeExplicitAutograd, m) {
   m.impl("cuda_missing", TORCH_BOX(&rfdarts::cuda::cuda_missing_op));
   m.impl("cuda_archs", TORCH_BOX(&rfdarts::cuda::cuda_archs_op));
+}
+#endif
+#ifndef RFDARTS_EMULATION
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
 }
 #endif

@@ -1,12 +1,13 @@
 """The CUDA engine for mixed ops with frozen convolutions: the kernels of csrc/cuda under the ops of `native`.
 
 States and branch outputs are float32, bfloat16, float16 or float64; arithmetic, statistics, parameters and
-their gradients are float32 (float64 for float64). Launches kernels only: no host synchronisation, no branch on
-data, so that a step can be captured in a CUDA graph.
+their gradients are float32 (float64 for float64). Launches kernels only: no host synchronisation, no branch
+on data, so that a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,21 +22,23 @@ MAX_INCOMING = 8
 MAX_BRANCHES = 48
 
 
+_missing: str | None = native.status().get("reason")  # type: ignore[assignment]
+if _missing is None:
+    try:
+        importlib.import_module("rfdarts_fast.ops._cuda")
+    except ImportError as error:
+        _missing = f"the CUDA kernels were not built or do not load ({error})"
+
+
 def missing() -> str | None:
     """Why the engine cannot run on this machine, or None."""
-    reason = native.status().get("reason")
-    if reason is not None:
-        return str(reason)
-    if not hasattr(torch.ops.rfdarts, "cuda_missing"):
-        return "the CUDA kernels were not built"
-    return torch.ops.rfdarts.cuda_missing() or None
+    return _missing if _missing is not None else torch.ops.rfdarts.cuda_missing() or None
 
 
 def status() -> dict[str, str | bool]:
     """What is built and whether it runs: `built`, `archs`, and `reason` where it does not run."""
-    built = hasattr(torch.ops.rfdarts, "cuda_missing")
-    found: dict[str, str | bool] = {"built": built}
-    if built:
+    found: dict[str, str | bool] = {"built": _missing is None}
+    if _missing is None:
         found["archs"] = torch.ops.rfdarts.cuda_archs()
     reason = missing()
     if reason is not None:
