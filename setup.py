@@ -2,8 +2,7 @@
 
 RFDARTS_BUILD_CPU and RFDARTS_BUILD_CUDA decide: `auto` (default) builds kernels where torch and the compilers
 are, and says what is missing where not; `required` fails instead; `off` does not try. The package works
-without them. 
-CUDA kernels are built wherever nvcc is, whatever torch's own build, for the architectures of
+without them. CUDA kernels are built wherever nvcc is, whatever torch's own build, for the architectures of
 TORCH_CUDA_ARCH_LIST or those below.
 """
 

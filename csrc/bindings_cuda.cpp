@@ -203,6 +203,8 @@ std::tuple<Tensors, Tensor, Tensor, Tensor, Tensor> cell_backward_op(
 
 #ifdef RFDARTS_EMULATION
 void shuffle_op(bool on) { emulation::shuffle(on); }
+void record_op(bool on) { emulation::record(on); }
+std::string recorded_op() { return emulation::recorded(); }
 #else
 // "" or why no device can be used
 std::string cuda_missing_op() {
@@ -220,6 +222,8 @@ std::string cuda_archs_op() { return RFDARTS_CUDA_ARCHS; }
 STABLE_TORCH_LIBRARY(rfdarts_emulated, m) {
   define_cell_ops(m);
   m.def("shuffle(bool on) -> ()");
+  m.def("record(bool on) -> ()");
+  m.def("recorded() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(rfdarts_emulated, CPU, m) {
 #else
@@ -236,6 +240,8 @@ STABLE_TORCH_LIBRARY_IMPL(rfdarts, CUDA, m) {
 #ifdef RFDARTS_EMULATION
 STABLE_TORCH_LIBRARY_IMPL(rfdarts_emulated, CompositeExplicitAutograd, m) {
   m.impl("shuffle", TORCH_BOX(&rfdarts::cuda::shuffle_op));
+  m.impl("record", TORCH_BOX(&rfdarts::cuda::record_op));
+  m.impl("recorded", TORCH_BOX(&rfdarts::cuda::recorded_op));
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(rfdarts, CompositeExplicitAutograd, m) {

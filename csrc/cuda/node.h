@@ -10,15 +10,15 @@ __device__ void pool_at(const typename Node<T>::Incoming& in, int n, int y, int 
                  [&](int v, int u, Acc<T>(&value)[V]) { load<V>(in.x.at(n, v, u) + ch, value); });
 }
 
-// What bypasses a mixed op at (y, x) of the output, from channel ch on: x, or its 2x2 maximum. A NaN wins.
+// What bypasses a mixed op: x at its place in the input, or the 2x2 maximum from there on. A NaN wins.
 template <class T, int V>
-__device__ void bypass_at(const typename Node<T>::Incoming& in, int n, int y, int x, int ch, Acc<T> (&value)[V]) {
-  load<V>(in.x.at(n, y * in.stride, x * in.stride) + ch, value);
+__device__ __forceinline__ void bypass_at(const typename Node<T>::Incoming& in, const T* x, Acc<T> (&value)[V]) {
+  load<V>(x, value);
   if (in.stride == 1) return;
 #pragma unroll
   for (int k = 1; k < 4; k++) {
     Acc<T> other[V];
-    load<V>(in.x.at(n, 2 * y + k / 2, 2 * x + k % 2) + ch, other);
+    load<V>(x + k / 2 * in.x.row + k % 2 * in.x.pixel, other);
 #pragma unroll
     for (int i = 0; i < V; i++)
       if (other[i] > value[i] || other[i] != other[i]) value[i] = other[i];
@@ -28,7 +28,7 @@ __device__ void bypass_at(const typename Node<T>::Incoming& in, int n, int y, in
 // out channel c K + g: g = 0 the mixed op's channel c, g >= 1 the bypass's channel g C/K + c. Shared memory:
 // [rows + 1][cm] coefficients, the last row a constant.
 template <class T, int K, int V>
-__global__ void __launch_bounds__(kThreads) node_forward_kernel(const __grid_constant__ Node<T> a, T* out) {
+__global__ void __launch_bounds__(kThreads, kResident<T>) node_forward_kernel(const __grid_constant__ Node<T> a, T* out) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   A* coef = reinterpret_cast<A*>(shared);
@@ -98,10 +98,11 @@ __global__ void __launch_bounds__(kThreads) node_forward_kernel(const __grid_con
         add(row + 2, value);
       }
       A weight = a.edge_weights ? a.edge_weights[in.edge] : A(1);
+      const T* outer = in.x.at(n, y * in.stride, x * in.stride) + ch;
 #pragma unroll
       for (int g = 1; g < K; g++) {
         A value[V];
-        bypass_at<T, V>(in, n, y, x, g * cm + ch, value);
+        bypass_at<T, V>(in, outer + g * cm, value);
 #pragma unroll
         for (int i = 0; i < V; i++) sum[g][i] += weight * value[i];
       }
@@ -129,7 +130,7 @@ struct NodeSums {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) node_backward_kernel(const __grid_constant__ NodeSums<T> a) {
+__global__ void __launch_bounds__(kThreads, kResident<T>) node_backward_kernel(const __grid_constant__ NodeSums<T> a) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   const Node<T>& node = a.node;
@@ -189,9 +190,10 @@ __global__ void __launch_bounds__(kThreads) node_backward_kernel(const __grid_co
 #pragma unroll
           for (int i = 0; i < V; i++) sum[0][i] += g[i];
         } else {
-          const T* outer = a.g.at(n, y, x) + ch * K;
+          const auto& in = node.in[bypass];
+          const T *outer = a.g.at(n, y, x) + ch * K, *from = in.x.at(n, y * in.stride, x * in.stride) + ch;
           for (int k = 1; k < K; k++) {
-            bypass_at<T, V>(node.in[bypass], n, y, x, k * cm + ch, value);
+            bypass_at<T, V>(in, from + k * cm, value);
 #pragma unroll
             for (int i = 0; i < V; i++) sum[0][i] += widen(outer[i * K + k]) * value[i];
           }

@@ -6,6 +6,9 @@
 namespace rfdarts::cuda {
 
 constexpr int kThreads = 256;
+// blocks of a multiprocessor that must have enough registers; double is for checking gradients, not for speed
+template <class T>
+constexpr int kResident = sizeof(T) == 8 ? 1 : 2;
 // outputs that one thread of a depthwise convolution computes, next to each other in a row
 constexpr int kStrip = 8;
 // a launch's parameters must stay below 4 KiB

@@ -25,12 +25,13 @@ Block block;
 namespace {
 constexpr size_t kStack = 128 << 10;
 constexpr int kMaxThreads = 1024;
-bool shuffled = false;
+bool shuffled = false, recording = false;
+std::string log;
 void (*body)(void*);
 void* context;
-void* scheduler;
 
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+void* scheduler;
 // saves what a call must preserve, and changes stacks
 extern "C" void rfdarts_emulation_switch(void** save, void* to);
 asm(R"(
@@ -167,6 +168,20 @@ void run_block(std::vector<Thread>& threads, std::vector<int>& order, std::mt199
 }  // namespace
 
 void shuffle(bool on) { shuffled = on; }
+void record(bool on) {
+  recording = on;
+  log.clear();
+}
+const std::string& recorded() { return log; }
+bool write_down(const char* function, dim3 grid, size_t shared) {
+  if (!recording) return false;
+  std::string name = function;
+  // ... [with Params = {...}; Args = ...]
+  name = name.substr(name.find("Params = "));
+  log += name.substr(0, name.find(';')) + " | " + std::to_string(grid.x * grid.y * grid.z) + " | " +
+         std::to_string(shared) + "\n";
+  return true;
+}
 void barrier() {
   thread->state = State::Barrier;
   leave();

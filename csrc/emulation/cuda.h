@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <utility>
 
 #define __global__
@@ -82,6 +83,11 @@ void warp_operation(unsigned mask, int operation);
 void run(dim3 grid, dim3 size, size_t shared, void (*body)(void*), void* context);
 // threads run in the order of their numbers, or in a new random order between any two barriers
 void shuffle(bool on);
+// from here on, launches are only written down
+void record(bool on);
+// parameters' type, blocks, bytes of shared memory: one launch a line
+const std::string& recorded();
+bool write_down(const char* function, dim3 grid, size_t shared);
 
 template <class T>
 T exchange(unsigned mask, T value, int source, int operation) {
@@ -94,6 +100,7 @@ T exchange(unsigned mask, T value, int source, int operation) {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 size, size_t shared, Args&&... args) {
+  if (write_down(__PRETTY_FUNCTION__, grid, shared)) return;
   auto body = [&] { kernel(static_cast<Params>(args)...); };
   run(grid, size, shared, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
 }
