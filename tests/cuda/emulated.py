@@ -28,6 +28,14 @@ def compiler():
     return shutil.which("g++")
 
 
+def find_nvcc():
+    """By setup.py's own rules."""
+    text = (CSRC.parent / "setup.py").read_text().replace("setup(**build_options())", "")
+    names = {"__name__": "setup_options"}
+    exec(text, names)
+    return names["find_nvcc"]()
+
+
 def compile_one(source, csrc, folder, flags):
     target = folder / (source.replace("/", "_") + ".o")
     includes = [f"-I{csrc}", f"-I{csrc / 'include'}", *(f"-isystem{path}" for path in include_paths())]

@@ -1,23 +1,18 @@
 """nvcc compiles every kernel without spilling a register. Needs no GPU."""
 
-import importlib.util
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.cuda.emulated import CSRC
+from tests.cuda.emulated import CSRC, find_nvcc
 
 STRICT = ["-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror", "-Werror", "all-warnings"]
 
 
 @pytest.fixture(scope="module")
 def nvcc():
-    """setup.py's own way to find it."""
-    text = (CSRC.parent / "setup.py").read_text().replace("setup(**build_options())", "")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("setup_options", loader=None))
-    exec(text, module.__dict__)
-    found = module.find_nvcc()
+    found = find_nvcc()
     if found is None:
         pytest.skip("needs nvcc to compile the CUDA kernels")
     return found
