@@ -35,6 +35,7 @@ KERNELS = {
     "InnerFinish": "inner_finish_kernel",
     "StateBackward": "state_backward_kernel",
     "bypass": "bypass_backward_kernel",
+    "RunningParams": "update_running_kernel",
 }
 # cells of the supernets: name, K, width, image, stride, batch
 CELLS = [
@@ -55,7 +56,16 @@ def registers(nvcc: str) -> dict[str, int]:
     """Kernel -> registers for bfloat16 on sm_90, the most of its variants."""
     csrc = emulated.CSRC
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++20", "-O3", "-arch=sm_90", "-Xptxas", "-v", f"-I{csrc}", f"-I{csrc / 'include'}"]
+        command = [
+            nvcc,
+            "-std=c++20",
+            "-O3",
+            "-arch=sm_90",
+            "-Xptxas",
+            "-v",
+            f"-I{csrc}",
+            f"-I{csrc / 'include'}",
+        ]
         command += ["-cubin", str(csrc / "cuda/cell_bf16.cu"), "-o", str(Path(folder) / "kernels.cubin")]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found: dict[str, int] = defaultdict(int)
@@ -67,14 +77,18 @@ def registers(nvcc: str) -> dict[str, int]:
     return found
 
 
-def launches(name: str, K: int, channels: int, side: int, stride: int, batch: int) -> list[tuple[str, int, int]]:
+def launches(
+    name: str, K: int, channels: int, side: int, stride: int, batch: int
+) -> list[tuple[str, int, int]]:
     """(kernel, blocks, bytes of shared memory) of a forward and backward, in order."""
     edges = list(emulated.make_edges("darts", channels, stride, K, nodes=4))
     plan = plan_of(edges, 2)
     assert isinstance(plan, Plan)
     # never touched, so these take no memory
     shape = batch, channels, side, side
-    inputs = [torch.empty(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last) for _ in range(2)]
+    inputs = [
+        torch.empty(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last) for _ in range(2)
+    ]
     inputs = [x.requires_grad_() for x in inputs]
     weights = torch.rand(len(edges), 8, requires_grad=True)
     edge_weights = torch.rand(len(edges), requires_grad=True) if K > 1 else None
@@ -94,7 +108,9 @@ def launches(name: str, K: int, channels: int, side: int, stride: int, batch: in
     return found
 
 
-def work(K: int, channels: int, side: int, stride: int, batch: int, item: int = 2) -> list[tuple[str, float, float]]:
+def work(
+    K: int, channels: int, side: int, stride: int, batch: int, item: int = 2
+) -> list[tuple[str, float, float]]:
     """(kernel, bytes, multiply-adds) in the order of the launches; csrc/cuda/run_forward.h and run_backward.h."""
     c, out = channels // K, side // stride
     state, pixels = batch * side * side, batch * out * out
@@ -120,8 +136,12 @@ def work(K: int, channels: int, side: int, stride: int, batch: int, item: int = 
     for s in range(6):
         if s >= 2:
             streams = sum(4 + reduces[j] for j in range(s))
-            found.append(("node_forward_kernel", streams * y + sum(whole[:s]) + whole[s], pixels * c * streams))
+            found.append(
+                ("node_forward_kernel", streams * y + sum(whole[:s]) + whole[s], pixels * c * streams)
+            )
         stages(s)
+
+    found.append(("update_running_kernel", 0.0, 0.0))
 
     def state_backward(s: int) -> None:
         edges = leaving[s]
@@ -155,7 +175,9 @@ def main() -> None:
         emulated.load(emulated.build(Path(folder)))
         print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
         print(__doc__.split("\n\n")[2].strip() if __doc__ else "", "\n")
-        print("One cell, forward and backward, bfloat16; registers: the most of a kernel's variants on sm_90.")
+        print(
+            "One cell, forward and backward, bfloat16; registers: the most of a kernel's variants on sm_90."
+        )
         for cell in CELLS:
             name, K, channels, side, stride, batch = cell
             print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
@@ -170,7 +192,9 @@ def main() -> None:
                 row[3] += size
                 row[4] += adds
                 row[5] += max(size / BANDWIDTH, adds / MULTIPLY_ADDS)
-            print("| kernel | launches | blocks (most) | registers | shared KiB | MB | M multiply-adds | floor µs |")
+            print(
+                "| kernel | launches | blocks (most) | registers | shared KiB | MB | M multiply-adds | floor µs |"
+            )
             print("|---|---|---|---|---|---|---|---|")
             for kernel, (count, blocks, shared, size, adds, seconds) in rows.items():
                 print(
@@ -178,7 +202,9 @@ def main() -> None:
                     f"| {size / 1e6:.1f} | {adds / 1e6:.0f} | {seconds * 1e6:.1f} |"
                 )
             total = [sum(row[i] for row in rows.values()) for i in range(6)]
-            print(f"| **all** | {total[0]:.0f} | | | | {total[3] / 1e6:.1f} | {total[4] / 1e6:.0f} | {total[5] * 1e6:.1f} |")
+            print(
+                f"| **all** | {total[0]:.0f} | | | | {total[3] / 1e6:.1f} | {total[4] / 1e6:.0f} | {total[5] * 1e6:.1f} |"
+            )
             print(f"\nLaunches add about {total[0] * LAUNCH * 1e6:.0f} µs inside a CUDA graph.")
 
 

@@ -117,17 +117,19 @@ Tensor take_kept(const Cell& cell, const Tensor& x, bool bfloat16) {
   return take_vector(cell.kept_size(), x.scalar_type(), x.element_size());
 }
 
-std::tuple<Tensors, Tensor, Tensor> cell_forward_op(const Tensors& inputs, const Tensors& noise, const Tensor& weights,
+std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(const Tensors& inputs, const Tensors& noise, const Tensor& weights,
                                                     const Tensor& gamma, const Tensor& beta, const Tensor& mix,
                                                     std::optional<Tensor> edge_weights,
                                                     std::optional<Tensor> moments, const Ints& spec, double eps,
-                                                    bool bfloat16) {
+                                                    bool bfloat16, bool together) {
   CellArguments arguments{inputs, noise, weights, gamma, beta, mix, edge_weights, spec, eps};
   Cell cell = arguments.cell();
   STD_TORCH_CHECK(cell.training == !moments.has_value(), "moments: expected in evaluation mode, and only there");
   const Tensor& x = inputs[0];
   Tensors nodes;
   for (int i = 0; i < cell.nodes; i++) nodes.push_back(take_state(cell.images, cell.channels, cell.oh, cell.ow, x));
+  Tensor all = together ? take_state(cell.images, cell.nodes * cell.channels, cell.oh, cell.ow, x)
+                        : take_vector(0, x.scalar_type(), x.element_size());
   Tensor kept = take_kept(cell, x, bfloat16);
   Tensor used = take({2, cell.norms, cell.mixed}, {cell.norms * cell.mixed, cell.mixed, 1}, ScalarType::Double, 8);
   if (moments) {
@@ -136,9 +138,10 @@ std::tuple<Tensors, Tensor, Tensor> cell_forward_op(const Tensors& inputs, const
   }
   with_types(x, bfloat16, [&](auto t, auto s) {
     auto data = arguments.forward<decltype(t), decltype(s)>(kept, used, nodes);
+    if (together) data.together = static_cast<decltype(t)*>(all.data_ptr());
     cell_forward(cell, data, true, parallel);
   });
-  return {nodes, kept, used};
+  return {nodes, all, kept, used};
 }
 
 Tensor cell_kept_op(const Tensors& inputs, const Tensors& nodes, const Tensor& weights, const Tensor& gamma,
@@ -194,6 +197,36 @@ std::tuple<Tensors, Tensor, Tensor, Tensor, Tensor> cell_backward_op(
   });
   for (void* p : blocks) pool_give(p);
   return {grad_inputs, grad_gamma, grad_beta, grad_mix, grad_edges};
+}
+
+// running statistics as BatchNorm2d updates them, from moments [2, norms, C]
+template <class T>
+void update_running(const Tensors& means, const Tensors& variances, const double* moments, int64_t c, double momentum,
+                    double unbias) {
+  int64_t norms = means.size();
+  for (int64_t i = 0; i < norms; i++) {
+    T *mean = static_cast<T*>(means[i].data_ptr()), *variance = static_cast<T*>(variances[i].data_ptr());
+    for (int64_t j = 0; j < c; j++) {
+      mean[j] = T((1 - momentum) * mean[j] + momentum * moments[i * c + j]);
+      variance[j] = T((1 - momentum) * variance[j] + momentum * unbias * moments[(norms + i) * c + j]);
+    }
+  }
+}
+void update_running_op(Tensors means, Tensors variances, Tensors counts, const Tensor& moments, double momentum,
+                       int64_t count) {
+  int64_t c = moments.size(2);
+  STD_TORCH_CHECK(means.size() == variances.size() && int64_t(means.size()) == moments.size(1),
+                  "running statistics: expected one mean and one variance for each row of moments");
+  for (const Tensors* list : {&means, &variances})
+    for (const Tensor& t : *list)
+      STD_TORCH_CHECK(t.numel() == c && t.is_contiguous() && t.scalar_type() == means[0].scalar_type(),
+                      "running statistics: expected contiguous [C] of one dtype");
+  double unbias = double(count) / (count > 1 ? count - 1 : 1);
+  if (means[0].scalar_type() == ScalarType::Double)
+    update_running<double>(means, variances, pointer<double>(moments), c, momentum, unbias);
+  else
+    update_running<float>(means, variances, pointer<double>(moments), c, momentum, unbias);
+  for (const Tensor& t : counts) ++*static_cast<int64_t*>(t.data_ptr());
 }
 
 template <class T>
@@ -274,6 +307,7 @@ STABLE_TORCH_LIBRARY_IMPL(rfdarts, CPU, m) {
   m.impl("cell_forward", TORCH_BOX(&rfdarts::cell_forward_op));
   m.impl("cell_kept", TORCH_BOX(&rfdarts::cell_kept_op));
   m.impl("cell_backward", TORCH_BOX(&rfdarts::cell_backward_op));
+  m.impl("update_running", TORCH_BOX(&rfdarts::update_running_op));
   m.impl("conv_bn_forward", TORCH_BOX(&rfdarts::conv_bn_forward_op));
   m.impl("conv_bn_backward", TORCH_BOX(&rfdarts::conv_bn_backward_op));
 }

@@ -118,7 +118,7 @@ struct CellArguments {
     f.edge_weights = edge_weights ? pointer(*edge_weights) : nullptr;
     f.kept = kept.data_ptr();
     f.moments = static_cast<double*>(moments.data_ptr());
-    for (const Tensor& t : nodes) f.nodes.push_back(t.data_ptr());
+    for (const Tensor& t : nodes) f.nodes.push_back(states(t, inputs[0]));
     return f;
   }
 };
@@ -133,24 +133,27 @@ struct Room {
   }
 };
 
-std::tuple<Tensors, Tensor, Tensor> cell_forward_op(const Tensors& inputs, const Tensors& noise, const Tensor& weights,
-                                                    const Tensor& gamma, const Tensor& beta, const Tensor& mix,
-                                                    std::optional<Tensor> edge_weights,
-                                                    std::optional<Tensor> moments, const Ints& spec, double eps,
-                                                    bool bfloat16) {
+std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(
+    const Tensors& inputs, const Tensors& noise, const Tensor& weights, const Tensor& gamma, const Tensor& beta,
+    const Tensor& mix, std::optional<Tensor> edge_weights, std::optional<Tensor> moments, const Ints& spec, double eps,
+    bool bfloat16, bool together) {
   CellArguments arguments{inputs, noise, weights, gamma, beta, mix, edge_weights, spec, eps, bfloat16};
   Cell cell = arguments.cell();
   STD_TORCH_CHECK(cell.training == !moments.has_value(), "moments: expected in evaluation mode, and only there");
   const Tensor& x = inputs[0];
   Device device(x);
   Tensors nodes;
-  for (int i = 0; i < cell.nodes; i++) nodes.push_back(new_state(x, cell.images, cell.channels, cell.oh, cell.ow));
+  // together, nodes are where their concatenation has them
+  int64_t c = cell.channels;
+  Tensor all = together ? new_state(x, cell.images, cell.nodes * c, cell.oh, cell.ow) : torch::stable::new_empty(x, {0});
+  for (int i = 0; i < cell.nodes; i++)
+    nodes.push_back(together ? torch::stable::narrow(all, 1, i * c, c) : new_state(x, cell.images, c, cell.oh, cell.ow));
   Tensor kept = torch::stable::new_empty(x, {cell.kept_size()});
   Tensor used = moments ? torch::stable::clone(*moments)
                         : torch::stable::new_empty(x, {2, cell.norms, cell.mixed}, ScalarType::Double);
   Room room{x, {}};
   cell_forward(storage_of(x), cell, arguments.forward(kept, used, nodes), true, device.stream(), std::ref(room));
-  return {nodes, kept, used};
+  return {nodes, all, kept, used};
 }
 
 Tensor cell_kept_op(const Tensors& inputs, const Tensors& nodes, const Tensor& weights, const Tensor& gamma,
@@ -201,6 +204,24 @@ std::tuple<Tensors, Tensor, Tensor, Tensor, Tensor> cell_backward_op(
   return {grad_inputs, grad_gamma, grad_beta, grad_mix, grad_edges};
 }
 
+void update_running_op(Tensors means, Tensors variances, Tensors counts, const Tensor& moments, double momentum,
+                       int64_t count) {
+  STD_TORCH_CHECK(moments.is_contiguous() && moments.size(1) == int64_t(means.size()),
+                  "moments: expected [2, norms, C], as many as there are means");
+  Device device(moments);
+  std::vector<Running> running;
+  for (size_t i = 0; i < means.size(); i++) {
+    STD_TORCH_CHECK(means[i].scalar_type() == means[0].scalar_type() && means[i].numel() == moments.size(2),
+                    "running statistics: expected one dtype, and C values each");
+    running.push_back({means[i].data_ptr(), variances.at(i).data_ptr(), static_cast<int64_t*>(counts.at(i).data_ptr())});
+  }
+  if (means.empty()) return;
+  STD_TORCH_CHECK(means[0].scalar_type() == ScalarType::Double || means[0].scalar_type() == ScalarType::Float,
+                  "running statistics: expected float32 or float64");
+  update_running(storage_of(means[0]), running, static_cast<const double*>(moments.data_ptr()), moments.size(2), momentum,
+                 count, device.stream());
+}
+
 #ifdef RFDARTS_EMULATION
 void shuffle_op(bool on) { emulation::shuffle(on); }
 void record_op(bool on) { emulation::record(on); }
@@ -236,6 +257,7 @@ STABLE_TORCH_LIBRARY_IMPL(rfdarts, CUDA, m) {
   m.impl("cell_forward", TORCH_BOX(&rfdarts::cuda::cell_forward_op));
   m.impl("cell_kept", TORCH_BOX(&rfdarts::cuda::cell_kept_op));
   m.impl("cell_backward", TORCH_BOX(&rfdarts::cuda::cell_backward_op));
+  m.impl("update_running", TORCH_BOX(&rfdarts::cuda::update_running_op));
 }
 #ifdef RFDARTS_EMULATION
 STABLE_TORCH_LIBRARY_IMPL(rfdarts_emulated, CompositeExplicitAutograd, m) {

@@ -15,6 +15,7 @@ import tyro
 from rfdarts_fast.data import DataError
 from rfdarts_fast.engine.checkpoint import CheckpointError
 from rfdarts_fast.engine.config import ConfigError, RunConfig, read_yaml
+from rfdarts_fast.engine.run import Diverged
 from rfdarts_fast.engine.run_folder import RunFolderError
 from rfdarts_fast.engine.signals import Stopped
 from rfdarts_fast.ops import BackendError
@@ -132,6 +133,9 @@ def main() -> None:
     except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
         print(f"rfdarts {args[0]}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Diverged as error:
+        print(f"rfdarts {args[0]}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except Stopped:
         raise
     except KeyboardInterrupt:

@@ -214,8 +214,12 @@ struct Backward : CellContext<T, S> {
           auto p = this->pair(b, true, 1);
           S* y = this->slot(b.slot, n);
           std::fill_n(dx, size, T(0));
+          // next: this branch's inner output, and the next branch's outer one
+          bool last = j + 1 == count;
+          const S* next = last && n + 1 == end ? nullptr : this->slot(branches[last ? 0 : j + 1]->slot, n + last);
+          Ahead ahead = this->ahead(this->slot(b.inner_slot, n), size * sizeof(S), next, size * sizeof(S));
           k.conv_backward(mixed_grad[i] + n * size, y, norms[b.norm].row(0), h, w, cm, p.conv, p.dw, p.pw_t, frame,
-                          e, dx, scratch);
+                          e, dx, scratch, ahead);
           double* sums = partials.data() + (n * count + j) * 2 * cm;
           k.relu_backward_inner(dx, this->slot(b.inner_slot, n), affine[j].row(0), affine[j].row(1),
                                 affine[j].row(2), y, sums, sums + cm, size, cm, scratch);
@@ -298,8 +302,19 @@ struct Backward : CellContext<T, S> {
         View<T> view = states[s][n];
         const T* x = this->dense(view, h, w, cm, dense);
         std::fill_n(dx, in, T(0));
-        for (const Term& t : convs) {
+        for (size_t i = 0; i < convs.size(); i++) {
+          const Term& t = convs[i];
           const Branch& b = *t.branch;
+          Ahead ahead;
+          if (i + 1 < convs.size() || n + 1 < end) {
+            bool last = i + 1 == convs.size();
+            const Term& next = convs[last ? 0 : i + 1];
+            bool sep = next.branch->op == Op::SepConv;
+            const S* y = this->slot(sep ? next.branch->inner_slot : next.branch->slot, n + last);
+            const void* g = sep ? static_cast<const void*>(this->slot(next.branch->slot, n + last))
+                                : mixed_grad[next.node] + (n + last) * size;
+            ahead = this->ahead(y, size * sizeof(S), g, size * (sep ? sizeof(S) : sizeof(T)));
+          }
           auto p = this->pair(b, false, source.stride);
           const T* g = mixed_grad[t.node] + n * size;
           if (b.op == Op::Reduce)
@@ -307,10 +322,10 @@ struct Backward : CellContext<T, S> {
                               data.weights + b.weight + 2 * cm * cm, dx, scratch);
           else if (b.op == Op::SepConv)
             k.conv_backward_kept(this->slot(b.slot, n), this->slot(b.inner_slot, n), norms[b.inner_norm].row(0), h,
-                                 w, cm, p.conv, p.dw, p.pw_t, frame, e, dx, scratch);
+                                 w, cm, p.conv, p.dw, p.pw_t, frame, e, dx, scratch, ahead);
           else
             k.conv_backward(g, this->slot(b.slot, n), norms[b.norm].row(0), h, w, cm, p.conv, p.dw, p.pw_t, frame, e,
-                            dx, scratch);
+                            dx, scratch, ahead);
         }
         std::vector<const T*> from;
         for (const T* g : grads) from.push_back(g + n * size);

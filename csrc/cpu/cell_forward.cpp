@@ -68,7 +68,7 @@ struct Forward : CellContext<T, S> {
             k.reduce_forward(x, frame, h, w, cm, data.weights + b.weight, y, mean, deviation, scratch);
           } else {
             auto p = this->pair(b, false, source.stride);
-            k.conv_forward(x, frame, h, w, cm, p.conv, p.dw, p.pw, y, bypass, mean, deviation, scratch);
+            k.conv_forward(x, frame, h, w, cm, p.conv, p.dw, p.pw, y, bypass, mean, deviation, scratch, Ahead());
           }
         }
       }
@@ -102,8 +102,12 @@ struct Forward : CellContext<T, S> {
           const Branch& b = *branches[i];
           k.frame_affine_relu(this->slot(b.inner_slot, n), affine[i].row(0), affine[i].row(1), h, w, cm, frame, u);
           auto p = this->pair(b, true, 1);
+          bool last = i + 1 == count;
+          Ahead ahead;
+          if (!last || n + 1 < end)
+            ahead = this->ahead(this->slot(branches[last ? 0 : i + 1]->inner_slot, n + last), h * w * cm * sizeof(S));
           k.conv_forward(u, frame, h, w, cm, p.conv, p.dw, p.pw, this->slot(b.slot, n), bypass,
-                         moments.mean_of(n, i), moments.deviation_of(n, i), scratch);
+                         moments.mean_of(n, i), moments.deviation_of(n, i), scratch, ahead);
         }
     });
     if (cell.training)
@@ -206,6 +210,8 @@ struct Forward : CellContext<T, S> {
           k.sum_states(planar, j == 0, 1, &whole, bypass.row(j), nullptr, full, wide);
         }
         if (partial) k.shuffle(mixed, planar, cell.pixels(), c, cell.K, out);
+        if (data.together)
+          k.spread(out, cell.pixels(), c, data.together + (n * cell.pixels() * cell.nodes + i) * c, cell.nodes * c);
       }
     });
   }

@@ -115,6 +115,9 @@ struct CellContext {
     return {dw, dw + taps * row, dw + (taps + cm) * row, {b.kernel, b.dilation, stride}};
   }
   S* slot(int s, int64_t n) const { return data.kept + (s * cell.images + n) * cell.image(); }
+  Ahead ahead(const void* one, int64_t bytes, const void* two = nullptr, int64_t two_bytes = 0) const {
+    return {{static_cast<const char*>(one), static_cast<const char*>(two)}, {one ? bytes : 0, two ? two_bytes : 0}};
+  }
   double mean(int norm, int64_t i) const { return data.moments[norm * cm + i]; }
   double variance(int norm, int64_t i) const { return data.moments[(cell.norms + norm) * cm + i]; }
   double rstd(int norm, int64_t i) const { return 1 / std::sqrt(variance(norm, i) + cell.eps); }

@@ -5,6 +5,16 @@ constexpr int kBlock = 8;
 // the widest reach of a 5x5 kernel with dilation 2
 constexpr int kReach = 4;
 
+// one block's worth of either stream
+RF_INLINE void fetch(Ahead& ahead) {
+  unroll<2>(RF_LAMBDA(i) {
+    if (ahead.bytes[i] <= 0) return;
+    unroll<kBlock>(RF_LAMBDA(j) { __builtin_prefetch(ahead.next[i] + j * 64); });
+    ahead.next[i] += kBlock * 64;
+    ahead.bytes[i] -= kBlock * 64;
+  });
+}
+
 template <class T>
 RF_INLINE bool is_flat(int64_t c, int stride) {
   return stride == 1 && c < kLanes<T> && kLanes<T> % c == 0;
@@ -84,9 +94,10 @@ enum class Pass { Forward, Backward };
 // One block of a row: forward stores to out, backward adds to it. `valid` columns of it exist.
 template <class T, int L, int K, int D, int S, Pass pass, bool ClipLeft, bool ClipRight>
 RF_INLINE void depthwise_columns(const T* x, int64_t pitch, const T* w, int64_t c, int64_t row, int64_t h,
-                                 int64_t x0, int64_t valid, T* out) {
+                                 int64_t x0, int64_t valid, T* out, Ahead& ahead) {
   constexpr bool whole = ClipLeft || ClipRight;
   for (int64_t cb = 0; cb < c; cb += L) {
+    fetch(ahead);
     Vec<T, L> acc[kBlock];
     T* to = out + x0 * c + cb;
     unroll<kBlock>(RF_LAMBDA(o) {
@@ -109,25 +120,26 @@ RF_INLINE void depthwise_columns(const T* x, int64_t pitch, const T* w, int64_t 
 // One row of w outputs. h: rows of the framed image.
 template <class T, int L, int K, int D, int S, Pass pass>
 __attribute__((noinline)) void depthwise_row(const T* x, int64_t pitch, const T* w, int64_t c, int64_t row, int64_t h,
-                                             int64_t width, T* out) {
+                                             int64_t width, T* out, Ahead& ahead) {
   if (!clips<T>(width, c, S)) {
     for (int64_t x0 = 0; x0 < width; x0 += kBlock)
-      depthwise_columns<T, L, K, D, S, pass, false, false>(x, pitch, w, c, row, h, x0, width - x0, out);
+      depthwise_columns<T, L, K, D, S, pass, false, false>(x, pitch, w, c, row, h, x0, width - x0, out, ahead);
     return;
   }
   if constexpr (S == 1 && L == kLanes<T>) {
     if (width == kBlock)
-      return depthwise_columns<T, L, K, D, S, pass, true, true>(x, pitch, w, c, row, h, 0, kBlock, out);
-    depthwise_columns<T, L, K, D, S, pass, true, false>(x, pitch, w, c, row, h, 0, kBlock, out);
+      return depthwise_columns<T, L, K, D, S, pass, true, true>(x, pitch, w, c, row, h, 0, kBlock, out, ahead);
+    depthwise_columns<T, L, K, D, S, pass, true, false>(x, pitch, w, c, row, h, 0, kBlock, out, ahead);
     int64_t x0 = kBlock;
     for (; x0 + kBlock < width; x0 += kBlock)
-      depthwise_columns<T, L, K, D, S, pass, false, false>(x, pitch, w, c, row, h, x0, kBlock, out);
-    depthwise_columns<T, L, K, D, S, pass, false, true>(x, pitch, w, c, row, h, x0, kBlock, out);
+      depthwise_columns<T, L, K, D, S, pass, false, false>(x, pitch, w, c, row, h, x0, kBlock, out, ahead);
+    depthwise_columns<T, L, K, D, S, pass, false, true>(x, pitch, w, c, row, h, x0, kBlock, out, ahead);
   }
 }
 
 template <class T>
-using DepthwiseRow = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t, T*);
+using DepthwiseRow = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t, T*,
+                               Ahead&);
 
 template <class T, int L, Pass pass>
 DepthwiseRow<T> depthwise_row_for(Conv conv) {

@@ -83,14 +83,14 @@ struct KeptRows {
 
 template <class T, class S, int L>
 void conv_forward_wide(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw,
-                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch) {
+                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead ahead) {
   int64_t oh = pooled(h, conv.stride), ow = pooled(w, conv.stride), rows = strip_rows<T>(oh, ow * c);
   auto depthwise = depthwise_row_for<T, L, Pass::Forward>(conv);
   T* d = scratch + 3 * round_up(c, kLanes<T>);
   KeptRows<T, S, L> kept(c, c, pw, y, bypass_cache && L == kLanes<T>, mean, deviation, scratch);
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
-    for (int64_t r = 0; r < n; r++) depthwise(x + f.origin, f.pitch, dw, c, r0 + r, h, ow, d + r * ow * c);
+    for (int64_t r = 0; r < n; r++) depthwise(x + f.origin, f.pitch, dw, c, r0 + r, h, ow, d + r * ow * c, ahead);
     kept.strip(d, r0 * ow, n * ow);
   }
   finish_moments(kept.shift, oh * ow, c, mean, deviation);
@@ -112,7 +112,7 @@ RF_INLINE Vec<T, kLanes<T>> load_some(const S* p, int64_t count) {
 
 template <class T, class S, int C, int K, int D>
 void conv_forward_flat(const T* x, Frame f, int64_t h, int64_t w, const T* dw, const T* pw, S* y, bool bypass_cache,
-                       double* mean, double* deviation) {
+                       double* mean, double* deviation, Ahead ahead) {
   constexpr int L = kLanes<T>;
   int64_t row = w * C;
   alignas(64) T shift[L], sums[2 * L];
@@ -122,6 +122,7 @@ void conv_forward_flat(const T* x, Frame f, int64_t h, int64_t w, const T* dw, c
     Vec<T, L> s = Vec<T, L>{}, q = s, about = s;
     if (r0) about = load<L>(shift);
     for (int64_t i = 0; i < row; i += L) {
+      fetch(ahead);
       Vec<T, L> acc[kBlock];
       unroll<kBlock>(RF_LAMBDA(o) { acc[o] = Vec<T, L>{}; });
       depthwise_flat_block<T, K, D, false>(x + f.origin + r0 * f.pitch + i, f.pitch, dw, C, acc);
@@ -192,16 +193,17 @@ RF_INLINE void with_kernel(Conv conv, F&& f) {
 
 template <class T, class S>
 void conv_forward(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw, S* y,
-                  bool bypass_cache, double* mean, double* deviation, T* scratch) {
+                  bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead ahead) {
   if (is_flat<T>(c, conv.stride))
     return with_flat_channels<T>(c, [&](auto channels) {
       with_kernel(conv, [&](auto k, auto d) {
         conv_forward_flat<T, S, channels, k, d>(x, f, h, w, dw, pw, y, bypass_cache && w * c % kLanes<T> == 0, mean,
-                                                deviation);
+                                                deviation, ahead);
       });
     });
   with_lanes<T>(c, [&](auto lanes) {
-    conv_forward_wide<T, S, lanes>(x, f, h, w, c, conv, dw, pw, y, bypass_cache, mean, deviation, scratch);
+    conv_forward_wide<T, S, lanes>(x, f, h, w, c, conv, dw, pw, y, bypass_cache, mean, deviation, scratch,
+                                   ahead);
   });
 }
 

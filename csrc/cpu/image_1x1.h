@@ -80,3 +80,16 @@ void affine(const T* y, const T* scale, const T* shift, int64_t size, int64_t pe
     store<lanes>(out + i, load<lanes>(scale + k) * load<lanes>(y + i) + load<lanes>(shift + k));
   });
 }
+
+template <class T>
+void spread(const T* x, int64_t pixels, int64_t c, T* to, int64_t step) {
+  with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+    constexpr bool aligned = lanes == kLanes<T>;
+    for (int64_t p = 0; p < pixels; p++)
+      for (int64_t k = 0; k < c; k += lanes)
+        if constexpr (aligned)
+          stream<lanes>(to + p * step + k, load<lanes>(x + p * c + k));
+        else
+          store<lanes>(to + p * step + k, load<lanes>(x + p * c + k));
+  });
+}

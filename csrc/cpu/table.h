@@ -45,6 +45,7 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.conv1x1_forward = conv1x1_forward<T>;
   k.conv1x1_backward = conv1x1_backward<T>;
   k.affine = affine<T>;
+  k.spread = spread<T>;
   k.unshuffle = unshuffle<T>;
   k.shuffle = shuffle<T>;
   k.join = join<T>;

@@ -31,7 +31,7 @@ struct CellParts {
   CellParts(const Cell& cell, const CellForward& data, cudaStream_t stream, const Allocate& allocate)
       : cell(cell), data(data), stream(stream), allocate(allocate) {
     for (const States& s : data.inputs) states.push_back(images<T>(s));
-    for (void* node : data.nodes) states.push_back(dense(static_cast<const T*>(node), oh, ow, c));
+    for (const States& s : data.nodes) states.push_back(images<T>(s));
     auto params = [](const void* p) { return static_cast<const Acc<T>*>(p); };
     norms = {params(data.gamma), params(data.beta), data.moments, data.moments + int64_t(cell.norms) * cm,
              Acc<T>(cell.eps), cm};

@@ -28,7 +28,7 @@ __device__ __forceinline__ void bypass_at(const typename Node<T>::Incoming& in, 
 // out channel c K + g: g = 0 the mixed op's channel c, g >= 1 the bypass's channel g C/K + c. Shared memory:
 // [rows + 1][cm] coefficients, the last row a constant.
 template <class T, int K, int V>
-__global__ void __launch_bounds__(kThreads, kResident<T>) node_forward_kernel(const __grid_constant__ Node<T> a, T* out) {
+__global__ void __launch_bounds__(kThreads, kResident<T>) node_forward_kernel(const __grid_constant__ Node<T> a, Images<T> out) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   A* coef = reinterpret_cast<A*>(shared);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) node_forward_kernel(co
         for (int i = 0; i < V; i++) sum[g][i] += weight * value[i];
       }
     }
-    T* to = out + pixel * a.c + ch * K;
+    T* to = const_cast<T*>(out.at(n, y, x)) + ch * K;
 #pragma unroll
     for (int k = 0; k < K; k++) {
       A shuffled[V];

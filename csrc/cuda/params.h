@@ -164,4 +164,18 @@ struct StateBackward : Back<T> {
   BackBranch<T> branch[kMaxBranches];
 };
 
+constexpr int kMaxNorms = 128;
+
+// Running statistics, each towards the batch's by `momentum`; the variance unbiased.
+template <class A>
+struct RunningParams {
+  const double *mean, *variance;
+  int c, norms;
+  double momentum, unbias;
+  struct {
+    A *mean, *variance;
+    int64_t* batches;
+  } norm[kMaxNorms];
+};
+
 }  // namespace rfdarts::cuda

@@ -81,18 +81,18 @@ struct RunForward : CellParts<T> {
   }
 
   template <int K, int V>
-  void launch_node(const Node<T>& p, T* out) {
+  void launch_node(const Node<T>& p, const Images<T>& out) {
     int shared = (p.rows() + 1) * cm * int(sizeof(Acc<T>));
     launch(node_forward_kernel<T, K, V>, this->grid(cell.images * cell.pixels() * cm / V), shared, stream, p, out);
   }
   void node(int i) {
     Node<T> p = this->node_of(i);
-    T* out = static_cast<T*>(data.nodes[i]);
+    const Images<T>& out = this->states[cell.inputs + i];
     // more than 16 accumulators a group of channels would cost registers, not save loads
     constexpr int narrow = kWide<T> < 4 ? kWide<T> : 4;
     auto with = [&]<int K>() {
       constexpr int v = K == 1 ? kWide<T> : narrow;
-      this->aligned_node(p, v) ? launch_node<K, v>(p, out) : launch_node<K, 1>(p, out);
+      this->aligned_node(p, v) && aligned(out, v) ? launch_node<K, v>(p, out) : launch_node<K, 1>(p, out);
     };
     switch (cell.K) {
       case 1: return with.template operator()<1>();

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rfdarts_fast import ops
+from rfdarts_fast.nn import SearchCell
+from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
 
 
 class Fused:
@@ -33,20 +34,37 @@ class FusedCell(Fused):
     """A cell of the DARTS family: `forward(s0, s1, weights)`, with PC-DARTS's edge weights as a fourth
     argument. RobustDARTS's drop path, if it is not 0, takes the foreign `forward`, edge by edge."""
 
-    preprocess0: nn.Module
-    preprocess1: nn.Module
-    _ops: nn.ModuleList
+    _steps: int
     _multiplier: int
+
+    @property
+    def nodes(self) -> int:
+        return self._steps
+
+    @property
+    def multiplier(self) -> int:
+        return self._multiplier
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, *extra: Any, **named: Any) -> Tensor:
         fourth = next(iter((*extra, *named.values())), None)
         edge_weights = fourth if isinstance(fourth, Tensor) and fourth.ndim == 1 else None
         if edge_weights is None and fourth not in (None, 0.0):
             return super().forward(s0, s1, weights, *extra, **named)  # type: ignore[misc]
-        inputs = [self.preprocess0(s0), self.preprocess1(s1)]
-        edges: Any = list(self._ops)
-        nodes = ops.mixed_cell(edges, inputs, weights, edge_weights)
-        return torch.cat(nodes[-self._multiplier :], dim=1)
+        return SearchCell.forward(self, s0, s1, weights, edge_weights)  # type: ignore[arg-type]
+
+
+class FusedReLUConvBN(Fused):
+    """The 1x1 convolution in front of a cell, computed as this package's own is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ReLUConvBN.forward(self, x)  # type: ignore[arg-type]
+
+
+class FusedFactorizedReduce(Fused):
+    """The same behind a reduction cell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FactorizedReduce.forward(self, x)  # type: ignore[arg-type]
 
 
 class EdgeList(nn.ModuleList):

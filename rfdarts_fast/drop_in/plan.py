@@ -16,12 +16,15 @@ from rfdarts_fast.drop_in.fused import (
     EdgeList,
     Fused,
     FusedCell,
+    FusedFactorizedReduce,
     FusedMixedOp,
     FusedNasBench201Cell,
     FusedNasBench201JointCell,
+    FusedReLUConvBN,
     fuse,
 )
-from rfdarts_fast.drop_in.recognise import Found, Unrecognised, plain, recognise
+from rfdarts_fast.drop_in.recognise import Found, Unrecognised, plain, preprocessing, recognise
+from rfdarts_fast.nn.primitives import FactorizedReduce
 from rfdarts_fast.ops.backend import use_backend
 
 _PROBE_SIDE = 4
@@ -57,6 +60,7 @@ class Plan:
         self.modules = dict(model.named_modules())
         self.edges: dict[str, EdgePlan] = {}
         self.cells: list[str] = []
+        self.preprocess: dict[str, type[Fused]] = {}
         self.benchmark_cells: dict[str, tuple[type[Fused], dict[str, EdgePlan]]] = {}
         self.left: dict[str, str] = {}
         self.problems: dict[str, str] = {}
@@ -76,6 +80,9 @@ class Plan:
         for path, edge in self.edges.items():
             _fuse_edge(self.modules[path], edge)
             replaced[path] = str(edge)
+        for path, kind in self.preprocess.items():
+            fuse(self.modules[path], kind)
+            replaced[path] = "preprocessing"
         for path in self.cells:
             fuse(self.modules[path], FusedCell)
             replaced[path] = f"cell of {len(_candidates(self.modules[path]))} mixed ops"
@@ -107,8 +114,8 @@ class Plan:
         edge.K = edge.channels // width
         key = (type(module), edge.primitives, edge.stride, edge.K, _settings(module))
         if key not in self._agreed:
-            x = _random(module, 2, edge.channels, _PROBE_SIDE, _PROBE_SIDE)
-            weights = _weights(module, [edge.primitives])[0]
+            x = _random(2, edge.channels, _PROBE_SIDE, _PROBE_SIDE)
+            weights = _weights([edge.primitives])[0]
             self._agreed[key] = _agree(module, lambda copied: _fuse_edge(copied, edge), x, weights)
         if not self._agreed[key]:
             raise Unrecognised(f"its forward is not the weighted sum of its operations with K={edge.K}")
@@ -133,11 +140,27 @@ class Plan:
         edges = [f"{path}._ops.{i}".lstrip(".") for i in range(len(_candidates(cell)))]
         if not all(edge in self.edges for edge in edges):
             return
+        for name in ("preprocess0", "preprocess1"):
+            self._examine_preprocessing(f"{path}.{name}".lstrip("."), getattr(cell, name))
         why = self._why_not_whole(cell, [self.edges[edge] for edge in edges])
         if why:
             self.left[path] = f"{why}; its mixed ops are fused one by one"
         else:
             self.cells.append(path)
+
+    def _examine_preprocessing(self, path: str, module: nn.Module) -> None:
+        ours = preprocessing(module)
+        if ours is None:
+            return
+        kind: type[Fused] = FusedFactorizedReduce if ours is FactorizedReduce else FusedReLUConvBN
+        key = (type(module), kind, _settings(module))
+        if key not in self._agreed:
+            conv = _first_conv(module)
+            assert conv is not None
+            x = _random(2, conv.in_channels, _PROBE_SIDE, _PROBE_SIDE)
+            self._agreed[key] = _agree(module, lambda copied: fuse(copied, kind), x)
+        if self._agreed[key]:
+            self.preprocess[path] = kind
 
     def _why_not_whole(self, cell: nn.Module, edges: Sequence[EdgePlan]) -> str:
         steps, multiplier = getattr(cell, "_steps", None), getattr(cell, "_multiplier", None)
@@ -174,12 +197,12 @@ class Plan:
                 return False
             # a FactorizedReduce in front halves what comes from before the reduction
             side = _PROBE_SIDE * conv.stride[0]
-            states.append(_random(cell, 2, conv.in_channels, side, side))
-        weights = _weights(cell, [edge.primitives for edge in edges])
+            states.append(_random(2, conv.in_channels, side, side))
+        weights = _weights([edge.primitives for edge in edges])
         agree = True
         default = fourth[0].default if fourth else 0.0
         if default is inspect.Parameter.empty or default is None:
-            edge_weights = _random(cell, len(edges)).abs()
+            edge_weights = _random(len(edges)).abs()
             agree = _agree(cell, fuse_all, *states, weights, edge_weights)
         if default is not inspect.Parameter.empty:
             agree = agree and _agree(cell, fuse_all, *states, weights)
@@ -213,8 +236,8 @@ class Plan:
                 _fuse_benchmark_cell(copied, FusedNasBench201JointCell, edges)
 
             channels = next(iter(edges.values())).channels
-            x = _random(cell, 2, channels, _PROBE_SIDE, _PROBE_SIDE)
-            weights = _weights(cell, [edge.primitives for edge in edges.values()])
+            x = _random(2, channels, _PROBE_SIDE, _PROBE_SIDE)
+            weights = _weights([edge.primitives for edge in edges.values()])
             self._agreed[key] = _agree(cell, fuse_all, x, weights, method=method)
         return self._agreed[key]
 
@@ -273,31 +296,21 @@ def _fuse_benchmark_cell(cell: Any, mixin: type[Fused], edges: dict[str, EdgePla
 
 
 def _copy(module: nn.Module) -> Any:
-    """A copy to try things on, without the hooks that someone put there."""
-    copied = copy.deepcopy(module).double()
+    """A copy to try things on, on the CPU and without the hooks that someone put there."""
+    copied = copy.deepcopy(module).to("cpu", torch.float64)
     for inner in copied.modules():
         inner._forward_hooks.clear()
         inner._forward_pre_hooks.clear()
     return copied
 
 
-def _generator(module: nn.Module) -> torch.Generator:
-    return torch.Generator(_device(module)).manual_seed(0)
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def _device(module: nn.Module) -> torch.device:
-    tensors = [*module.parameters(), *module.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _random(module: nn.Module, *shape: int) -> Tensor:
-    device = _device(module)
-    return torch.randn(*shape, dtype=torch.float64, device=device, generator=_generator(module))
-
-
-def _weights(module: nn.Module, primitives: Sequence[Sequence[str]]) -> Tensor:
+def _weights(primitives: Sequence[Sequence[str]]) -> Tensor:
     """Random weights [edges, primitives]; noise weighs nothing, as it would differ between two runs."""
-    weights = _random(module, len(primitives), len(primitives[0])).abs()
+    weights = _random(len(primitives), len(primitives[0])).abs()
     for row, names in zip(weights, primitives, strict=True):
         for i, name in enumerate(names):
             if name == "noise":
@@ -316,10 +329,7 @@ def _agree(
     """Whether a fused copy computes the same in both modes."""
     pair = _copy(module), _copy(module)
     fuse_it(pair[1])
-    device = _device(module)
-    devices = [device] if device.type == "cuda" else []
-    # the reference takes the float64 of a probe
-    with torch.random.fork_rng(devices), use_backend("reference"):
+    with torch.random.fork_rng([]), use_backend("reference"):
         for training in (True, False):
             try:
                 expected, found = (getattr(each.train(training), method)(*args) for each in pair)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.utils import _pair
 
-from rfdarts_fast.nn.primitives import make_primitive
+from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN, make_primitive
 
 # what our primitives are built of; anything else, a subclass included, may compute something else
 _CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -74,6 +74,17 @@ def recognise(op: nn.Module) -> Found:
     if found is None:
         raise Unrecognised(f"{_describe(op)} is none of the published operations")
     return found
+
+
+def preprocessing(module: nn.Module) -> type[ReLUConvBN] | type[FactorizedReduce] | None:
+    """Which of the two modules in front of a cell this is, if one."""
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if len(convs) not in (1, 2):
+        return None
+    c_in, c_out = convs[0].in_channels, sum(conv.out_channels for conv in convs)
+    with torch.device("meta"):
+        ours = ReLUConvBN(c_in, c_out, 1) if len(convs) == 1 else FactorizedReduce(c_in, c_out + c_out % 2)
+    return type(ours) if _fingerprint(module) == _fingerprint(ours) else None
 
 
 def plain(op: nn.Module) -> nn.Module:

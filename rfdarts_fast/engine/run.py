@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ from rfdarts_fast.engine.meters import Meter
 from rfdarts_fast.engine.progress import EventWriter, Progress
 from rfdarts_fast.engine.run_folder import RunFolder
 from rfdarts_fast.engine.signals import Stopped, StopRequest
-from rfdarts_fast.ops import use_backend
+from rfdarts_fast.ops import BackendError, use_backend
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -61,7 +62,8 @@ def check_network(
     build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
 ) -> None:
     """ConfigError unless the network can train on sets of so many images; tried on a copy, on the CPU."""
-    with use_backend("reference"):
+    # a backend asked for by name has to be able to run, too
+    with use_backend("reference" if use_backend.name == "auto" else use_backend.name):
         _try_network(build, batch_size, set_sizes, image_size)
 
 
@@ -74,6 +76,8 @@ def _try_network(
         raise ConfigError(str(error)) from None
     try:
         network(torch.zeros(2, 3, image_size, image_size))
+    except BackendError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"image_size: expected a size that fits the network's reductions, got {image_size}: "
@@ -102,6 +106,10 @@ def evaluate(network: nn.Module, batches: Batches) -> dict[str, float | None]:
         meter.add(F.cross_entropy(logits, labels), logits, labels)
     network.train(training)
     return meter.result()
+
+
+class Diverged(RuntimeError):
+    """The training loss is no longer a number."""
 
 
 class Run(ABC):
@@ -201,6 +209,12 @@ class Run(ABC):
         if self.batches.device.type == "cuda":
             torch.cuda.synchronize()
             self.seconds += time.monotonic() - before
+        loss = self.meter.result()["loss"]
+        if loss is not None and not math.isfinite(loss):
+            raise Diverged(
+                f"loss: became {loss} in epoch {self.epoch}; the last checkpoint is from before "
+                "(a smaller --learning-rate needs a new folder)"
+            )
         record = {"epoch": self.epoch, **self.finish_epoch()}
         self.folder.metrics.append(record)
         self._events.add(record)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rfdarts_fast import ops
+
 
 class Zero(nn.Module):
     """`none`: zeros of the output's shape."""
@@ -52,7 +54,7 @@ class ReLUConvBN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return ops.relu_conv_bn(x, (self.op[1],), self.op[2])  # type: ignore[arg-type]
 
 
 class DilConv(nn.Module):
@@ -108,12 +110,7 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(c_out, affine=affine, track_running_stats=track)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(
-                f"image size: a reduction needs an even height and width, got {x.shape[2]}x{x.shape[3]}"
-            )
-        x = self.relu(x)
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
+        return ops.relu_conv_bn(x, (self.conv_1, self.conv_2), self.bn)
 
 
 def make_primitive(name: str, c: int, stride: int, affine: bool = True, track: bool = True) -> nn.Module:

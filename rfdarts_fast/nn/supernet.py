@@ -79,6 +79,7 @@ class SearchCell(nn.Module):
     ) -> None:
         super().__init__()
         self.reduction = kind == "reduce"
+        self.nodes = space.nodes
         self.multiplier = space.nodes if multiplier is None else multiplier
         if reduction_prev:
             self.preprocess0: nn.Module = FactorizedReduce(c_prev_prev, c, affine, track)
@@ -98,8 +99,10 @@ class SearchCell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None) -> Tensor:
         inputs = [self.preprocess0(s0), self.preprocess1(s1)]
-        nodes = ops.mixed_cell(mixed_ops(self), inputs, weights, edge_weights)
-        return torch.cat(nodes[-self.multiplier :], dim=1)
+        edges = mixed_ops(self)
+        if self.multiplier == self.nodes:
+            return ops.concatenated_cell(edges, inputs, weights, edge_weights)
+        return torch.cat(ops.mixed_cell(edges, inputs, weights, edge_weights)[-self.multiplier :], dim=1)
 
 
 class Supernet(nn.Module):

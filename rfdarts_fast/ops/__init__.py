@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
-from rfdarts_fast.ops import cuda, native, reference
-from rfdarts_fast.ops.backend import Backend, BackendError, Memory, fall_back, use_backend
+from rfdarts_fast.ops import cuda, native, native_conv, reference
+from rfdarts_fast.ops.backend import Backend, BackendError, Memory, backend_name, fall_back, use_backend
 from rfdarts_fast.ops.reference import Edge
 
-__all__ = ["Backend", "BackendError", "Edge", "Memory", "mixed_cell", "use_backend"]
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Edge",
+    "Memory",
+    "concatenated_cell",
+    "mixed_cell",
+    "relu_conv_bn",
+    "use_backend",
+]
 
 
 def mixed_cell(
@@ -31,14 +42,45 @@ def mixed_cell(
     Raises:
         BackendError: if the backend that `use_backend` names cannot run.
     """
-    # on the meta device only shapes matter
-    if use_backend.name != "reference" and inputs[0].device.type != "meta":
-        engine = cuda if inputs[0].device.type == "cuda" else native
-        reason = engine.why_not(edges, inputs)
-        if reason is None:
-            return engine.mixed_cell(edges, inputs, weights, edge_weights, memory=use_backend.memory)
-        fall_back(reason, expected=_trains_convolutions(edges))
+    engine = _engine(edges, inputs)
+    if engine is not None:
+        return engine.mixed_cell(edges, inputs, weights, edge_weights, memory=use_backend.memory)
     return reference.mixed_cell(edges, inputs, weights, edge_weights)
+
+
+def concatenated_cell(
+    edges: Sequence[Edge], inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
+) -> Tensor:
+    """The nodes of `mixed_cell` concatenated, [N, nodes * C, H', W'], for less than what torch.cat costs."""
+    engine = _engine(edges, inputs)
+    if engine is not None:
+        memory = use_backend.memory
+        return engine.mixed_cell(edges, inputs, weights, edge_weights, memory=memory, concatenate=True)[0]
+    return torch.cat(reference.mixed_cell(edges, inputs, weights, edge_weights), dim=1)
+
+
+def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) -> Tensor:
+    """ReLU, convolution, BatchNorm: a cell's preprocessing; with two convolutions a FactorizedReduce.
+
+    See `reference.relu_conv_bn`. Frozen 1x1 convolutions are fused where an engine can.
+    """
+    fused = backend_name() != "reference" and native.status()["built"]
+    if fused and native_conv.why_not_conv(x, tuple(convs), norm) is None:
+        return native_conv.relu_conv_bn(x, tuple(convs), norm)
+    return reference.relu_conv_bn(x, convs, norm)
+
+
+def _engine(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> ModuleType | None:
+    """The compiled engine that takes the cell, or None; says why there is none, or raises if it was named."""
+    # on the meta device only shapes matter
+    if backend_name() == "reference" or inputs[0].device.type == "meta":
+        return None
+    engine = cuda if inputs[0].device.type == "cuda" else native
+    reason = engine.why_not(edges, inputs)
+    if reason is None:
+        return engine
+    fall_back(reason, expected=_trains_convolutions(edges))
+    return None
 
 
 def _trains_convolutions(edges: Sequence[Edge]) -> bool:

@@ -29,7 +29,8 @@ class use_backend:
         ValueError: for a name or mode that does not exist.
     """
 
-    name: Backend = "auto"
+    # the variable is checked at the first use, so that importing the package never fails
+    name: Backend = os.environ.get("RFDARTS_BACKEND", "auto")  # type: ignore[assignment]
     memory: Memory = "fast"
 
     def __init__(self, name: Backend, memory: Memory = "fast") -> None:
@@ -47,6 +48,15 @@ class use_backend:
         use_backend.name, use_backend.memory = self._before
 
 
+def backend_name() -> Backend:
+    """The backend in force; BackendError if RFDARTS_BACKEND names one that does not exist."""
+    if use_backend.name not in get_args(Backend):
+        raise BackendError(
+            f"RFDARTS_BACKEND: expected one of {', '.join(get_args(Backend))}, got {use_backend.name!r}"
+        )
+    return use_backend.name
+
+
 def fall_back(reason: str, expected: bool = False) -> None:
     """The fast engine cannot run because of `reason`: BackendError if it was asked for by name; otherwise it
     is told once, unless it was to be expected."""
@@ -55,6 +65,3 @@ def fall_back(reason: str, expected: bool = False) -> None:
     if not expected and reason not in _told:
         _told.add(reason)
         warnings.warn(f"mixed ops run on the slow PyTorch reference: {reason}", RuntimeWarning, stacklevel=4)
-
-
-use_backend(os.environ.get("RFDARTS_BACKEND", "auto"))  # type: ignore[arg-type]

@@ -98,10 +98,12 @@ def mixed_cell(
     weights: Tensor,
     edge_weights: Tensor | None = None,
     memory: Literal["fast", "recompute"] = "fast",
+    concatenate: bool = False,
 ) -> list[Tensor]:
     """The engine behind `rfdarts_fast.ops.mixed_cell`, for cells that `why_not` has nothing against.
 
-    Under autocast, float32 inputs are cast to its dtype, and so are the states that come out.
+    Under autocast, float32 inputs are cast to its dtype, and so are the states that come out. Concatenated,
+    the nodes are views of one tensor, so that it costs nothing.
 
     Raises:
         RuntimeError, ValueError: as `native.mixed_cell`.
@@ -110,4 +112,5 @@ def mixed_cell(
     parameters = parameter_dtype(storage)
     edge_weights = None if edge_weights is None else edge_weights.to(parameters)
     states = [x.to(storage) for x in inputs]
-    return native.mixed_cell(edges, states, weights.to(parameters), edge_weights, memory=memory)
+    weights = weights.to(parameters)
+    return native.mixed_cell(edges, states, weights, edge_weights, memory=memory, concatenate=concatenate)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rfdarts_fast.ops import native_fakes
 from rfdarts_fast.ops.native_conv import channels_inside, channels_last, relu_conv_bn, why_not_conv
 from rfdarts_fast.ops.native_plan import (
     Plan,
@@ -31,6 +32,7 @@ Storage = Literal["same", "bfloat16"]
 _missing: str | None = None
 try:
     importlib.import_module("rfdarts_fast.ops._C")
+    native_fakes.register()
 except ImportError as error:
     _missing = f"the compiled kernels were not built or do not load ({error})"
 
@@ -92,7 +94,7 @@ class CellFunction(torch.autograd.Function):
         ctx: Any,
         plan: Plan,
         spec: list[int],
-        options: tuple[bool, bool],
+        options: tuple[bool, bool, bool],
         moments: Tensor | None,
         noise: list[Tensor],
         gamma: Tensor,
@@ -101,12 +103,12 @@ class CellFunction(torch.autograd.Function):
         edge_weights: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        recompute, bfloat16 = options
+        recompute, bfloat16, together = options
         weights = plan.weights()
         eps = plan.norms[0].eps if plan.norms else 1e-5
         dense = [channels_inside(x.detach()) for x in inputs]
-        nodes, kept, used = torch.ops.rfdarts.cell_forward(
-            dense, noise, weights, gamma, beta, mix, edge_weights, moments, spec, eps, bfloat16
+        nodes, concatenated, kept, used = torch.ops.rfdarts.cell_forward(
+            dense, noise, weights, gamma, beta, mix, edge_weights, moments, spec, eps, bfloat16, together
         )
         ctx.spec, ctx.eps, ctx.bfloat16 = spec, eps, bfloat16
         # the backward uses `kept` up; None is filled again from the states
@@ -115,7 +117,8 @@ class CellFunction(torch.autograd.Function):
         ctx.inputs, ctx.noises = len(inputs), len(noise)
         ctx.save_for_backward(*dense, *nodes, *noise, weights, gamma, beta, mix, edge_weights, used)
         ctx.mark_non_differentiable(used)
-        return (*nodes, used)
+        ctx.together = together
+        return (concatenated, used) if together else (*nodes, used)
 
     @staticmethod
     @once_differentiable
@@ -132,6 +135,8 @@ class CellFunction(torch.autograd.Function):
             kept = torch.ops.rfdarts.cell_kept(
                 inputs, nodes, weights, gamma, beta, mix, moments, again, eps, bfloat16
             )
+        if ctx.together and grads[0] is not None:
+            grads = (*grads[0].chunk(len(nodes), dim=1), grads[-1])
         present = [i for i, grad in enumerate(grads[:-1]) if grad is not None]
         given = [channels_inside(grads[i]) for i in present]  # type: ignore[arg-type]
         wanted = [i for i in range(ctx.inputs) if ctx.needs_input_grad[9 + i]]
@@ -167,6 +172,7 @@ def mixed_cell(
     edge_weights: Tensor | None = None,
     memory: Literal["fast", "recompute"] = "fast",
     storage: Storage = "same",
+    concatenate: bool = False,
 ) -> list[Tensor]:
     """The engine behind `rfdarts_fast.ops.mixed_cell`, for cells that `why_not` has nothing against.
 
@@ -174,6 +180,8 @@ def mixed_cell(
         memory: "fast" keeps all branch outputs for the backward, "recompute" the states only; the gradients
             are the same bit for bit.
         storage: "bfloat16" keeps branch outputs in half the bytes, float32 inputs only.
+        concatenate: return [all nodes concatenated, [N, nodes * C, H', W']] instead of the nodes, for less
+            than what torch.cat costs.
 
     Raises:
         RuntimeError: if the engine cannot run this cell.
@@ -202,7 +210,7 @@ def mixed_cell(
     *nodes, used = CellFunction.apply(
         plan,
         spec,
-        (memory == "recompute", storage == "bfloat16"),
+        (memory == "recompute", storage == "bfloat16", concatenate),
         moments,
         noise,
         gamma,

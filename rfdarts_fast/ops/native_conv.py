@@ -135,10 +135,12 @@ def relu_conv_bn(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.BatchNorm2d) 
         moments = torch.stack([norm.running_mean, norm.running_var]).double()  # type: ignore[list-item]
     out, used = ConvNormFunction.apply(x, gamma, beta, _weights(convs), moments, norm.eps, len(convs) == 2)
     if norm.training and norm.running_mean is not None:
-        momentum = float(norm.momentum or 0.0)
-        with torch.no_grad():
-            mean, variance = used
-            norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            norm.running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / max(count - 1, 1))  # type: ignore[union-attr]
-            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        torch.ops.rfdarts.update_running(
+            [norm.running_mean],
+            [norm.running_var],
+            [norm.num_batches_tracked],
+            used[:, None],
+            float(norm.momentum or 0.0),
+            count,
+        )
     return out

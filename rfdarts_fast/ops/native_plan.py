@@ -200,7 +200,12 @@ def _branch(plan: Plan, name: str, op: nn.Module, edge: Edge) -> list[int]:
         return [Op.IDENTITY, 0, 0, 0, -1, -1, -1]
     if name == "skip_connect":
         one, two, norm = (getattr(op, part, None) for part in ("conv_1", "conv_2", "bn"))
-        if not isinstance(one, nn.Conv2d) or not isinstance(two, nn.Conv2d) or norm is None or edge.stride != 2:
+        if (
+            not isinstance(one, nn.Conv2d)
+            or not isinstance(two, nn.Conv2d)
+            or norm is None
+            or edge.stride != 2
+        ):
             raise Unsupported("a skip connection that is neither an identity nor a FactorizedReduce")
         for conv in (one, two):
             shape = (conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.bias)
@@ -267,16 +272,11 @@ def update_running(plan: Plan, moments: Tensor, count: int) -> None:
     if not tracked:
         return
     norms = [plan.norms[i] for i in tracked]
-    dtype = norms[0].running_mean.dtype  # type: ignore[union-attr]
-    chosen = moments if len(tracked) == len(plan.norms) else moments[:, tracked]
-    means = chosen[0].to(dtype).unbind(0)
-    variances = (chosen[1] * (count / max(count - 1, 1))).to(dtype).unbind(0)
-    momentum = float(norms[0].momentum or 0.0)
-    for running, batch in (
-        ([norm.running_mean for norm in norms], means),
-        ([norm.running_var for norm in norms], variances),
-    ):
-        torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, batch, alpha=momentum)
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-
+    torch.ops.rfdarts.update_running(
+        [norm.running_mean for norm in norms],
+        [norm.running_var for norm in norms],
+        [norm.num_batches_tracked for norm in norms],
+        moments if len(tracked) == len(plan.norms) else moments[:, tracked].contiguous(),
+        float(norms[0].momentum or 0.0),
+        count,
+    )

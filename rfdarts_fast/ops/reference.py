@@ -39,6 +39,21 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
+def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) -> Tensor:
+    """norm(conv(relu(x))); FactorizedReduce has two convolutions, the second one pixel further on.
+
+    x [N, C, H, W] -> [N, C', H', W']. Raises ValueError where two convolutions meet an odd height or width.
+    """
+    if len(convs) == 2 and (x.shape[2] % 2 or x.shape[3] % 2):
+        raise ValueError(
+            f"image size: a reduction needs an even height and width, got {x.shape[2]}x{x.shape[3]}"
+        )
+    x = F.relu(x)
+    if len(convs) == 1:
+        return norm(convs[0](x))
+    return norm(torch.cat([convs[0](x), convs[1](x[:, :, 1:, 1:])], dim=1))
+
+
 def mixed_op(edge: Edge, x: Tensor, weights: Tensor) -> Tensor:
     """One edge: x [N, C, H, W], weights [primitives] -> [N, C, H / stride, W / stride]."""
     mixed = x[:, : edge.channels // edge.K]

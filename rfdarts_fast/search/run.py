@@ -190,16 +190,16 @@ def search(config: SearchConfig) -> AnyGenotype:
         torch.set_num_threads(config.threads)
     choose_device(config.device)
     source = load_data(config)
-    check_network(
-        lambda: build_supernet(config, source.num_classes),
-        config.batch_size,
-        [len(indices) for indices in split(config, source)],
-        source.image_size,
-    )
-    config = dataclasses.replace(config, image_size=source.image_size)
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend
     with use_backend(backend, config.memory):
+        check_network(
+            lambda: build_supernet(config, source.num_classes),
+            config.batch_size,
+            [len(indices) for indices in split(config, source)],
+            source.image_size,
+        )
+        config = dataclasses.replace(config, image_size=source.image_size)
         run = SearchRun(config, source, RunFolder(config.out, "search", config))
         run.run()
     genotype = run.network.genotype()

@@ -86,6 +86,7 @@ SEARCH = {
     "split-file-absent": "--split nasbench201 --split-file absent.txt | absent.txt",
     "imagenet-odd-channels": "--stem imagenet --channels 5 --image-size 32 | channels: ",
     "image-too-small": "--image-size 2 | image_size: expected a size that fits the network's reductions",
+    "backend": "--backend native --method darts | backend: native cannot run",
     "image-odd": "--image-size 10 | image_size: expected a size that fits the network's reductions",
     "single-pixel": "--image-size 4 --batch-size 11 | batch_size: expected no batch of 1 in an epoch",
 }

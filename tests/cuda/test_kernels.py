@@ -85,6 +85,21 @@ def test_recomputing_branch_outputs_changes_no_bit(emulation):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("K", [1, 2])
+def test_concatenated_nodes_are_the_nodes(emulation, K):
+    case = Case((2, 6, 10), torch.float32, channels=8, K=K)
+
+    def concatenated(*arguments):
+        [together] = cuda.mixed_cell(*arguments, concatenate=True)
+        assert together.is_contiguous(memory_format=torch.channels_last)
+        return list(together.chunk(2, dim=1))
+
+    apart, together = case.emulated(), case.run(concatenated, torch.float32)
+    for name, group in apart.items():
+        for a, b in zip(group, together[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_strided_inputs_and_expanded_gradients(emulation):
     case = Case((2, 6, 10), channels=4)
     wide = torch.randn(2, 7, 8, 12, dtype=torch.float64).contiguous(memory_format=torch.channels_last)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from rfdarts_fast.drop_in import darts, pc_darts, pc_darts_imagenet
+from rfdarts_fast.drop_in.published import darts_space
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
-from rfdarts_fast.spaces import get_space
 
 from . import foreign
 from .common import (
@@ -243,11 +243,10 @@ def test_parameter_counts(name, ours, published):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_checkpoints_to_and_from_the_native_network(name, tmp_path):
-    ours = drop_in_network(name, 4, 3)
+    ours = drop_in_network(name, 4, 3, steps=2, multiplier=2)
     imagenet, K = name.endswith("imagenet"), {"darts": 1, "pc_darts": 4, "pc_darts_imagenet": 2}[name]
-    native = SearchNetwork(
-        get_space("darts"), 4, 10, 3, "imagenet" if imagenet else "cifar", K=K, edge_norm=K > 1
-    )
+    stem = "imagenet" if imagenet else "cifar"
+    native = SearchNetwork(darts_space(2), 4, 10, 3, stem, K=K, edge_norm=K > 1)
     freeze_random_features(native)
     turn_affine(native)
     x, _ = batch(name, F32)

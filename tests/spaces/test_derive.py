@@ -74,7 +74,7 @@ def tables(rows, columns):
 
 @pytest.mark.parametrize("name", FAMILY)
 @given(data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_darts_rule(name, data):
     space = get_space(name)
     columns = len(space.cells["normal"][0])
@@ -91,7 +91,7 @@ def pc_network():
 
 
 @given(data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_pc_darts_rule(pc_network, data):
     primitives = pc_network.space.cells["normal"]
     expected = {}
@@ -107,7 +107,7 @@ def test_pc_darts_rule(pc_network, data):
 
 
 @given(data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_nasbench201_rule(nasbench201_network, data):
     alphas = data.draw(tables(6, 5))
     nasbench201_network.alphas.data = torch.tensor(alphas)

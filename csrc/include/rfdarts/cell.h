@@ -82,6 +82,7 @@ struct CellForward {
   S* kept;                // [slots][images][image()]
   double* moments;        // [2][norms][C/K] mean and variance; read instead of written where not training
   std::vector<T*> nodes;  // [images][oh][ow][channels]
+  T* together = nullptr;  // [images][oh][ow][nodes * channels], or null
 };
 
 template <class T, class S>

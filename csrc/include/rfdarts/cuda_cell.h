@@ -22,7 +22,7 @@ struct CellForward {
   const void* edge_weights;  // or null
   void* kept;                // [slots][images][image()]
   double* moments;           // [2][norms][C/K]
-  std::vector<void*> nodes;  // [images][oh][ow][channels]
+  std::vector<States> nodes;
 };
 
 struct CellBackward {
@@ -32,6 +32,14 @@ struct CellBackward {
   void *grad_gamma, *grad_beta, *grad_mix;
   void* grad_edge_weights;         // or null
 };
+
+// Running statistics of BatchNorms as BatchNorm2d in training mode updates them; type as in CellForward.
+struct Running {
+  void *mean, *variance;
+  int64_t* batches;
+};
+void update_running(Storage storage, const std::vector<Running>& running, const double* moments, int64_t channels,
+                    double momentum, int64_t count, void* stream);
 
 // Device memory that lives until the op's end.
 using Allocate = std::function<void*(int64_t bytes)>;

@@ -29,6 +29,13 @@ struct Frame {
   int64_t size;
 };
 
+// What is read next, fetched into the caches while the convolutions compute: memory and arithmetic would
+// otherwise take turns.
+struct Ahead {
+  const char* next[2] = {nullptr, nullptr};
+  int64_t bytes[2] = {0, 0};
+};
+
 // Per-channel coefficients, repeated until they fill whole vectors: see `repeat`.
 // T: arithmetic and states. S: how branch outputs are kept (T, or bf16 beside float).
 template <class T, class S>
@@ -46,7 +53,7 @@ struct Kernels {
 
   // y = pointwise(depthwise(x frame)); mean and sum of squared deviations of y per channel.
   void (*conv_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw,
-                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch);
+                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead ahead);
   // FactorizedReduce: y = [w1 x(2r, 2q) | w2 x(2r+1, 2q+1)], both as one [2C, C] matrix.
   void (*reduce_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, const T* pw, S* y, double* mean,
                          double* deviation, T* scratch);
@@ -72,9 +79,9 @@ struct Kernels {
 
   // d = coef0 g + coef1 (y - coef2) + coef3, coef [4][repeat]; then dx += depthwise^T(pointwise^T(d)).
   void (*conv_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                        const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch);
+                        const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead ahead);
   void (*conv_backward_kept)(const S* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                             const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch);
+                             const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead ahead);
   void (*reduce_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, const T* pw_t,
                           T* dx, T* scratch);
   // du = dx where scale y + shift > 0; sums of du and du (y - mean). du may be where y2 was.
@@ -88,6 +95,8 @@ struct Kernels {
                           double* mean, double* deviation, T* scratch);
   void (*conv1x1_backward)(const T* g, const T* y, const T* coef, View<T> x, int64_t oh, int64_t ow, int64_t ci,
                            int64_t co, bool reduce, const T* pw_t, T* dx, T* scratch);
+  // dense pixels to pixels `step` apart, past the caches
+  void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
   void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out);
 
   // Partial channels. planar [pixels][C]: group after group; its first C/K channels are the mixed op's.

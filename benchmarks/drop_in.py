@@ -1,0 +1,120 @@
+"""What changing one import gains: the time of a search step before and after.
+
+    python benchmarks/drop_in.py        RF-DARTS and RF-PCDARTS, batch 64, 32x32 images, C 16, 8 cells
+    python benchmarks/drop_in.py --rounds 1 --C 4 --layers 3 --batch 4 --image 16      a quick look
+
+A step is what the published search does per batch: an alpha step on a validation batch, a weight step on a
+training batch. Variants take turns, so that other load on the machine meets all of them; the table gives the
+median over the rounds and, against the first row, the median of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import rfdarts_fast
+from rfdarts_fast import nn as rfnn
+from rfdarts_fast.drop_in import darts, pc_darts
+from rfdarts_fast.ops import native, use_backend
+from rfdarts_fast.spaces import get_space
+
+Step = Callable[[], None]
+
+
+def search_step(network: nn.Module, arch: list[nn.Parameter], images: Tensor, labels: Tensor) -> Step:
+    """The alpha step and the weight step of a first-order search."""
+    optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    arch_optimizer = torch.optim.Adam(arch, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
+
+    def step() -> None:
+        for each in (arch_optimizer, optimizer):
+            arch_optimizer.zero_grad()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images), labels).backward()
+            if each is optimizer:
+                nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            each.step()
+
+    return step
+
+
+def variants(module, args: argparse.Namespace) -> dict[str, tuple[str, Step]]:
+    """Name of a row -> backend, step."""
+    images = torch.randn(args.batch, 3, args.image, args.image)
+    labels = torch.randint(10, (args.batch,))
+    K = module.Cell.mixed_op.default_K
+
+    def drop_in(**options) -> Step:
+        network = module.Network(args.C, 10, args.layers, nn.CrossEntropyLoss(), **options)
+        return search_step(network, network.arch_parameters(), images, labels)
+
+    own = rfnn.SearchNetwork(get_space("darts"), args.C, 10, args.layers, K=K, edge_norm=K > 1)
+    rfnn.freeze_random_features(own)
+    return {
+        "before: all weights trained, plain PyTorch": ("reference", drop_in(random_features=False)),
+        "frozen, plain PyTorch": ("reference", drop_in()),
+        "after: the drop-in": ("auto", drop_in()),
+        "the package's own network": ("auto", search_step(own, own.arch_parameters(), images, labels)),
+    }
+
+
+def measure(rows: dict[str, tuple[str, Step]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for i in range(rounds + 1):
+        for name, (backend, step) in rows.items():
+            with use_backend(backend):  # type: ignore[arg-type]
+                start = time.perf_counter()
+                step()
+                # the first round warms up
+                if i:
+                    times[name].append(time.perf_counter() - start)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--C", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--image", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    engine = native.status()
+    machine = {"cpu": platform.processor() or platform.machine(), "threads": args.threads}
+    versions = {"torch": torch.__version__, "rfdarts_fast": rfdarts_fast.__version__}
+    print(f"{machine} {versions} engine {engine}")
+    figures = {}
+    for method, module in (("RF-DARTS", darts), ("RF-PCDARTS", pc_darts)):
+        times = measure(variants(module, args), args.rounds)
+        first = next(iter(times.values()))
+        print(f"\n| {method}, C {args.C}, {args.layers} cells, batch {args.batch} | s/step | times faster |")
+        print("| --- | --- | --- |")
+        for name, seconds in times.items():
+            ratio = statistics.median(a / b for a, b in zip(first, seconds, strict=True))
+            print(f"| {name} | {statistics.median(seconds):.3f} | {ratio:.1f} |")
+        after, own = list(times.values())[2:]
+        ratio = statistics.median(a / b for a, b in zip(after, own, strict=True))
+        print(f"\ndrop-in over own network: {ratio:.3f}")
+        figures[method] = times
+    if args.out:
+        options = {name: value for name, value in vars(args).items() if name != "out"}
+        record = {"machine": machine, "versions": versions, "engine": engine, **options, "seconds": figures}
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

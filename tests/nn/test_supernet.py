@@ -1,0 +1,80 @@
+"""The parts of a supernet that neither its size nor its mixed ops show."""
+
+import pytest
+import torch
+
+from rfdarts_fast.nn import NasBench201SearchNetwork, Network, SearchNetwork
+from rfdarts_fast.nn.derived import Cell, drop_path
+from rfdarts_fast.spaces import PUBLISHED, get_space
+
+
+def test_edge_weights_sum_to_one_at_each_node():
+    network = SearchNetwork(get_space("s2"), C=2, layers=1, K=2, edge_norm=True)
+    torch.nn.init.normal_(network.betas_normal)
+    weights, edge_weights = network.cell_weights("normal")
+    torch.testing.assert_close(weights, network.alphas_normal.softmax(dim=-1))
+    for start, end in ((0, 2), (2, 5), (5, 9), (9, 14)):
+        expected = network.betas_normal[start:end].softmax(dim=0)
+        torch.testing.assert_close(edge_weights[start:end], expected)
+    assert SearchNetwork(get_space("s2"), C=2, layers=1).cell_weights("reduce")[1] is None
+
+
+def test_architecture_starts_near_zero():
+    values = torch.cat([SearchNetwork(get_space("darts"), C=2, layers=1).alphas_normal for _ in range(20)])
+    assert values.std().item() == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize(("layers", "reductions"), [(8, [2, 5]), (3, [1, 2]), (6, [2, 4])])
+def test_reductions_are_at_a_third_and_two_thirds(layers, reductions):
+    network = SearchNetwork(get_space("s4"), C=2, layers=layers)
+    assert [i for i, cell in enumerate(network.cells) if cell.reduction] == reductions
+
+
+def test_each_cell_type_uses_its_own_weights():
+    network = SearchNetwork(get_space("s2"), C=2, layers=3).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    inputs = {}
+    for i, cell in enumerate(network.cells):
+        cell.register_forward_pre_hook(lambda _, args, i=i: inputs.__setitem__(i, args[2]))
+    network(images)
+    kinds = ["normal", "reduce", "reduce"]
+    for i, kind in enumerate(kinds):
+        torch.testing.assert_close(inputs[i], getattr(network, f"alphas_{kind}").softmax(dim=-1))
+
+
+def test_nasbench201_cells_share_one_table():
+    network = NasBench201SearchNetwork(get_space("nasbench201"), C=2, N=1)
+    assert [name for name, _ in network.named_arch_parameters().items()] == ["alphas"]
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert network.alphas.grad.abs().sum() > 0
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    x = torch.ones(4000, 2, 3, 3)
+    dropped = drop_path(x, 0.25)
+    kept = dropped[:, 0, 0, 0] != 0
+    assert torch.equal(dropped != 0, kept[:, None, None, None].expand_as(x))
+    assert dropped[kept].unique().tolist() == pytest.approx([1 / 0.75])
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_drop_path_spares_identities_and_evaluation():
+    genotype = PUBLISHED["DARTS_V2"]
+    cell = Cell(genotype, 4, 4, 4, reduction=False, reduction_prev=False)
+    assert sum(name == "skip_connect" for name, _ in genotype.normal) == 2
+    x = torch.randn(2, 4, 4, 4)
+    # almost surely everything that can be dropped is
+    output = cell(x, x, 1 - 1e-7)
+    assert output[:, :8].abs().max() == 0
+    torch.testing.assert_close(output[:, 8:12], cell.preprocess0(x))
+    cell.eval()
+    torch.testing.assert_close(cell(x, x, 0.5), cell(x, x, 0.0))
+
+
+def test_a_derived_network_reduces_where_its_inputs_enter():
+    network = Network(PUBLISHED["PC_DARTS_cifar"], C=4, layers=3)
+    shapes = []
+    for cell in network.cells:
+        cell.register_forward_hook(lambda *args: shapes.append(tuple(args[2].shape[1:])))
+    network(torch.randn(2, 3, 16, 16))
+    assert shapes == [(16, 16, 16), (32, 8, 8), (64, 4, 4)]
