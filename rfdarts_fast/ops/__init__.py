@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,12 @@ def mixed_cell(
     Raises:
         BackendError: if the backend that `use_backend` names cannot run.
     """
-    engine = _engine(edges, inputs)
+    states, options = _under_autocast(inputs)
+    engine = _engine(edges, states)
     if engine is not None:
-        return engine.mixed_cell(edges, inputs, weights, edge_weights, memory=use_backend.memory)
+        return engine.mixed_cell(
+            edges, states, weights, edge_weights, memory=use_backend.memory, **options
+        )
     return reference.mixed_cell(edges, inputs, weights, edge_weights)
 
 
@@ -52,10 +56,11 @@ def concatenated_cell(
     edges: Sequence[Edge], inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
 ) -> Tensor:
     """The nodes of `mixed_cell` concatenated, [N, nodes * C, H', W'], for less than what torch.cat costs."""
-    engine = _engine(edges, inputs)
+    states, options = _under_autocast(inputs)
+    engine = _engine(edges, states)
     if engine is not None:
-        memory = use_backend.memory
-        return engine.mixed_cell(edges, inputs, weights, edge_weights, memory=memory, concatenate=True)[0]
+        options |= {"memory": use_backend.memory, "concatenate": True}
+        return engine.mixed_cell(edges, states, weights, edge_weights, **options)[0]
     return torch.cat(reference.mixed_cell(edges, inputs, weights, edge_weights), dim=1)
 
 
@@ -64,10 +69,19 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
 
     See `reference.relu_conv_bn`. Frozen 1x1 convolutions are fused where an engine can.
     """
+    [x], _ = _under_autocast([x])
     fused = backend_name() != "reference" and native.status()["built"]
     if fused and native_conv.why_not_conv(x, tuple(convs), norm) is None:
         return native_conv.relu_conv_bn(x, tuple(convs), norm)
     return reference.relu_conv_bn(x, convs, norm)
+
+
+def _under_autocast(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[str, Any]]:
+    """On the CPU, autocast to bfloat16 means states in float32 and branch outputs kept in bfloat16."""
+    if inputs[0].device.type != "cpu" or not torch.is_autocast_enabled("cpu") or backend_name() == "reference":
+        return inputs, {}
+    half = torch.bfloat16, torch.float16
+    return [x.float() if x.dtype in half else x for x in inputs], {"storage": "bfloat16"}
 
 
 def _engine(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> ModuleType | None:
