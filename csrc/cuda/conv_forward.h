@@ -151,12 +151,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) conv_forward_kernel(co
 
 // Chan's merge of the tiles' moments, in a fixed order. One block per target and kMergeChannels.
 constexpr int kMergeChannels = 8;
-static __global__ void __launch_bounds__(kThreads) merge_moments_kernel(const __grid_constant__ Moments a) {
+template <int Channels>
+__global__ void __launch_bounds__(kThreads) merge_moments_kernel(const __grid_constant__ Moments a) {
   RFDARTS_SHARED(shared);
   double* room = reinterpret_cast<double*>(shared);
-  constexpr int lanes = kThreads / kMergeChannels;
-  int lane = threadIdx.x / kMergeChannels, k = threadIdx.x % kMergeChannels;
-  int ch = min(int(blockIdx.y) * kMergeChannels + k, a.c - 1);
+  constexpr int lanes = kThreads / Channels;
+  int lane = threadIdx.x / Channels, k = threadIdx.x % Channels;
+  int ch = min(int(blockIdx.y) * Channels + k, a.c - 1);
   auto target = a.target[blockIdx.x];
   const double* mean_of = a.partial + int64_t(target.branch) * 2 * a.tiling.count * a.c + ch;
   const double* deviation_of = mean_of + int64_t(a.tiling.count) * a.c;
@@ -173,7 +174,7 @@ static __global__ void __launch_bounds__(kThreads) merge_moments_kernel(const __
     room[threadIdx.x] = sum;
     __syncthreads();
     sum = 0;
-    for (int l = 0; l < lanes; l++) sum += room[l * kMergeChannels + k];
+    for (int l = 0; l < lanes; l++) sum += room[l * Channels + k];
     if (pass == 0) mean = sum / m;
     if (lane == 0) a.moments[(int64_t(pass) * a.norms + target.norm) * a.c + ch] = sum / m;
   }

@@ -31,7 +31,7 @@ struct RunForward : CellParts<T> {
         Parts::require(m.count < 2 * kMaxBranches, "BatchNorms behind a state");
         m.target[m.count++] = {int16_t(b), int16_t(norm)};
       }
-    launch(merge_moments_kernel, dim3(m.count, ceil_div(cm, kMergeChannels)), kThreads * sizeof(double), stream, m);
+    launch(merge_moments_kernel<kMergeChannels>, dim3(m.count, ceil_div(cm, kMergeChannels)), kThreads * sizeof(double), stream, m);
   }
   typename ConvForward<T>::Branch& add(ConvForward<T>& p) {
     Parts::require(p.branches < kMaxBranches, "branches of a state");

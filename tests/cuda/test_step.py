@@ -40,7 +40,8 @@ def test_host_side_on_a_device_that_is_not_there(dtype, concatenate):
     # a torch without CUDA cannot build autograd's graph for its tensors
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         edges = list(without_data(modules))
-        inputs = [torch.empty(2, 8, 6, 10, dtype=dtype) for _ in range(2)]
+        # in the layout that needs no copy
+        inputs = [torch.empty(2, 6, 10, 8, dtype=dtype).permute(0, 3, 1, 2) for _ in range(2)]
         weights, edge_weights = torch.empty(5, 8), torch.empty(5)
         assert cuda.unsupported(edges, inputs) is None
         nodes = cuda.mixed_cell(edges, inputs, weights, edge_weights, concatenate=concatenate)
