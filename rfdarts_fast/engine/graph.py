@@ -69,4 +69,6 @@ class GraphedStep:
             if self._required:
                 raise
             self.reason = str(error).splitlines()[0]
-            warnings.warn(f"steps are not recorded in a CUDA graph: {self.reason}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"steps are not recorded in a CUDA graph: {self.reason}", RuntimeWarning, stacklevel=3
+            )

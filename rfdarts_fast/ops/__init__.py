@@ -46,9 +46,7 @@ def mixed_cell(
     states, options = _under_autocast(inputs)
     engine = _engine(edges, states)
     if engine is not None:
-        return engine.mixed_cell(
-            edges, states, weights, edge_weights, memory=use_backend.memory, **options
-        )
+        return engine.mixed_cell(edges, states, weights, edge_weights, memory=use_backend.memory, **options)
     return reference.mixed_cell(edges, inputs, weights, edge_weights)
 
 
@@ -78,7 +76,11 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
 
 def _under_autocast(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[str, Any]]:
     """On the CPU, autocast to bfloat16 means states in float32 and branch outputs kept in bfloat16."""
-    if inputs[0].device.type != "cpu" or not torch.is_autocast_enabled("cpu") or backend_name() == "reference":
+    if (
+        inputs[0].device.type != "cpu"
+        or not torch.is_autocast_enabled("cpu")
+        or backend_name() == "reference"
+    ):
         return inputs, {}
     half = torch.bfloat16, torch.float16
     return [x.float() if x.dtype in half else x for x in inputs], {"storage": "bfloat16"}

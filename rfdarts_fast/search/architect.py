@@ -49,7 +49,9 @@ class Architect:
         amp: activations in bfloat16.
     """
 
-    def __init__(self, network: Supernet, weight_optimizer: torch.optim.SGD, order: str, amp: bool = False) -> None:
+    def __init__(
+        self, network: Supernet, weight_optimizer: torch.optim.SGD, order: str, amp: bool = False
+    ) -> None:
         self.network = network
         self.weight_optimizer = weight_optimizer
         self.order = order

@@ -105,35 +105,40 @@ class Case:
         self.edge_weights = torch.rand(count).to(dtype).double() if self.edges[0].K > 1 else None
         self.dtype = dtype
 
-    def run(self, engine, dtype, parameters=None, **options):
+    def run(self, engine, dtype, parameters=None, device="cpu", **options):
         """{name: node states, gradients, running statistics}, of the engine computing in `dtype`."""
         parameters = parameters or dtype
-        edges = copy.deepcopy(self.edges).to(parameters)
-        inputs = [x.detach().to(dtype).requires_grad_() for x in self.inputs]
-        weights = self.weights.detach().to(parameters).requires_grad_()
+        edges = copy.deepcopy(self.edges).to(device, parameters)
+        inputs = [x.detach().to(device, dtype).requires_grad_() for x in self.inputs]
+        weights = self.weights.detach().to(device, parameters).requires_grad_()
         leaves = {"inputs": inputs, "alphas": [weights]}
         edge_weights = None
         if self.edge_weights is not None:
-            edge_weights = self.edge_weights.detach().to(parameters).requires_grad_()
+            edge_weights = self.edge_weights.detach().to(device, parameters).requires_grad_()
             leaves["betas"] = [edge_weights]
         trained = [p for p in edges.parameters() if p.requires_grad]
         leaves["norms"] = trained
         nodes = engine(list(edges), inputs, weights, edge_weights, **options)
         assert all(node.dtype == dtype for node in nodes)
         # every node counts, with another weight at every pixel
-        loss = sum((node.double() * wave(node)).sum() for node in nodes)
+        loss = sum((node.double() * wave(node).to(device)).sum() for node in nodes)
         flat = [leaf for group in leaves.values() for leaf in group]
         grads = iter(torch.autograd.grad(loss, flat, allow_unused=True))
         found = {"states": [node.detach() for node in nodes]}
         for name, group in leaves.items():
             found[name] = [grad for _, grad in zip(group, grads, strict=False)]
         found["running"] = [b for b in edges.buffers() if b.is_floating_point()]
-        return found
+        return {name: [x if x is None else x.cpu() for x in group] for name, group in found.items()}
 
     def reference(self, dtype=torch.float64):
         # or FactorizedReduce would look for compiled kernels
         with use_backend("reference"):
             return self.run(reference.mixed_cell, dtype)
+
+    def kernels(self, dtype=None, **options):
+        """On the GPU."""
+        dtype = dtype or self.dtype
+        return self.run(cuda.mixed_cell, dtype, cuda.parameter_dtype(dtype), device="cuda", **options)
 
     def emulated(self, dtype=None, **options):
         dtype = dtype or self.dtype
