@@ -2,6 +2,47 @@
 inline int64_t pooled(int64_t n, int stride) { return (n - 1) / stride + 1; }
 inline int64_t window(int64_t center, int64_t n) { return 1 + (center > 0) + (center < n - 1); }
 
+// A window with a NaN has a NaN sum, which maxima in one instruction each would lose. (So has one with both
+// infinities; BatchNorm makes NaN of those anyway.)
+template <class T, int L>
+RF_INLINE Vec<T, L> keep_nan(Vec<T, L> max, Vec<T, L> sum) {
+  return sum != sum ? sum : max;
+}
+
+// One row at stride 1 where C fills vectors: columns pass through registers.
+template <class T>
+RF_INLINE void pool_row(const T* up, const T* mid, const T* down, bool has_up, bool has_down, int64_t w, int64_t c,
+                        T* max, T* avg) {
+  constexpr int L = kLanes<T>;
+  using V = Vec<T, L>;
+  T tall = 1 + has_up + has_down;
+  V inner = splat<L>(1 / (3 * tall)), outer = splat<L>(1 / (2 * tall));
+  V upper = splat<L>(T(has_up)), lower = splat<L>(T(has_down));
+  for (int64_t k = 0; k < c; k += L) {
+    auto column = [&](int64_t q, V& top, V& sum) __attribute__((always_inline)) {
+      V a = load<L>(up + q * c + k), b = load<L>(mid + q * c + k), d = load<L>(down + q * c + k);
+      top = max_or_second<T, L>(max_or_second<T, L>(a, b), d);
+      sum = a * upper + (d * lower + b);
+    };
+    V top[3], sum[3];
+    column(0, top[1], sum[1]);
+    top[0] = top[1], sum[0] = V{};
+    for (int64_t q = 0; q < w; q++) {
+      bool edge = q == 0 || q == w - 1;
+      if (q < w - 1)
+        column(q + 1, top[2], sum[2]);
+      else
+        top[2] = top[1], sum[2] = V{};
+      V all = sum[0] + sum[1] + sum[2];
+      V most = max_or_second<T, L>(max_or_second<T, L>(top[0], top[1]), top[2]);
+      store<L>(max + q * c + k, keep_nan<T, L>(most, all));
+      store<L>(avg + q * c + k, all * (edge ? outer : inner));
+      top[0] = top[1], sum[0] = sum[1];
+      top[1] = top[2], sum[1] = sum[2];
+    }
+  }
+}
+
 template <class T>
 void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* max, T* avg, T* scratch) {
   int64_t oh = pooled(h, stride), ow = pooled(w, stride), row = w * c;
@@ -15,11 +56,15 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* ma
   for (int64_t r = 0; r < oh; r++) {
     int64_t y = r * stride;
     const T *mid = x + y * row, *up = y > 0 ? mid - row : mid, *down = y < h - 1 ? mid + row : mid;
-    T has_up = y > 0, has_down = y < h - 1;
+    bool has_up = y > 0, has_down = y < h - 1;
+    if (stride == 1 && c % kLanes<T> == 0 && w > 1) {
+      pool_row(up, mid, down, has_up, has_down, w, c, max + r * row, avg + r * row);
+      continue;
+    }
     sweep<T>(row, repeated<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
       constexpr int L = lanes;
       Vec<T, L> a = load<L>(up + i), b = load<L>(mid + i), d = load<L>(down + i);
-      store<L>(tall_max + i, max_vec<T, L>(max_vec<T, L>(a, b), d));
+      store<L>(tall_max + i, max_or_second<T, L>(max_or_second<T, L>(a, b), d));
       // a clamped row repeats the middle one, which must not count twice
       Vec<T, L> zero = Vec<T, L>{};
       store<L>(tall_sum + i, b + (has_up ? a : zero) + (has_down ? d : zero));
@@ -29,8 +74,10 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* ma
     auto pixel = [&](auto lanes, int64_t at, int64_t i, T scale) __attribute__((always_inline)) {
       constexpr int L = lanes;
       Vec<T, L> left = load<L>(tall_max + i - c), mid = load<L>(tall_max + i), right = load<L>(tall_max + i + c);
-      store<L>(to_max + at, max_vec<T, L>(max_vec<T, L>(left, mid), right));
-      store<L>(to_avg + at, (load<L>(tall_sum + i - c) + load<L>(tall_sum + i) + load<L>(tall_sum + i + c)) * scale);
+      Vec<T, L> sum = load<L>(tall_sum + i - c) + load<L>(tall_sum + i) + load<L>(tall_sum + i + c);
+      Vec<T, L> most = max_or_second<T, L>(max_or_second<T, L>(left, mid), right);
+      store<L>(to_max + at, keep_nan<T, L>(most, sum));
+      store<L>(to_avg + at, sum * scale);
     };
     T inner = 1 / (3 * tall);
     if (stride == 1) {

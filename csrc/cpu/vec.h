@@ -90,16 +90,31 @@ template <int L, class T>
 RF_INLINE Vec<T, L> splat(T s) {
   return s - Vec<T, L>{};
 }
-// a NaN is not <= 0 and passes, as in torch
+// b > a ? b : a in one instruction, where there is one; b if either is NaN
+template <class T, int L>
+RF_INLINE Vec<T, L> max_or_second(Vec<T, L> a, Vec<T, L> b) {
+#if defined(__x86_64__)
+  constexpr int bytes = L * sizeof(T);
+  if constexpr (bytes == 16 && sizeof(T) == 4) return (Vec<T, L>)_mm_max_ps((__m128)a, (__m128)b);
+  if constexpr (bytes == 16 && sizeof(T) == 8) return (Vec<T, L>)_mm_max_pd((__m128d)a, (__m128d)b);
+#if RFDARTS_VECTOR_BYTES >= 32
+  if constexpr (bytes == 32 && sizeof(T) == 4) return (Vec<T, L>)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+#if RFDARTS_VECTOR_BYTES >= 64
+  if constexpr (bytes == 64 && sizeof(T) == 4) return (Vec<T, L>)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+#endif
+  return a > b ? a : b;
+}
+// a NaN passes, as in torch
 template <class T, int L>
 RF_INLINE Vec<T, L> relu_vec(Vec<T, L> v) {
-  return v <= 0 ? Vec<T, L>{} : v;
+  return max_or_second<T, L>(Vec<T, L>{}, v);
 }
 // the larger, or NaN if either is
 template <class T, int L>
 RF_INLINE Vec<T, L> max_vec(Vec<T, L> a, Vec<T, L> b) {
-  auto larger = b > a ? b : a;
-  return b != b ? b : larger;
+  return a != a ? a : max_or_second<T, L>(a, b);
 }
 
 // A vector that divides C channels, as a constant handed to f: full, or 4 lanes, or one. (More would only make

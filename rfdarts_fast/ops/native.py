@@ -29,6 +29,9 @@ __all__ = ["mixed_cell", "relu_conv_bn", "status", "why_not", "why_not_conv"]
 
 Storage = Literal["same", "bfloat16"]
 
+# what `mixed_cell` keeps branch outputs as unless told otherwise
+default_storage: Storage = "same"
+
 _missing: str | None = None
 try:
     importlib.import_module("rfdarts_fast.ops._C")
@@ -38,7 +41,7 @@ except ImportError as error:
 
 
 def status() -> dict[str, str | bool]:
-    """What is built and which instruction set runs: `built`, `isa`, `isa_best`, or `reason` where not built."""
+    """What is built and which instruction set runs: `built`, `isa`, `isa_best`; `reason` where not built."""
     if _missing is not None:
         return {"built": False, "reason": _missing}
     ops = torch.ops.rfdarts
@@ -171,7 +174,7 @@ def mixed_cell(
     weights: Tensor,
     edge_weights: Tensor | None = None,
     memory: Literal["fast", "recompute"] = "fast",
-    storage: Storage = "same",
+    storage: Storage | None = None,
     concatenate: bool = False,
 ) -> list[Tensor]:
     """The engine behind `rfdarts_fast.ops.mixed_cell`, for cells that `why_not` has nothing against.
@@ -179,7 +182,8 @@ def mixed_cell(
     Args:
         memory: "fast" keeps all branch outputs for the backward, "recompute" the states only; the gradients
             are the same bit for bit.
-        storage: "bfloat16" keeps branch outputs in half the bytes, float32 inputs only.
+        storage: "bfloat16" keeps branch outputs in half the bytes, float32 inputs only;
+            None takes `default_storage`.
         concatenate: return [all nodes concatenated, [N, nodes * C, H', W']] instead of the nodes, for less
             than what torch.cat costs.
 
@@ -210,7 +214,7 @@ def mixed_cell(
     *nodes, used = CellFunction.apply(
         plan,
         spec,
-        (memory == "recompute", storage == "bfloat16", concatenate),
+        (memory == "recompute", (storage or default_storage) == "bfloat16", concatenate),
         moments,
         noise,
         gamma,

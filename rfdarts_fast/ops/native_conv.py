@@ -31,7 +31,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def why_not_conv(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module) -> str | None:
-    """Why the fused kernels cannot compute ReLU, these convolutions (one, or FactorizedReduce's two) and `norm`."""
+    """Why the kernels cannot compute ReLU, these convolutions (one, or FactorizedReduce's two) and `norm`."""
     if x.device.type != "cpu":
         return f"no kernels for device {x.device.type}"
     if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4 or x.numel() == 0:

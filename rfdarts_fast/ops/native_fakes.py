@@ -44,8 +44,8 @@ def _cell_kept(inputs, nodes, weights, gamma, beta, mix, moments, spec, eps, bfl
 
 
 def _cell_backward(
-    grads, grad_nodes, inputs, nodes, noise, weights, gamma, beta, mix, edge_weights, moments, kept, spec, eps,
-    bfloat16, wanted,
+    grads, grad_nodes, inputs, nodes, noise, weights, gamma, beta, mix, edge_weights, moments, kept, spec,
+    eps, bfloat16, wanted,
 ):  # fmt: skip
     x, primitives = inputs[0], spec[2]
     width = 1 + primitives * _BRANCH
@@ -81,4 +81,4 @@ def register() -> None:
         "conv_bn_backward": _conv_bn_backward,
         "update_running": lambda *arguments: None,
     }.items():
-        torch.library.register_fake(f"rfdarts::{name}", fake)
+        torch.library.register_fake(f"rfdarts::{name}", fake)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What the compiled engine needs to know of a cell's modules, found once per cell and checked at each call."""
+"""What the compiled engine needs to know of a cell's modules: found once, checked at each call."""
 
 from __future__ import annotations
 

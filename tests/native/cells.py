@@ -75,7 +75,7 @@ def _whole(edges, inputs):
 
 
 def assert_as_good_as_torch(problem, **options):
-    """The engine's error against float64 is at most twice torch's own (gradients: three times), and a floor."""
+    """Error against float64: at most twice torch's own (gradients: three times), and a floor."""
     assert native.why_not(list(problem.cell), problem.x) is None
     truth = problem.run(reference.mixed_cell, torch.float64)
     plain = problem.run(reference.mixed_cell, problem.x[0].dtype)

@@ -1,0 +1,57 @@
+"""What a step must at least compute and move, and what this machine can do."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from rfdarts_fast.bench.variants import Method, make_network
+
+# how often a kept branch output is written or read in one step with the kernels (forward, backward)
+_TOUCHED = {"inner": 5, "outer": 6, "single": 4}
+
+
+def machine_roofs() -> dict[str, float]:
+    """GFLOP/s of a large matrix product and GB/s (read + written) of a large copy, the best of several."""
+    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+    source = torch.randn(48 << 20)
+    target = torch.empty_like(source)
+    best_product = best_copy = float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best_product = min(best_product, time.perf_counter() - start)
+        start = time.perf_counter()
+        target.copy_(source)
+        best_copy = min(best_copy, time.perf_counter() - start)
+    return {"gflops": 2 * 1536**3 / best_product / 1e9, "gbytes": 2 * source.numel() * 4 / best_copy / 1e9}
+
+
+def step_counts(
+    method: Method, batch: int, size: int, channels: int, layers: int, space: str
+) -> dict[str, float]:
+    """Floating-point operations and float32 bytes of the mixed ops in one step with the kernels.
+
+    Counted are the convolutions (forward, and backward to their inputs) and the kept branch outputs; states,
+    pools, bypass and preprocessing come on top.
+    """
+    network = make_network(method, channels, layers, space)
+    flops = moved = 0.0
+    for cell in network.cells:
+        if cell.reduction:
+            size //= 2
+        pixels = batch * size * size
+        for edge in cell._ops:  # type: ignore[union-attr]
+            width = edge.channels // edge.K
+            for name in edge.primitives:
+                if name.startswith(("sep_conv", "dil_conv")):
+                    taps = int(name[-1]) ** 2
+                    halves = 2 if name.startswith("sep") else 1
+                    flops += 2 * 2 * halves * pixels * width * (taps + width)
+                    touched = _TOUCHED["inner"] + _TOUCHED["outer"] if halves == 2 else _TOUCHED["single"]
+                    moved += 4 * pixels * width * touched
+                elif name == "skip_connect" and edge.stride == 2:
+                    flops += 2 * 2 * pixels * width * width
+                    moved += 4 * pixels * width * _TOUCHED["single"]
+    return {"flops": flops, "bytes": moved}

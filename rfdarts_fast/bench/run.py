@@ -1,0 +1,177 @@
+"""Interleaved timing, memory in processes of their own, a table and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from rfdarts_fast.bench.roofs import machine_roofs, step_counts
+from rfdarts_fast.bench.variants import VARIANTS, Method, memory_of, step_of
+from rfdarts_fast.ops import native
+
+
+@dataclass
+class Result:
+    """One variant: seconds of a step (median and best), bytes above the idle process, first loss."""
+
+    variant: str
+    seconds: float
+    best: float
+    images_per_second: float
+    memory: int | None
+    loss: float
+    first_step: float
+
+
+def run(
+    method: Method = "rf-darts",
+    variants: Sequence[str] = ("eager", "eager-cl", "native", "recompute", "bfloat16"),
+    batch: int = 64,
+    size: int = 32,
+    channels: int = 16,
+    layers: int = 8,
+    space: str = "darts",
+    rounds: int = 5,
+    memory: bool = True,
+    out: Path | None = None,
+) -> dict:
+    """Times one step of a supernet, variants taking turns `rounds` times, so that a busy minute hits all.
+
+    Args:
+        method: "rf-darts" or "rf-pcdarts" (K = 4).
+        variants: keys of `VARIANTS`; "compile" takes minutes before its first step.
+        memory: measure each variant's peak memory too, in a process of its own.
+        out: folder for a JSON file with the results, the machine, its roofs and versions.
+
+    Returns:
+        What the JSON file holds; `table` prints it.
+
+    Raises:
+        ValueError: for a variant that does not exist or that this machine cannot run.
+    """
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+        if not variant.startswith(("eager", "compile")) and not native.status()["built"]:
+            raise ValueError(f"variant: {variant} needs the compiled kernels: {native.status()['reason']}")
+    shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
+    steps, losses, first, times = {}, {}, {}, {variant: [] for variant in variants}  # type: ignore[var-annotated]
+    for variant in variants:
+        steps[variant] = step_of(variant, method, **shape)  # type: ignore[arg-type]
+        start = time.perf_counter()
+        losses[variant] = steps[variant]()
+        first[variant] = time.perf_counter() - start
+    for _ in range(rounds):
+        for variant in variants:
+            start = time.perf_counter()
+            steps[variant]()
+            times[variant].append(time.perf_counter() - start)
+    results = []
+    for variant in variants:
+        median = statistics.median(times[variant])
+        peak = _memory(variant, method, shape) if memory and variant != "compile" else None
+        results.append(
+            Result(
+                variant, median, min(times[variant]), batch / median, peak, losses[variant], first[variant]
+            )
+        )
+    report = {
+        "method": method,
+        **shape,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "kernels": native.status(),
+        "commit": _commit(),
+        "rounds": rounds,
+        "load": os.getloadavg()[0],
+        "roofs": machine_roofs(),
+        "counts": step_counts(method, **shape),  # type: ignore[arg-type]
+        "results": [asdict(result) for result in results],
+    }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        name = f"step-{method}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        (out / name).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def table(report: dict) -> str:
+    """The report as text: one line per variant, ratios against the fastest eager layout."""
+    eager = [r for r in report["results"] if r["variant"].startswith("eager")]
+    fastest = min((r["seconds"] for r in eager), default=None)
+    smallest = min((r["memory"] for r in eager if r["memory"]), default=None)
+    roofs, counts = report["roofs"], report["counts"]
+    lines = [
+        f"{report['method']}, batch {report['batch']}, {report['size']}x{report['size']}, "
+        f"C={report['channels']}, {report['layers']} cells, {report['threads']} threads, "
+        f"kernels: {report['kernels'].get('isa', 'none')}, load {report['load']:.1f}",
+        f"roofs: {roofs['gflops']:.0f} GFLOP/s, {roofs['gbytes']:.1f} GB/s; mixed ops alone: "
+        f"{counts['flops'] / 1e9:.1f} GFLOP = {counts['flops'] / roofs['gflops'] / 1e9:.3f} s, "
+        f"{counts['bytes'] / 1e9:.2f} GB kept outputs = {counts['bytes'] / roofs['gbytes'] / 1e9:.3f} s",
+        f"{'variant':<44}{'step s':>8}{'best':>8}{'images/s':>10}{'ratio':>7}{'memory MB':>11}{'ratio':>7}"
+        f"{'GFLOP/s':>9}{'GB/s':>7}",
+    ]
+    for r in report["results"]:
+        speed = f"{fastest / r['seconds']:.1f}" if fastest else ""
+        memory = f"{r['memory'] / 1e6:.0f}" if r["memory"] else ""
+        less = f"{smallest / r['memory']:.1f}" if smallest and r["memory"] else ""
+        # what eager operators move is another, larger number
+        kernels = not r["variant"].startswith(("eager", "compile"))
+        moved = counts["bytes"] * (0.5 if r["variant"] == "bfloat16" else 1) / r["seconds"] / 1e9
+        lines.append(
+            f"{VARIANTS[r['variant']]:<44}{r['seconds']:>8.3f}{r['best']:>8.3f}{r['images_per_second']:>10.1f}"
+            f"{speed:>7}{memory:>11}{less:>7}{counts['flops'] / r['seconds'] / 1e9:>9.1f}"
+            + (f"{moved:>7.1f}" if kernels else "")
+        )
+    return "\n".join(lines)
+
+
+def _memory(variant: str, method: str, shape: dict) -> int:
+    arguments = json.dumps(
+        {"variant": variant, "method": method, "threads": torch.get_num_threads(), **shape}
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "rfdarts_fast.bench.run", arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    idle, peak = json.loads(done.stdout.splitlines()[-1])
+    return peak - idle
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def _child(arguments: str) -> None:
+    options = json.loads(arguments)
+    torch.set_num_threads(options.pop("threads"))
+    print(json.dumps(memory_of(2, lambda: step_of(**options))))
+
+
+if __name__ == "__main__":
+    _child(sys.argv[1])
