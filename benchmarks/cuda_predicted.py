@@ -1,5 +1,5 @@
-"""What each CUDA kernel needs, without a GPU: registers and shared memory from nvcc, launches from the emulation,
-bytes and multiply-adds from the cell; and the time that follows on an H100.
+"""What each CUDA kernel needs: registers from nvcc, blocks and shared memory from the emulation, bytes and
+multiply-adds from the cell; and the least time on an H100 that follows. No GPU is used.
 
     python -m benchmarks.cuda_predicted > benchmarks/results/cuda_predicted.md
 
@@ -111,7 +111,7 @@ def launches(
 def work(
     K: int, channels: int, side: int, stride: int, batch: int, item: int = 2
 ) -> list[tuple[str, float, float]]:
-    """(kernel, bytes, multiply-adds) in the order of the launches; csrc/cuda/run_forward.h and run_backward.h."""
+    """(kernel, bytes, multiply-adds) in the order of the launches: run_forward.h, run_backward.h."""
     c, out = channels // K, side // stride
     state, pixels = batch * side * side, batch * out * out
     y = pixels * c * item
@@ -193,7 +193,8 @@ def main() -> None:
                 row[4] += adds
                 row[5] += max(size / BANDWIDTH, adds / MULTIPLY_ADDS)
             print(
-                "| kernel | launches | blocks (most) | registers | shared KiB | MB | M multiply-adds | floor µs |"
+                "| kernel | launches | blocks (most) | registers | shared KiB | MB "
+                "| M multiply-adds | floor µs |"
             )
             print("|---|---|---|---|---|---|---|---|")
             for kernel, (count, blocks, shared, size, adds, seconds) in rows.items():
@@ -203,7 +204,8 @@ def main() -> None:
                 )
             total = [sum(row[i] for row in rows.values()) for i in range(6)]
             print(
-                f"| **all** | {total[0]:.0f} | | | | {total[3] / 1e6:.1f} | {total[4] / 1e6:.0f} | {total[5] * 1e6:.1f} |"
+                f"| **all** | {total[0]:.0f} | | | | {total[3] / 1e6:.1f} "
+                f"| {total[4] / 1e6:.0f} | {total[5] * 1e6:.1f} |"
             )
             print(f"\nLaunches add about {total[0] * LAUNCH * 1e6:.0f} µs inside a CUDA graph.")
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_check [--out benchmarks/results/gpu_check.json] [--device cuda] [--quick]
 
-What does not fit in the time is left out and named in the JSON. `--device cpu --quick` tries the script itself.
+What does not fit in the time is left out and named in the JSON. `--device cpu --quick` tries the script.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class SearchRun(Run):
         compute("step", *batches)
 
     def _compute(self, kind: Hashable, *batches: Tensor) -> None:
-        """A step on training images and labels and, once the architecture moves, validation images and labels.
+        """A step on training images and labels and, once the architecture moves, on validation images too.
 
         Everything that changes is a tensor on the device, so that a CUDA graph can hold it.
         """

@@ -38,7 +38,8 @@ def test_the_gate_sees_a_spill(nvcc, tmp_path):
     source.write_text(
         "__global__ void __launch_bounds__(1024) spill(float* x) {\n"
         "  float v[96];\n#pragma unroll\n  for (int i = 0; i < 96; i++) v[i] = x[i * 1024 + threadIdx.x];\n"
-        "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < 96; i++) x[i * 1024 + threadIdx.x] = v[95 - i];\n}\n"
+        "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < 96; i++)\n"
+        "    x[i * 1024 + threadIdx.x] = v[95 - i];\n}\n"
     )
     command = [str(nvcc), "-arch=sm_90", *STRICT, "-cubin", str(source), "-o", str(tmp_path / "spill.cubin")]
     result = subprocess.run(command, capture_output=True, text=True)

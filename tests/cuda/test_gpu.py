@@ -1,5 +1,4 @@
-"""The CUDA kernels on a GPU. What the emulation cannot see: the real memory model, speed-driven code paths of the
-compiler, CUDA graphs."""
+"""The CUDA kernels on a GPU, and what the emulation cannot see: the real memory model and CUDA graphs."""
 
 import copy
 
