@@ -27,6 +27,18 @@ struct ForwardShared {
 // ys [pixels][c] columns [begin, end) = ds w, w [c][c]
 template <class T>
 __device__ void pointwise(const Acc<T>* ds, int ld, int pixels, const Acc<T>* w, int c, int begin, int end, T* ys) {
+  if constexpr (sizeof(T) == 2)
+    if (on_tensor_cores<T>(c, end - begin)) {
+      int columns = (end - begin) / 8, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+      for (int tile = threadIdx.x / 32; tile < pixels / 16 * columns; tile += kWarps) {
+        int p0 = tile / columns * 16, o0 = begin + tile % columns * 8;
+        float acc[4] = {};
+        multiply_warp<T>(ds, ld, p0, c, w, c, o0, acc);
+#pragma unroll
+        for (int r = 0; r < 4; r++) ys[(p0 + g + r / 2 * 8) * c + o0 + 2 * t + r % 2] = narrow<T>(acc[r]);
+      }
+      return;
+    }
   int groups = ceil_div(end - begin, 4), apart = pixels / 4;
   for (int i = threadIdx.x; i < groups * apart; i += kThreads) {
     int o = begin + i % groups * 4, p = i / groups, outputs = end - o;

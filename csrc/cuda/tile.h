@@ -1,5 +1,6 @@
 // Tiles in shared memory: [rows][pitch], a row being columns x ck channels.
 #pragma once
+#include "cuda/mma.h"
 #include "cuda/params.h"
 
 namespace rfdarts::cuda {

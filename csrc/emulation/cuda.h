@@ -98,6 +98,34 @@ T exchange(unsigned mask, T value, int source, int operation) {
   return value;
 }
 
+// mma.sync m16n8k16: c (16 x 8) += a (16 x 16) b (16 x 8) with the fragment layouts of the PTX manual; two values a
+// register, value(register, i) unpacks one
+template <class Value>
+void multiply_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value&& value) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, all[32];
+  const Fragments* address = &mine;
+  std::memcpy(&thread->slot, &address, sizeof(address));
+  warp_operation(~0u, 2);
+  for (int lane = 0; lane < 32; lane++) {
+    std::memcpy(&address, &block.exchange[thread->warp][lane], sizeof(address));
+    all[lane] = *address;
+  }
+  // no lane leaves before all have read
+  warp_operation(~0u, 3);
+  int g = thread->lane / 4, t = thread->lane % 4;
+  for (int r = 0; r < 4; r++) {
+    int row = g + r / 2 * 8, column = 2 * t + r % 2;
+    double sum = c[r];
+    for (int k = 0; k < 16; k++) {
+      const Fragments &left = all[row % 8 * 4 + k % 8 / 2], &right = all[column * 4 + k % 8 / 2];
+      sum += double(value(left.a[row / 8 + k / 8 * 2], k % 2)) * double(value(right.b[k / 8], k % 2));
+    }
+    c[r] = float(sum);
+  }
+}
+
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 size, size_t shared, Args&&... args) {
   if (write_down(__PRETTY_FUNCTION__, grid, shared)) return;

@@ -60,7 +60,19 @@ def test_thread_order_changes_nothing(emulation, K, stride):
                 torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"stride": 1}, {"stride": 2}, {"K": 4, "channels": 32}])
+# multiples of 16 mixed channels run on tensor cores in 16-bit types
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 1},
+        {"stride": 2},
+        {"K": 4, "channels": 32},
+        {"channels": 16, "nodes": 1},
+        {"channels": 16, "nodes": 1, "stride": 2},
+        {"channels": 48, "nodes": 1, "inputs": 1},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_that_of_pytorch_in_the_same_dtype(emulation, dtype, options):
     case = Case((4, 12, 20), dtype, **{"channels": 8, **options})
@@ -174,12 +186,13 @@ MUTATIONS = {
         "if (y - u < 0 || x - v < 0 || q >= high || p >= wide) continue;",
         "if (y - u < 0 || x - v < 0 || q >= high || p >= wide - 1) continue;",
     ),
+    "off by one, tensor cores": ("cuda/mma.h", "*high = low + 8 * ld", "*high = low + 7 * ld", "bf16"),
 }
 
 
 def test_the_check_passes_unchanged(emulated_library):
-    for order in ("fixed", "shuffled"):
-        result = run_library(emulated_library, order)
+    for order, dtype in (("fixed", "float64"), ("shuffled", "float64"), ("shuffled", "bfloat16")):
+        result = run_library(emulated_library, order, dtype)
         assert result.returncode == 0, result.stderr
 
 
@@ -187,5 +200,5 @@ def test_the_check_passes_unchanged(emulated_library):
 def test_planted_bugs_are_caught(emulated_library, tmp_path, name):
     objects = [emulated_library.parent / (source.replace("/", "_") + ".o") for source in emulated.sources()]
     library = emulated.mutated(tmp_path, objects, *MUTATIONS[name])
-    result = run_library(library, "shuffled")
+    result = run_library(library, "shuffled", "bfloat16" if "bf16" in MUTATIONS[name] else "float64")
     assert "too large an error" in result.stderr, result.stderr
