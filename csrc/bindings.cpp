@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <atomic>
+#include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -51,8 +54,16 @@ const T* pointer(const Tensor& x) {
   return static_cast<const T*>(x.data_ptr());
 }
 
+// Threads take chunks as they come, so that one that is held up does not hold up the others. The results do not
+// depend on it: every image has its own sums.
 void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { f(begin, end); });
+  int64_t threads = torch::stable::get_num_threads();
+  if (threads < 2 || n < 2) return f(0, n);
+  int64_t chunk = std::max<int64_t>(1, n / (8 * threads));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t at; (at = next.fetch_add(chunk)) < n;) f(at, std::min(at + chunk, n));
+  });
 }
 
 struct CellArguments {
@@ -95,7 +106,7 @@ struct CellArguments {
     f.edge_weights = edge_weights ? pointer<T>(*edge_weights) : nullptr;
     f.kept = static_cast<S*>(kept.data_ptr());
     f.moments = static_cast<double*>(moments.data_ptr());
-    for (const Tensor& t : nodes) f.nodes.push_back(static_cast<T*>(t.data_ptr()));
+    for (const Tensor& t : nodes) f.node_states.push_back(batch<T>(t));
     return f;
   }
 };
@@ -137,7 +148,8 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(const Tensors& input
     std::copy_n(from, used.numel(), static_cast<double*>(used.data_ptr()));
   }
   with_types(x, bfloat16, [&](auto t, auto s) {
-    auto data = arguments.forward<decltype(t), decltype(s)>(kept, used, nodes);
+    auto data = arguments.forward<decltype(t), decltype(s)>(kept, used, {});
+    for (const Tensor& node : nodes) data.nodes.push_back(static_cast<decltype(t)*>(node.data_ptr()));
     if (together) data.together = static_cast<decltype(t)*>(all.data_ptr());
     cell_forward(cell, data, true, parallel);
   });

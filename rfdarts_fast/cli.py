@@ -1,4 +1,4 @@
-"""The command line: rfdarts search | train | eval | env."""
+"""The command line: rfdarts search | train | eval | bench | env."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tyro
 
 from rfdarts_fast.data import DataError
 from rfdarts_fast.engine.checkpoint import CheckpointError
-from rfdarts_fast.engine.config import ConfigError, RunConfig, read_yaml
+from rfdarts_fast.engine.config import ConfigError, RunConfig, read_yaml, require
 from rfdarts_fast.engine.run import Diverged
 from rfdarts_fast.engine.run_folder import RunFolderError
 from rfdarts_fast.engine.signals import Stopped
@@ -31,6 +31,7 @@ commands:
   search    search a cell with a supernet
   train     train the network of a genotype from scratch
   eval      evaluate a training run on the test images
+  bench     step time and memory here: reference, torch.compile, compiled kernels
   env       what is installed and built here
 
 rfdarts COMMAND --help lists the options of a command. To begin:
@@ -53,6 +54,30 @@ class EvalOptions:
     """Where the data set lies, if it is not where the training found it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Time one search step of a supernet on this machine, variants taking turns, and measure their memory."""
+
+    method: Literal["rf-darts", "rf-pcdarts"] = "rf-pcdarts"
+    """rf-pcdarts has K = 4."""
+    batch: int = 64
+    """Images in a step."""
+    size: int = 32
+    """Side of the images in pixels."""
+    channels: int = 16
+    """Channels of the first cells."""
+    layers: int = 8
+    """Cells of the supernet."""
+    rounds: int = 7
+    """Turns of every variant; the median is reported."""
+    threads: int | None = None
+    """CPU threads (default: PyTorch's choice)."""
+    compile: bool = False
+    """Also torch.compile of each mixed op; its first step takes minutes."""
+    out: Path | None = None
+    """Folder for a JSON file with the figures, the machine and its measured roofs."""
 
 
 def parse_config(kind: type[Config], base: Callable[[dict], dict], args: list[str], prog: str) -> Config:
@@ -105,6 +130,26 @@ def run_eval(args: list[str]) -> None:
     print(json.dumps(evaluate_run(options.run, options.checkpoint, **changes)))
 
 
+def run_bench(args: list[str]) -> None:
+    import torch
+
+    from rfdarts_fast import bench
+    from rfdarts_fast.ops import native
+
+    options = tyro.cli(BenchOptions, prog="rfdarts bench", args=args)
+    for name in ("batch", "size", "channels", "layers", "rounds"):
+        require(getattr(options, name) > 0, options, name, "a positive number")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    variants = ["eager", "eager-cl"]
+    if options.compile:
+        variants.append("compile")
+    if native.status()["built"]:
+        variants += ["native", "recompute", "bfloat16"]
+    shape = {name: getattr(options, name) for name in ("batch", "size", "channels", "layers", "rounds")}
+    print(bench.table(bench.run(options.method, variants, **shape, out=options.out)))
+
+
 def run_env(args: list[str]) -> None:
     from rfdarts_fast.engine.environment import compiled_engines, environment, optional_packages
 
@@ -116,7 +161,7 @@ def run_env(args: list[str]) -> None:
         print(f"{name:14} {', '.join(value) or 'none' if isinstance(value, list) else value}")
 
 
-COMMANDS = {"search": run_search, "train": run_train, "eval": run_eval, "env": run_env}
+COMMANDS = {"search": run_search, "train": run_train, "eval": run_eval, "bench": run_bench, "env": run_env}
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ ALLOWED = {
     "drop_in": {"nn", "data", "engine", "spaces", "ops"},
     "bench": {"nn", "data", "engine", "spaces", "ops", "search", "retrain", "drop_in"},
     "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "engine", "spaces", "ops"},
-    # the package itself offers `accelerate`, imported on first use
-    "__init__": {"drop_in"},
+    # the package itself offers `accelerate` and `use_backend`, imported on first use
+    "__init__": {"drop_in", "ops"},
 }
 OPTIONAL = {"torchvision", "triton", "tensorboard", "matplotlib"}
 

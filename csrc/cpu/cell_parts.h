@@ -93,8 +93,9 @@ struct CellContext {
 
   CellContext(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel)
       : cell(cell), data(data), parallel(parallel), states(data.inputs) {
-    for (T* node : data.nodes) states.push_back({node, cell.pixels() * cell.channels, cell.ow * cell.channels,
-                                                 cell.channels});
+    for (T* node : data.nodes)
+      states.push_back({node, cell.pixels() * cell.channels, cell.ow * cell.channels, cell.channels});
+    states.insert(states.end(), data.node_states.begin(), data.node_states.end());
     if (period == cm) return;
     repeated.resize(data.weights_size / cm * period);
     for (int64_t r = 0; r < data.weights_size / cm; r++)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import torch
 
 from rfdarts_fast.bench.roofs import machine_roofs, step_counts
 from rfdarts_fast.bench.variants import VARIANTS, Method, memory_of, step_of
+from rfdarts_fast.engine.environment import environment
+from rfdarts_fast.engine.files import write_json
 from rfdarts_fast.ops import native
 
 
@@ -41,7 +42,7 @@ def run(
     channels: int = 16,
     layers: int = 8,
     space: str = "darts",
-    rounds: int = 5,
+    rounds: int = 7,
     memory: bool = True,
     out: Path | None = None,
 ) -> dict:
@@ -89,11 +90,8 @@ def run(
         "method": method,
         **shape,
         "dtype": "float32",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "processor": _processor(),
+        **environment(),
         "kernels": native.status(),
-        "commit": _commit(),
         "rounds": rounds,
         "load": os.getloadavg()[0],
         "roofs": machine_roofs(),
@@ -103,7 +101,7 @@ def run(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         name = f"step-{method}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-        (out / name).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(out / name, report)
     return report
 
 
@@ -150,21 +148,6 @@ def _memory(variant: str, method: str, shape: dict) -> int:
     )
     idle, peak = json.loads(done.stdout.splitlines()[-1])
     return peak - idle
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 def _child(arguments: str) -> None:

@@ -16,7 +16,6 @@ from rfdarts_fast import ops
 from rfdarts_fast.nn import SearchNetwork
 from rfdarts_fast.nn.random_features import freeze_random_features
 from rfdarts_fast.nn.supernet import MixedOp
-from rfdarts_fast.ops import native
 from rfdarts_fast.spaces import get_space
 
 Method = Literal["rf-darts", "rf-pcdarts"]
@@ -29,6 +28,8 @@ VARIANTS = {
     "recompute": "kernels, recompute",
     "bfloat16": "kernels, bfloat16 storage",
 }
+
+MEMORY: dict[str, ops.Memory] = {"native": "fast", "recompute": "recompute", "bfloat16": "bfloat16"}
 
 
 def make_network(method: Method, channels: int, layers: int, space: str) -> SearchNetwork:
@@ -68,13 +69,8 @@ def step_of(
         if variant in ("eager", "eager-cl", "compile"):
             with ops.use_backend("reference"):
                 return step()
-        before = native.default_storage
-        native.default_storage = "bfloat16" if variant == "bfloat16" else "same"
-        try:
-            with ops.use_backend("native", memory="recompute" if variant == "recompute" else "fast"):
-                return step()
-        finally:
-            native.default_storage = before
+        with ops.use_backend("native", MEMORY[variant]):
+            return step()
 
     return run
 

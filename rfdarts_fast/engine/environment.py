@@ -79,10 +79,9 @@ def environment() -> dict[str, Any]:
 def compiled_engines() -> dict[str, str]:
     """What the compiled engines were built for and what runs, or why not."""
     cpu, gpu = native.status(), cuda.status()
-    rows = {"cpu kernels": str(cpu["isa"]) if cpu["built"] else f"not built: {cpu['reason']}"}
+    isa = f"{cpu['isa']} (best here: {cpu['isa_best']})" if cpu["built"] else f"none: {cpu['reason']}"
     built = f"built for {gpu['archs']}" if gpu["built"] else "not built"
-    rows["cuda kernels"] = f"{built}; {gpu['reason']}" if "reason" in gpu else built
-    return rows
+    return {"cpu kernels": isa, "cuda kernels": f"{built}; {gpu['reason']}" if "reason" in gpu else built}
 
 
 def optional_packages() -> dict[str, str]:

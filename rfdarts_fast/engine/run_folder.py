@@ -28,7 +28,6 @@ FREE_FIELDS = frozenset(
         "download",
         "workers",
         "checkpoint_minutes",
-        "memory",
         "tensorboard",
     }
 )

@@ -7,7 +7,7 @@ import warnings
 from typing import Literal, get_args
 
 Backend = Literal["auto", "reference", "native"]
-Memory = Literal["fast", "recompute"]
+Memory = Literal["fast", "bfloat16", "recompute"]
 
 _told: set[str] = set()
 
@@ -22,8 +22,9 @@ class use_backend:
     Args:
         name: "auto" takes the fastest engine that can run and says once why one cannot; "reference" is plain
             PyTorch; "native" (C++ on the CPU) raises BackendError where it cannot run.
-        memory: what native engines keep between forward and backward: "fast" all branch outputs, "recompute"
-            node states only. The gradients are the same bit for bit.
+        memory: what native engines keep between forward and backward: "fast" all branch outputs, "bfloat16"
+            those rounded to half the bytes, "recompute" node states only. The gradients of "fast" and
+            "recompute" are the same bit for bit.
 
     Raises:
         ValueError: for a name or mode that does not exist.

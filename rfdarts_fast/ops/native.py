@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rfdarts_fast.ops import native_fakes
+from rfdarts_fast.ops.backend import Memory
 from rfdarts_fast.ops.native_conv import channels_inside, channels_last, relu_conv_bn, why_not_conv
 from rfdarts_fast.ops.native_plan import (
     Plan,
@@ -26,11 +27,6 @@ from rfdarts_fast.ops.native_plan import (
 from rfdarts_fast.ops.reference import Edge
 
 __all__ = ["mixed_cell", "relu_conv_bn", "status", "why_not", "why_not_conv"]
-
-Storage = Literal["same", "bfloat16"]
-
-# what `mixed_cell` keeps branch outputs as unless told otherwise
-default_storage: Storage = "same"
 
 _missing: str | None = None
 try:
@@ -107,7 +103,7 @@ class CellFunction(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         recompute, bfloat16, together = options
-        weights = plan.weights()
+        weights = plan.weights(inputs[0].dtype)
         eps = plan.norms[0].eps if plan.norms else 1e-5
         dense = [channels_inside(x.detach()) for x in inputs]
         nodes, concatenated, kept, used = torch.ops.rfdarts.cell_forward(
@@ -118,7 +114,9 @@ class CellFunction(torch.autograd.Function):
         ctx.kept = None if recompute else kept
         ctx.set_materialize_grads(False)
         ctx.inputs, ctx.noises = len(inputs), len(noise)
-        ctx.save_for_backward(*dense, *nodes, *noise, weights, gamma, beta, mix, edge_weights, used)
+        # the parts of the concatenation hold the same values, and it lives on anyway
+        states = [concatenated] if together else nodes
+        ctx.save_for_backward(*dense, *states, *noise, weights, gamma, beta, mix, edge_weights, used)
         ctx.mark_non_differentiable(used)
         ctx.together = together
         return (concatenated, used) if together else (*nodes, used)
@@ -130,6 +128,8 @@ class CellFunction(torch.autograd.Function):
         weights, gamma, beta, mix, edge_weights, moments = saved[-6:]
         inputs, rest = saved[: ctx.inputs], saved[ctx.inputs : -6]
         nodes, noise = rest[: len(rest) - ctx.noises], rest[len(rest) - ctx.noises :]
+        if ctx.together:
+            nodes = list(nodes[0].chunk(ctx.spec[1], dim=1))
         spec, eps, bfloat16 = ctx.spec, ctx.eps, ctx.bfloat16
         kept, ctx.kept = ctx.kept, None
         if kept is None:
@@ -173,17 +173,13 @@ def mixed_cell(
     inputs: Sequence[Tensor],
     weights: Tensor,
     edge_weights: Tensor | None = None,
-    memory: Literal["fast", "recompute"] = "fast",
-    storage: Storage | None = None,
+    memory: Memory = "fast",
     concatenate: bool = False,
 ) -> list[Tensor]:
     """The engine behind `rfdarts_fast.ops.mixed_cell`, for cells that `why_not` has nothing against.
 
     Args:
-        memory: "fast" keeps all branch outputs for the backward, "recompute" the states only; the gradients
-            are the same bit for bit.
-        storage: "bfloat16" keeps branch outputs in half the bytes, float32 inputs only;
-            None takes `default_storage`.
+        memory: see `use_backend`; "bfloat16" is "fast" where the inputs are not float32.
         concatenate: return [all nodes concatenated, [N, nodes * C, H', W']] instead of the nodes, for less
             than what torch.cat costs.
 
@@ -214,7 +210,7 @@ def mixed_cell(
     *nodes, used = CellFunction.apply(
         plan,
         spec,
-        (memory == "recompute", (storage or default_storage) == "bfloat16", concatenate),
+        (memory == "recompute", memory == "bfloat16" and x.dtype == torch.float32, concatenate),
         moments,
         noise,
         gamma,

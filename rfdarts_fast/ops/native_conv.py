@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +84,11 @@ class ConvNormFunction(torch.autograd.Function):
         moments: Tensor | None,
         eps: float,
         reduce: bool,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor]:
         x = channels_inside(x)
         out, y, used = torch.ops.rfdarts.conv_bn_forward(x, weights, gamma, beta, moments, eps, reduce)
-        ctx.save_for_backward(x, y, gamma, beta, weights, used)
+        ctx.save_for_backward(x, None if recompute else y, gamma, beta, weights, used)
         ctx.eps, ctx.reduce, ctx.training = eps, reduce, moments is None
         ctx.mark_non_differentiable(used)
         ctx.set_materialize_grads(False)
@@ -97,8 +98,10 @@ class ConvNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         x, y, gamma, beta, weights, used = ctx.saved_tensors
+        if y is None:
+            y = torch.ops.rfdarts.conv_bn_forward(x, weights, gamma, beta, used, ctx.eps, ctx.reduce)[1]
         dx, grad_gamma, grad_beta = torch.ops.rfdarts.conv_bn_backward(
             channels_last(grad),
             x,
@@ -112,14 +115,20 @@ class ConvNormFunction(torch.autograd.Function):
             ctx.reduce,
             ctx.needs_input_grad[0],
         )
-        return dx if ctx.needs_input_grad[0] else None, grad_gamma, grad_beta, None, None, None, None
+        return dx if ctx.needs_input_grad[0] else None, grad_gamma, grad_beta, *(None,) * 5
 
 
-def relu_conv_bn(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.BatchNorm2d) -> Tensor:
+def relu_conv_bn(
+    x: Tensor,
+    convs: tuple[nn.Conv2d, ...],
+    norm: nn.BatchNorm2d,
+    memory: Literal["fast", "recompute"] = "fast",
+) -> Tensor:
     """norm(conv(relu(x))) with a frozen 1x1 convolution, or FactorizedReduce with its two.
 
     For arguments that `why_not_conv` has nothing against. x [N, C, H, W] -> [N, C', H, W], or
     [N, C', H/2, W/2] for a reduction; the running statistics are updated as BatchNorm2d does.
+    `memory` "recompute" keeps nothing but x for the backward.
 
     Raises:
         ValueError: in training mode with a single value per channel, as BatchNorm2d.
@@ -133,7 +142,8 @@ def relu_conv_bn(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.BatchNorm2d) 
     moments = None
     if not training:
         moments = torch.stack([norm.running_mean, norm.running_var]).double()  # type: ignore[list-item]
-    out, used = ConvNormFunction.apply(x, gamma, beta, _weights(convs), moments, norm.eps, len(convs) == 2)
+    reduce, recompute = len(convs) == 2, memory == "recompute"
+    out, used = ConvNormFunction.apply(x, gamma, beta, _weights(convs), moments, norm.eps, reduce, recompute)
     if norm.training and norm.running_mean is not None:
         torch.ops.rfdarts.update_running(
             [norm.running_mean],

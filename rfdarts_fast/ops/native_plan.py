@@ -58,17 +58,17 @@ class Plan:
     def current(self) -> bool:
         return all(modules.get(name) is module for modules, name, module in self.slots)
 
-    def weights(self) -> Tensor:
-        """All frozen convolutions in one vector, packed again when one has changed."""
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """All frozen convolutions in one vector of their dtype, packed again when one has changed."""
         tensors = [conv._parameters["weight"] for conv in self.convs]
         state = tuple((_address(t), t._version, t.dtype) for t in tensors)  # type: ignore[arg-type, union-attr]
         if self.packed is None or state != self.packed_from:
             with torch.no_grad():
                 parts = [part.reshape(-1) for pack in self.packers for part in pack()]
-                like = self.convs[0].weight if self.convs else torch.empty(0)
-                self.packed = torch.cat(parts) if parts else like.new_empty(0)
+                self.packed = torch.cat(parts) if parts else torch.empty(0)
             self.packed_from = state
-        return self.packed
+        # only a cell without convolutions has another one
+        return self.packed.to(dtype)
 
 
 def _address(x: Tensor) -> int:

@@ -122,7 +122,7 @@ def test_threads_agree_bit_for_bit(K):
 
 def test_bfloat16_storage_is_close():
     problem = Problem(make_cell(nodes=2), 4, 8, 8)
-    exact, rough = problem.run(native.mixed_cell), problem.run(native.mixed_cell, storage="bfloat16")
+    exact, rough = problem.run(native.mixed_cell), problem.run(native.mixed_cell, memory="bfloat16")
     for name in exact:
         if name.startswith(("node", "gradient of input")):
             assert (exact[name] - rough[name]).norm() < 0.03 * exact[name].norm(), name

@@ -152,7 +152,8 @@ def test_relu_conv_bn(kind, c_in, c_out, training, dtype):
         convs = (copied.op[1],) if kind is ReLUConvBN else (copied.conv_1, copied.conv_2)
         assert native.why_not_conv(x, convs, norm) is None
         leaf = x.clone().requires_grad_()
-        out = native.relu_conv_bn(leaf, convs, norm) if fused else copied(leaf)
+        memory = "recompute" if training else "fast"
+        out = native.relu_conv_bn(leaf, convs, norm, memory) if fused else copied(leaf)
         grad = torch.randn_like(out) if grad is None else grad
         gradients = torch.autograd.grad(out, [leaf, norm.weight, norm.bias], grad)
         results.append([out, *gradients, *copied.buffers()])

@@ -81,7 +81,9 @@ struct CellForward {
   const T* edge_weights;  // [edges] or null
   S* kept;                // [slots][images][image()]
   double* moments;        // [2][norms][C/K] mean and variance; read instead of written where not training
-  std::vector<T*> nodes;  // [images][oh][ow][channels]
+  // written forward: [images][oh][ow][channels]; read again: in any order
+  std::vector<T*> nodes;
+  std::vector<Batch<T>> node_states;
   T* together = nullptr;  // [images][oh][ow][nodes * channels], or null
 };
 
