@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +42,10 @@ def mixed_cell(
     Raises:
         BackendError: if the backend that `use_backend` names cannot run.
     """
-    states, options = _under_autocast(inputs)
+    states, memory = _under_autocast(inputs)
     engine = _engine(edges, states)
     if engine is not None:
-        return engine.mixed_cell(edges, states, weights, edge_weights, memory=use_backend.memory, **options)
+        return engine.mixed_cell(edges, states, weights, edge_weights, memory=memory)
     return reference.mixed_cell(edges, inputs, weights, edge_weights)
 
 
@@ -54,11 +53,10 @@ def concatenated_cell(
     edges: Sequence[Edge], inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
 ) -> Tensor:
     """The nodes of `mixed_cell` concatenated, [N, nodes * C, H', W'], for less than what torch.cat costs."""
-    states, options = _under_autocast(inputs)
+    states, memory = _under_autocast(inputs)
     engine = _engine(edges, states)
     if engine is not None:
-        options |= {"memory": use_backend.memory, "concatenate": True}
-        return engine.mixed_cell(edges, states, weights, edge_weights, **options)[0]
+        return engine.mixed_cell(edges, states, weights, edge_weights, memory=memory, concatenate=True)[0]
     return torch.cat(reference.mixed_cell(edges, inputs, weights, edge_weights), dim=1)
 
 
@@ -74,16 +72,15 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
     return reference.relu_conv_bn(x, convs, norm)
 
 
-def _under_autocast(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[str, Any]]:
+def _under_autocast(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Memory]:
     """On the CPU, autocast to bfloat16 means states in float32 and branch outputs kept in bfloat16."""
-    if (
-        inputs[0].device.type != "cpu"
-        or not torch.is_autocast_enabled("cpu")
-        or backend_name() == "reference"
-    ):
-        return inputs, {}
+    memory = use_backend.memory
+    on_cpu = inputs[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if not on_cpu or backend_name() == "reference":
+        return inputs, memory
     half = torch.bfloat16, torch.float16
-    return [x.float() if x.dtype in half else x for x in inputs], {"storage": "bfloat16"}
+    states = [x.float() if x.dtype in half else x for x in inputs]
+    return states, "bfloat16" if memory == "fast" else memory
 
 
 def _engine(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> ModuleType | None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rfdarts_fast.ops import native
+from rfdarts_fast.ops.backend import Memory
 from rfdarts_fast.ops.reference import Edge
 
 # of csrc/cuda/params.h
@@ -97,13 +97,14 @@ def mixed_cell(
     inputs: Sequence[Tensor],
     weights: Tensor,
     edge_weights: Tensor | None = None,
-    memory: Literal["fast", "recompute"] = "fast",
+    memory: Memory = "fast",
     concatenate: bool = False,
 ) -> list[Tensor]:
     """The engine behind `rfdarts_fast.ops.mixed_cell`, for cells that `why_not` has nothing against.
 
     Under autocast, float32 inputs are cast to its dtype, and so are the states that come out. Concatenated,
-    the nodes are views of one tensor, so that it costs nothing.
+    the nodes are views of one tensor, so that it costs nothing. Branch outputs are kept in the dtype of the
+    states, so memory "bfloat16" is "fast" here.
 
     Raises:
         RuntimeError, ValueError: as `native.mixed_cell`.
@@ -113,4 +114,5 @@ def mixed_cell(
     edge_weights = None if edge_weights is None else edge_weights.to(parameters)
     states = [x.to(storage) for x in inputs]
     weights = weights.to(parameters)
+    memory = "fast" if memory == "bfloat16" else memory
     return native.mixed_cell(edges, states, weights, edge_weights, memory=memory, concatenate=concatenate)
