@@ -4,7 +4,8 @@ multiply-adds from the cell; and the least time on an H100 that follows. No GPU 
     python -m benchmarks.cuda_predicted > benchmarks/results/cuda_predicted.md
 
 The prediction is a floor: the larger of bytes / 3.0 TB/s (a measured copy) and multiply-adds / 33 T/s (132
-multiprocessors x 128 lanes x 1.98 GHz, fp32 on CUDA cores, as the kernels use them). Nothing here was timed.
+multiprocessors x 128 lanes x 1.98 GHz: fp32 on CUDA cores, though the 1x1 products of conv_forward_kernel run
+on tensor cores for multiples of 16 channels). Nothing here was timed.
 """
 
 from __future__ import annotations

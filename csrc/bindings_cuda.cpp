@@ -101,7 +101,7 @@ struct CellArguments {
                     "gamma, beta: expected [norms, C / K]");
     STD_TORCH_CHECK(mix.numel() == int64_t(c.edges.size()) * c.primitives, "mix: expected [edges, primitives]");
     for (const Tensor* t : {&weights, &gamma, &beta, &mix})
-      STD_TORCH_CHECK(t->scalar_type() == parameters(), "parameters: expected float64 for float64 inputs, else float32");
+      STD_TORCH_CHECK(t->scalar_type() == parameters(), "parameters: expected float64 beside float64, else float32");
     return c;
   }
   ScalarType parameters() const {
@@ -145,9 +145,10 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(
   Tensors nodes;
   // together, nodes are where their concatenation has them
   int64_t c = cell.channels;
-  Tensor all = together ? new_state(x, cell.images, cell.nodes * c, cell.oh, cell.ow) : torch::stable::new_empty(x, {0});
+  auto empty = [&](int64_t channels) { return new_state(x, cell.images, channels, cell.oh, cell.ow); };
+  Tensor all = together ? empty(cell.nodes * c) : torch::stable::new_empty(x, {0});
   for (int i = 0; i < cell.nodes; i++)
-    nodes.push_back(together ? torch::stable::narrow(all, 1, i * c, c) : new_state(x, cell.images, c, cell.oh, cell.ow));
+    nodes.push_back(together ? torch::stable::narrow(all, 1, i * c, c) : empty(c));
   Tensor kept = torch::stable::new_empty(x, {cell.kept_size()});
   Tensor used = moments ? torch::stable::clone(*moments)
                         : torch::stable::new_empty(x, {2, cell.norms, cell.mixed}, ScalarType::Double);
@@ -213,13 +214,14 @@ void update_running_op(Tensors means, Tensors variances, Tensors counts, const T
   for (size_t i = 0; i < means.size(); i++) {
     STD_TORCH_CHECK(means[i].scalar_type() == means[0].scalar_type() && means[i].numel() == moments.size(2),
                     "running statistics: expected one dtype, and C values each");
-    running.push_back({means[i].data_ptr(), variances.at(i).data_ptr(), static_cast<int64_t*>(counts.at(i).data_ptr())});
+    auto batches = static_cast<int64_t*>(counts.at(i).data_ptr());
+    running.push_back({means[i].data_ptr(), variances.at(i).data_ptr(), batches});
   }
   if (means.empty()) return;
   STD_TORCH_CHECK(means[0].scalar_type() == ScalarType::Double || means[0].scalar_type() == ScalarType::Float,
                   "running statistics: expected float32 or float64");
-  update_running(storage_of(means[0]), running, static_cast<const double*>(moments.data_ptr()), moments.size(2), momentum,
-                 count, device.stream());
+  auto data = static_cast<const double*>(moments.data_ptr());
+  update_running(storage_of(means[0]), running, data, moments.size(2), momentum, count, device.stream());
 }
 
 #ifdef RFDARTS_EMULATION
@@ -273,7 +275,7 @@ STABLE_TORCH_LIBRARY_IMPL(rfdarts, CompositeExplicitAutograd, m) {
 #endif
 #ifndef RFDARTS_EMULATION
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr};
   return PyModule_Create(&module);
 }
 #endif

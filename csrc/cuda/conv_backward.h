@@ -141,7 +141,8 @@ __device__ void branch_backward(const Back<T>& a, const BackBranch<T>& b, int n,
 
 // B2: du behind the inner ReLU, and its sums for the inner BatchNorm. One block per tile and branch.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) inner_backward_kernel(const __grid_constant__ InnerBackward<T> a) {
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    inner_backward_kernel(const __grid_constant__ InnerBackward<T> a) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   const Tiling& t = a.tiling;
@@ -256,7 +257,8 @@ __device__ void pools_backward(const StateBackward<T>& a, int n, int y0, int x0,
 
 // B3: one block per tile of the state. Channels beyond c are bypass_backward_kernel's.
 template <class T, int S>
-__global__ void __launch_bounds__(kThreads, kResident<T>) state_backward_kernel(const __grid_constant__ StateBackward<T> a) {
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    state_backward_kernel(const __grid_constant__ StateBackward<T> a) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   const Tiling& t = a.tiling;

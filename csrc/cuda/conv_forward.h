@@ -53,7 +53,8 @@ __device__ void pointwise(const Acc<T>* ds, int ld, int pixels, const Acc<T>* w,
 }
 
 template <class T, int S>
-__global__ void __launch_bounds__(kThreads, kResident<T>) conv_forward_kernel(const __grid_constant__ ConvForward<T> a) {
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    conv_forward_kernel(const __grid_constant__ ConvForward<T> a) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   const Tiling& t = a.tiling;

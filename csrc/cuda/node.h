@@ -28,7 +28,8 @@ __device__ __forceinline__ void bypass_at(const typename Node<T>::Incoming& in, 
 // out channel c K + g: g = 0 the mixed op's channel c, g >= 1 the bypass's channel g C/K + c. Shared memory:
 // [rows + 1][cm] coefficients, the last row a constant.
 template <class T, int K, int V>
-__global__ void __launch_bounds__(kThreads, kResident<T>) node_forward_kernel(const __grid_constant__ Node<T> a, Images<T> out) {
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    node_forward_kernel(const __grid_constant__ Node<T> a, Images<T> out) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   A* coef = reinterpret_cast<A*>(shared);
@@ -65,7 +66,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) node_forward_kernel(co
 
   int vectors = cm / V;
   int64_t pixels = int64_t(a.oh) * a.ow, items = a.images * pixels * vectors;
-  for (int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x; item < items; item += int64_t(gridDim.x) * kThreads) {
+  int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, apart = int64_t(gridDim.x) * kThreads;
+  for (int64_t item = first; item < items; item += apart) {
     int ch = int(item % vectors) * V;
     int64_t pixel = item / vectors;
     int n = int(pixel / pixels), y = int(pixel % pixels) / a.ow, x = int(pixel % pixels) % a.ow;
@@ -347,7 +349,8 @@ __global__ void __launch_bounds__(kThreads)
   using A = Acc<T>;
   int K = a.full / a.c, rest = a.full - a.c;
   int64_t pixels = int64_t(a.h) * a.w, items = images * pixels * rest;
-  for (int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x; item < items; item += int64_t(gridDim.x) * kThreads) {
+  int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, apart = int64_t(gridDim.x) * kThreads;
+  for (int64_t item = first; item < items; item += apart) {
     int ch = a.c + int(item % rest), group = ch / a.c, from = ch % a.c * K + group;
     int64_t pixel = item / rest;
     int n = int(pixel / pixels), y = int(pixel % pixels) / a.w, x = int(pixel % pixels) % a.w;

@@ -53,8 +53,8 @@ struct RunBackward : CellParts<T> {
     p.partial = this->template take<double>(int64_t(rows) * blocks * cm);
     int shared = p.chunk * cm * int(sizeof(Acc<T>));
     constexpr int v = kWide<T> < 4 ? kWide<T> : 4;
-    launch(this->aligned_node(p.node, v) ? node_backward_kernel<T, v> : node_backward_kernel<T, 1>, dim3(blocks), shared,
-           stream, p);
+    auto kernel = this->aligned_node(p.node, v) ? node_backward_kernel<T, v> : node_backward_kernel<T, 1>;
+    launch(kernel, dim3(blocks), shared, stream, p);
     NodeFinish<T> f{p.node, p.partial, blocks, p.K, cell.training, grad_gamma, grad_beta, coef, grad_mix,
                     grad_edge_weights};
     launch(node_finish_kernel<T>, dim3(p.node.incoming), kThreads * sizeof(double), stream, f);
@@ -127,11 +127,12 @@ struct RunBackward : CellParts<T> {
     }
     common(p, int(source.h), int(source.w), stride, reach, p.pools);
     int shared = BackwardShared<T>(p.tiling, p.region, p.pools).bytes;
-    launch(stride == 1 ? state_backward_kernel<T, 1> : state_backward_kernel<T, 2>, dim3(p.tiling.count), shared, stream,
-           p);
+    auto kernel = stride == 1 ? state_backward_kernel<T, 1> : state_backward_kernel<T, 2>;
+    launch(kernel, dim3(p.tiling.count), shared, stream, p);
     if (cell.K == 1) return;
     for (int e = 0; e < p.leaving; e++) p.edge[e].g = state_grad[cell.inputs + cell.edges[p.edge[e].edge].node];
-    launch(bypass_backward_kernel<T>, this->grid(cell.images * source.h * source.w * (c - cm)), 0, stream, p, n, stride);
+    int64_t items = cell.images * source.h * source.w * (c - cm);
+    launch(bypass_backward_kernel<T>, this->grid(items), 0, stream, p, n, stride);
   }
 };
 

@@ -23,7 +23,8 @@ struct RunForward : CellParts<T> {
     bool moments = cell.training && !replay;
     p.partial = moments ? this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm) : nullptr;
     int shared = ForwardShared<T>(p.tiling, cm, p.reach, stride).bytes;
-    launch(stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>, dim3(p.tiling.count), shared, stream, p);
+    auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
+    launch(kernel, dim3(p.tiling.count), shared, stream, p);
     if (!moments) return;
     Moments m{p.tiling, n, oh, ow, cm, cell.norms, p.partial, data.moments, 0, {}};
     for (size_t b = 0; b < feeds.size(); b++)
@@ -31,7 +32,8 @@ struct RunForward : CellParts<T> {
         Parts::require(m.count < 2 * kMaxBranches, "BatchNorms behind a state");
         m.target[m.count++] = {int16_t(b), int16_t(norm)};
       }
-    launch(merge_moments_kernel<kMergeChannels>, dim3(m.count, ceil_div(cm, kMergeChannels)), kThreads * sizeof(double), stream, m);
+    dim3 grid(m.count, ceil_div(cm, kMergeChannels));
+    launch(merge_moments_kernel<kMergeChannels>, grid, kThreads * sizeof(double), stream, m);
   }
   typename ConvForward<T>::Branch& add(ConvForward<T>& p) {
     Parts::require(p.branches < kMaxBranches, "branches of a state");

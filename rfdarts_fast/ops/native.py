@@ -103,7 +103,7 @@ class CellFunction(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         recompute, bfloat16, together = options
-        weights = plan.weights(inputs[0].dtype)
+        weights = plan.weights(gamma.dtype)
         eps = plan.norms[0].eps if plan.norms else 1e-5
         dense = [channels_inside(x.detach()) for x in inputs]
         nodes, concatenated, kept, used = torch.ops.rfdarts.cell_forward(

@@ -1,5 +1,6 @@
 """The CUDA kernels, run on the CPU thread by thread, against the reference in float64."""
 
+import os
 import subprocess
 import sys
 
@@ -164,9 +165,10 @@ def test_autocast_computes_in_its_dtype(emulation):
     assert errors({"states": nodes}, {"states": expected})["states"] < 0.02
 
 
-def run_library(library, order, dtype="float64"):
+def run_library(library, order, dtype="float64", **environment):
     command = [sys.executable, "-m", "tests.cuda.emulated", str(library), order, dtype]
-    return subprocess.run(command, capture_output=True, text=True, cwd=emulated.CSRC.parent)
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=emulated.CSRC.parent, env=variables)
 
 
 MUTATIONS = {
@@ -202,3 +204,18 @@ def test_planted_bugs_are_caught(emulated_library, tmp_path, name):
     library = emulated.mutated(tmp_path, objects, *MUTATIONS[name])
     result = run_library(library, "shuffled", "bfloat16" if "bf16" in MUTATIONS[name] else "float64")
     assert "too large an error" in result.stderr, result.stderr
+
+
+@pytest.mark.slow
+def test_address_and_undefined_behaviour_sanitizers(tmp_path):
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
+    library = emulated.build(tmp_path, flags)
+    runtimes = [
+        subprocess.run([emulated.compiler(), f"-print-file-name={name}"], capture_output=True, text=True)
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    preload = " ".join(runtime.stdout.strip() for runtime in runtimes)
+    for dtype in ("float64", "float32", "bfloat16"):
+        options = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+        result = run_library(library, "shuffled", dtype, **options)
+        assert result.returncode == 0, result.stderr
