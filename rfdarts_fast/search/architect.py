@@ -69,7 +69,8 @@ class Architect:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross entropy and logits, [N, classes] in float32."""
         with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.amp, cache_enabled=False):
-            logits = self.network(batch[0]).float()
+            logits = self.network(batch[0])
+        logits = logits.float() if self.amp else logits
         return F.cross_entropy(logits, batch[1]), logits
 
     def _second_order(self, train: Batch, val: Batch) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -143,11 +143,12 @@ class SearchRun(Run):
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         set_learning_rate(self.weight_optimizer, self._learning_rate())
         batches = [images, labels]
-        if self.epoch >= self.config.arch_warmup_epochs:
+        searching = self.epoch >= self.config.arch_warmup_epochs
+        if searching:
             batches += next(self._val_stream)
-            self.val_position += 1
         compute = self._compute if self._graph is None else self._graph
         compute("step", *batches)
+        self.val_position += searching
 
     def _compute(self, kind: Hashable, *batches: Tensor) -> None:
         """A step on training images and labels and, once the architecture moves, on validation images too.
