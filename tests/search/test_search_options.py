@@ -314,7 +314,7 @@ def check_amp(lab):
 def check_cuda_graph(lab):
     cuda = torch.device("cuda")
     for name in ("auto", "on", "off"):
-        assert search_module.uses_graph(lab.config(cuda_graph=name), cuda) == (name != "off")
+        assert search_module.uses_graph(lab.start(cuda_graph=name).config, cuda) == (name != "off")
 
 
 def check_memory(lab):
