@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -111,12 +110,15 @@ def memory_of(steps: int, make: Callable[[], Callable[[], float]]) -> tuple[int,
     """Bytes of this process before the first step, and the most it ever had during `steps`."""
     step = make()
     gc.collect()
-    idle = _resident()
+    idle = _status("VmRSS")
     for _ in range(steps):
         step()
-    return idle, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return idle, _status("VmHWM")
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _status(field: str) -> int:
+    """Bytes; unlike getrusage's maximum, VmHWM does not begin with the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

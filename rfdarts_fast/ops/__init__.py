@@ -68,7 +68,7 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
     [x], _ = _under_autocast([x])
     fused = backend_name() != "reference" and native.status()["built"]
     if fused and native_conv.why_not_conv(x, tuple(convs), norm) is None:
-        return native_conv.relu_conv_bn(x, tuple(convs), norm)
+        return native_conv.relu_conv_bn(x, tuple(convs), norm, memory=use_backend.memory)
     return reference.relu_conv_bn(x, convs, norm)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rfdarts_fast.ops.backend import Memory
 from rfdarts_fast.ops.native_plan import pack_reduce
 
 _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = weakref.WeakKeyDictionary()
@@ -122,7 +123,7 @@ def relu_conv_bn(
     x: Tensor,
     convs: tuple[nn.Conv2d, ...],
     norm: nn.BatchNorm2d,
-    memory: Literal["fast", "recompute"] = "fast",
+    memory: Memory = "fast",
 ) -> Tensor:
     """norm(conv(relu(x))) with a frozen 1x1 convolution, or FactorizedReduce with its two.
 
