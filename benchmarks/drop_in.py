@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import rfdarts_fast
 from rfdarts_fast import nn as rfnn
 from rfdarts_fast.drop_in import darts, pc_darts
+from rfdarts_fast.engine.environment import environment
 from rfdarts_fast.ops import native, use_backend
 from rfdarts_fast.spaces import get_space
 
@@ -87,16 +86,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--image", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     engine = native.status()
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": args.threads}
-    versions = {"torch": torch.__version__, "rfdarts_fast": rfdarts_fast.__version__}
-    print(f"{machine} {versions} engine {engine}")
+    machine = environment()
+    print(f"{machine} engine {engine}")
     figures = {}
     for method, module in (("RF-DARTS", darts), ("RF-PCDARTS", pc_darts)):
         times = measure(variants(module, args), args.rounds)
@@ -112,7 +110,7 @@ def main() -> None:
         figures[method] = times
     if args.out:
         options = {name: value for name, value in vars(args).items() if name != "out"}
-        record = {"machine": machine, "versions": versions, "engine": engine, **options, "seconds": figures}
+        record = {"machine": machine, "engine": engine, **options, "seconds": figures}
         args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
