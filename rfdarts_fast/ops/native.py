@@ -55,6 +55,12 @@ def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
             return f"no kernels for dtype {x.dtype}"
         if x.dtype != inputs[0].dtype:
             return "inputs of different dtypes"
+    return unsupported(edges, inputs, inputs[0].dtype)
+
+
+def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor], parameters: torch.dtype) -> str | None:
+    """What no device has kernels for in this cell, or None; weights must have the dtype `parameters`."""
+    for x in inputs:
         if x.dim() != 4 or x.numel() == 0:
             return "inputs that are not [N, C, H, W], or empty"
         if x.shape[1] != edges[0].channels:
@@ -69,11 +75,11 @@ def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
         assert weight is not None
         if weight.requires_grad:
             return "a convolution is trained; the kernels have no weight gradients"
-        if weight.dtype != inputs[0].dtype:
+        if weight.dtype != parameters:
             return "convolutions and inputs of different dtypes"
     for norm in plan.norms:
         weight = norm._parameters["weight"]
-        if weight is not None and weight.dtype != inputs[0].dtype:
+        if weight is not None and weight.dtype != parameters:
             return "BatchNorms and inputs of different dtypes"
     mode = training_mode(plan)
     return mode if isinstance(mode, str) else None
@@ -97,7 +103,7 @@ class CellFunction(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         recompute, bfloat16, together = options
-        weights = plan.weights(inputs[0].dtype)
+        weights = plan.weights(gamma.dtype)
         eps = plan.norms[0].eps if plan.norms else 1e-5
         dense = [channels_inside(x.detach()) for x in inputs]
         nodes, concatenated, kept, used = torch.ops.rfdarts.cell_forward(
@@ -195,9 +201,10 @@ def mixed_cell(
         raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
     noise = []
     for _ in range(plan.noises):
-        drawn = torch.randn(n, plan.channels // plan.K, h // stride, w // stride, dtype=x.dtype)
+        shape = n, plan.channels // plan.K, h // stride, w // stride
+        drawn = torch.randn(shape, dtype=x.dtype, device=x.device)
         noise.append(channels_last(drawn))
-    gamma, beta = gamma_beta(plan, x)
+    gamma, beta = gamma_beta(plan, weights)
     moments = None if training else running_moments(plan)
     spec = [*plan.spec[:5], int(training), *plan.spec[6:]]
     *nodes, used = CellFunction.apply(

@@ -9,6 +9,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rfdarts_fast.ops.reference import Edge
 
@@ -60,7 +61,7 @@ class Plan:
     def weights(self, dtype: torch.dtype) -> Tensor:
         """All frozen convolutions in one vector of their dtype, packed again when one has changed."""
         tensors = [conv._parameters["weight"] for conv in self.convs]
-        state = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)  # type: ignore[union-attr]
+        state = tuple((_address(t), t._version, t.dtype) for t in tensors)  # type: ignore[arg-type, union-attr]
         if self.packed is None or state != self.packed_from:
             with torch.no_grad():
                 parts = [part.reshape(-1) for pack in self.packers for part in pack()]
@@ -68,6 +69,11 @@ class Plan:
             self.packed_from = state
         # only a cell without convolutions has another one
         return self.packed.to(dtype)
+
+
+def _address(x: Tensor) -> int:
+    # tensors without data, for tracing, have no address
+    return id(x) if isinstance(x, FakeTensor) else x.data_ptr()
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Plan | str]] = weakref.WeakKeyDictionary()

@@ -303,6 +303,20 @@ def check_backend(lab):
     assert used(lab, backend="reference") == {("reference", "fast")}
 
 
+def check_amp(lab):
+    seen = []
+    run = lab.start(amp="bf16")
+    run.network.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    run.architect.loss(next(run.batches.epoch(0)))
+    assert seen == [True]
+
+
+def check_cuda_graph(lab):
+    cuda = torch.device("cuda")
+    for name in ("auto", "on", "off"):
+        assert search_module.uses_graph(lab.start(cuda_graph=name).config, cuda) == (name != "off")
+
+
 def check_memory(lab):
     assert used(lab, backend="reference", memory="recompute") == {("reference", "recompute")}
 
