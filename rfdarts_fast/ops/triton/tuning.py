@@ -1,0 +1,57 @@
+"""How kernels are compiled and launched: tile sizes, autotuning, the order of sums."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+
+# elements of a tile where nothing is tuned: under the interpreter, and where results are to be reproducible
+TILE = 2048
+TILES = ((1024, 4), (2048, 4), (4096, 4), (4096, 8))
+# sums over pixels are split into at most PARTS parts of a multiple of CHUNK rows each
+CHUNK = 256
+PARTS = 256
+# channels of a tile
+WIDEST = 64
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU, statement by statement (TRITON_INTERPRET=1)."""
+    return bool(knobs.runtime.interpret)
+
+
+def tuned(*key: str) -> Callable[[Callable], Any]:
+    """A kernel whose TILE and warps are tuned on a GPU, anew for every value of the arguments in `key`; what
+    was found is kept in Triton's cache folder."""
+    cached = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
+    configs = [triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in TILES]
+
+    def decorate(function: Callable) -> Any:
+        return triton.autotune(configs, key=["M", "W", *key], **cached)(triton.jit(function))
+
+    return decorate
+
+
+def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], *arguments: Any, **constants: Any):
+    """Runs a tuned kernel; `grid` gets the tuned constants.
+
+    Another tile adds in another order, so that torch.use_deterministic_algorithms rules out tuning.
+    """
+    if interpreted() or torch.are_deterministic_algorithms_enabled():
+        kernel.fn[grid](*arguments, **constants, TILE=TILE, num_warps=4)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+def parts(rows: int) -> tuple[int, int]:
+    """Rows in each part of a sum over pixels, and the number of parts."""
+    size = CHUNK * -(-rows // (CHUNK * PARTS))
+    return size, -(-rows // size)
+
+
+def channel_block(width: int) -> int:
+    """Channels of a tile: a power of two."""
+    return min(triton.next_power_of_2(width), WIDEST)
