@@ -1,6 +1,8 @@
 """Builds the CUDA kernels for the CPU, and compares what they compute with the reference."""
 
 import copy
+import importlib.util
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,35 @@ def find_nvcc():
     names = {"__name__": "setup_options"}
     exec(text, names)
     return names["find_nvcc"]()
+
+
+def find_cuobjdump():
+    """Of a CUDA toolkit, or the one that triton brings; None where there is neither."""
+    nvcc, triton = find_nvcc(), importlib.util.find_spec("triton")
+    found = [Path(path) for path in [shutil.which("cuobjdump")] if path]
+    found += [nvcc.parent / "cuobjdump"] if nvcc else []
+    found += [Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"] if triton else []
+    return next((path for path in found if path.is_file()), None)
+
+
+def resource_usage(library=None):
+    """{architecture: {kernel: {REG, STACK, LOCAL, ...}}} of a library's kernels; None without cuobjdump."""
+    tool = find_cuobjdump()
+    if tool is None:
+        return None
+    library = library or importlib.util.find_spec("rfdarts_fast.ops._cuda").origin
+    command = [str(tool), "-res-usage", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used, arch = {}, None
+    for line in text.splitlines():
+        if match := re.match(r"arch = (sm_\d+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            kernel = match[1]
+        elif line.strip().startswith("REG:"):
+            usage = {name: int(count) for name, count in re.findall(r"([A-Z]+):(\d+)", line)}
+            used.setdefault(arch, {})[kernel] = usage
+    return used
 
 
 def compile_one(source, csrc, folder, flags):

@@ -32,21 +32,49 @@ def without_data(module):
     return module
 
 
+class Context:
+    """What autograd gives to a function; a torch without CUDA builds no graph for its tensors."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors):
+        pass
+
+    set_materialize_grads = mark_non_differentiable
+
+
 @needs_schemas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("concatenate", [False, True])
-def test_host_side_on_a_device_that_is_not_there(dtype, concatenate):
+@pytest.mark.parametrize("memory", ["fast", "recompute"])
+def test_host_side_on_a_device_that_is_not_there(monkeypatch, dtype, concatenate, memory):
     modules = make_edges(channels=8, K=2, stride=2)
-    # a torch without CUDA cannot build autograd's graph for its tensors
+    context = Context()
+
+    def apply(*arguments):
+        context.needs_input_grad = [True] * len(arguments)
+        return native.CellFunction.forward(context, *arguments)
+
+    monkeypatch.setattr(native.CellFunction, "apply", apply)
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         edges = list(without_data(modules))
         # in the layout that needs no copy
         inputs = [torch.empty(2, 6, 10, 8, dtype=dtype).permute(0, 3, 1, 2) for _ in range(2)]
         weights, edge_weights = torch.empty(5, 8), torch.empty(5)
         assert cuda.unsupported(edges, inputs) is None
-        nodes = cuda.mixed_cell(edges, inputs, weights, edge_weights, concatenate=concatenate)
+        nodes = cuda.mixed_cell(edges, inputs, weights, edge_weights, memory=memory, concatenate=concatenate)
         assert [tuple(x.shape) for x in nodes] == ([(2, 16, 3, 5)] if concatenate else 2 * [(2, 8, 3, 5)])
         assert all(x.device.type == "cuda" and x.dtype == dtype for x in nodes)
+        grads = native.CellFunction.backward(context, *map(torch.empty_like, nodes), None)
+        assert grads[:5] == (None,) * 5
+        norms = sum(isinstance(part, torch.nn.BatchNorm2d) for part in modules.modules())
+        found = [(tuple(x.shape), x.dtype) for x in grads[5:]]
+        gamma = (norms, 4), torch.float32
+        assert found == [
+            gamma, gamma, ((5, 8), torch.float32), ((5,), torch.float32), *2 * [((2, 8, 6, 10), dtype)]
+        ]  # fmt: skip
+        assert all(x.device.type == "cuda" for x in grads[5:])
 
 
 def test_why_not_names_the_reason():
