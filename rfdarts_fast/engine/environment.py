@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import rfdarts_fast
-from rfdarts_fast.ops import cuda, native
+from rfdarts_fast.ops import cuda, native, triton
 
 _OPTIONAL = {
     "torchvision": "data sets cifar10, cifar100, svhn (pip install 'rfdarts_fast[vision]')",
@@ -81,7 +81,11 @@ def compiled_engines() -> dict[str, str]:
     cpu, gpu = native.status(), cuda.status()
     isa = f"{cpu['isa']} (best here: {cpu['isa_best']})" if cpu["built"] else f"none: {cpu['reason']}"
     built = f"built for {gpu['archs']}" if gpu["built"] else "not built"
-    return {"cpu kernels": isa, "cuda kernels": f"{built}; {gpu['reason']}" if "reason" in gpu else built}
+    return {
+        "cpu kernels": isa,
+        "cuda kernels": f"{built}; {gpu['reason']}" if "reason" in gpu else built,
+        "triton kernels": triton.missing() or "run here",
+    }
 
 
 def optional_packages() -> dict[str, str]:

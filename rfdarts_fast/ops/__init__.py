@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from rfdarts_fast.ops import cuda, native, native_conv, reference
+from rfdarts_fast.ops import cuda, native, native_conv, reference, triton
 from rfdarts_fast.ops.backend import Backend, BackendError, Memory, backend_name, fall_back, use_backend
 from rfdarts_fast.ops.reference import Edge
 
@@ -66,7 +66,7 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
     See `reference.relu_conv_bn`. Frozen 1x1 convolutions are fused where an engine can.
     """
     [x], _ = _under_autocast([x])
-    fused = backend_name() != "reference" and native.status()["built"]
+    fused = backend_name() not in ("reference", "triton") and native.status()["built"]
     if fused and native_conv.why_not_conv(x, tuple(convs), norm) is None:
         return native_conv.relu_conv_bn(x, tuple(convs), norm, memory=use_backend.memory)
     return reference.relu_conv_bn(x, convs, norm)
@@ -76,7 +76,7 @@ def _under_autocast(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Memory]
     """On the CPU, autocast to bfloat16 means states in float32 and branch outputs kept in bfloat16."""
     memory = use_backend.memory
     on_cpu = inputs[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    if not on_cpu or backend_name() == "reference":
+    if not on_cpu or backend_name() in ("reference", "triton"):
         return inputs, memory
     half = torch.bfloat16, torch.float16
     states = [x.float() if x.dtype in half else x for x in inputs]
@@ -84,15 +84,22 @@ def _under_autocast(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Memory]
 
 
 def _engine(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> ModuleType | None:
-    """The compiled engine that takes the cell, or None; says why there is none, or raises if it was named."""
+    """The engine that takes the cell, or None; says why there is none, or raises if it was named."""
+    name = backend_name()
     # on the meta device only shapes matter
-    if backend_name() == "reference" or inputs[0].device.type == "meta":
+    if name == "reference" or inputs[0].device.type == "meta":
         return None
-    engine = cuda if inputs[0].device.type == "cuda" else native
-    reason = engine.why_not(edges, inputs)
-    if reason is None:
-        return engine
-    fall_back(reason, expected=_trains_convolutions(edges))
+    on_gpu = inputs[0].device.type == "cuda"
+    engines = {"native": [cuda if on_gpu else native], "triton": [triton]}
+    engines["auto"] = [cuda, triton] if on_gpu else [native]
+    reasons = []
+    for engine in engines[name]:
+        reason = engine.why_not(edges, inputs)
+        if reason is None:
+            return engine
+        if reason not in reasons:
+            reasons.append(reason)
+    fall_back("; ".join(reasons), expected=_trains_convolutions(edges))
     return None
 
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Literal, get_args
 
-Backend = Literal["auto", "reference", "native"]
+Backend = Literal["auto", "reference", "native", "triton"]
 Memory = Literal["fast", "bfloat16", "recompute"]
 
 _told: set[str] = set()
@@ -21,8 +21,9 @@ class use_backend:
 
     Args:
         name: "auto" takes the fastest engine that can run and says once why one cannot; "reference" is plain
-            PyTorch; "native" (C++ on the CPU) raises BackendError where it cannot run.
-        memory: what native engines keep between forward and backward: "fast" all branch outputs, "bfloat16"
+            PyTorch; "native" (C++ on the CPU, CUDA C++ on a GPU) and "triton" (on a GPU) raise BackendError
+            where they cannot run.
+        memory: what engines keep between forward and backward: "fast" all branch outputs, "bfloat16"
             those rounded to half the bytes, "recompute" node states only. The gradients of "fast" and
             "recompute" are the same bit for bit.
 

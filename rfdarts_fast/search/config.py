@@ -125,7 +125,8 @@ class SearchConfig(RunConfig):
     """Epochs between evaluations on the validation half; 0 for never."""
 
     backend: Backend = "auto"
-    """Engine of the mixed ops: auto takes the fastest that can run, reference is plain PyTorch."""
+    """Engine of the mixed ops: auto takes the fastest that can run, native is compiled C++ or CUDA, triton
+    is for GPUs, reference is plain PyTorch."""
     memory: Memory = "fast"
     """What the native engine keeps for the backward pass: all branch outputs, those in bfloat16, or node
     states only."""

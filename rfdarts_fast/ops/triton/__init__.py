@@ -1,10 +1,10 @@
 """The Triton engine for mixed ops with frozen convolutions: for GPUs where the CUDA C++ engine was not built.
 
-Depthwise convolutions, pools, statistics, the weighted sum of a node's branches and all of their gradients are
-Triton kernels, each for all edges that leave a state or enter a node; pointwise convolutions are torch.bmm.
-States are float32, bfloat16, float16 or float64, in any layout; arithmetic, statistics, parameters and their
-gradients float32 (float64 for float64). Nothing waits for the GPU and nothing depends on data, so that a step
-can be captured in a CUDA graph, once its kernels are tuned by the first eager calls.
+Depthwise convolutions, pools, statistics, the weighted sum of a node's branches and all of their gradients
+are Triton kernels, each for all edges that leave a state or enter a node; pointwise convolutions are
+torch.bmm. States are float32, bfloat16, float16 or float64, in any layout; arithmetic, statistics,
+parameters and their gradients float32 (float64 for float64). Nothing waits for the GPU and nothing depends
+on data, so that a step can be captured in a CUDA graph, once its kernels are tuned by the first eager calls.
 
 With TRITON_INTERPRET=1 in the environment, the kernels run on the CPU, slowly: for tests.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -58,17 +57,6 @@ def missing() -> str | None:
         return f"the CUDA device has compute capability {major}.{minor}, 8.0 is needed"
     found = _cell()
     return found if isinstance(found, str) else None
-
-
-def status() -> dict[str, str]:
-    """`version` of triton where it is installed; `reason` where the engine does not run."""
-    found = {}
-    if importlib.util.find_spec("triton") is not None:
-        found["version"] = importlib.metadata.version("triton")
-    reason = missing()
-    if reason is not None:
-        found["reason"] = reason
-    return found
 
 
 def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
@@ -175,13 +163,14 @@ def mixed_cell(
 @torch.no_grad()
 def _update_running(plan: Plan, moments: Tensor, count: int) -> None:
     """Running statistics as BatchNorm2d in training mode updates them; the variance unbiased."""
-    tracked = [(i, norm) for i, norm in enumerate(plan.norms) if norm.running_mean is not None]
+    tracked = [i for i, norm in enumerate(plan.norms) if norm.running_mean is not None]
     if not tracked:
         return
-    momentum = float(tracked[0][1].momentum or 0.0)
+    norms: list[Any] = [plan.norms[i] for i in tracked]
+    momentum = float(norms[0].momentum or 0.0)
     means, variances = moments[0].unbind(), (moments[1] * (count / (count - 1))).unbind()
-    buffers = [norm.running_mean for _, norm in tracked] + [norm.running_var for _, norm in tracked]
-    new = [means[i] for i, _ in tracked] + [variances[i] for i, _ in tracked]
+    buffers = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    new = [means[i] for i in tracked] + [variances[i] for i in tracked]
     torch._foreach_mul_(buffers, 1 - momentum)
     torch._foreach_add_(buffers, new, alpha=momentum)
-    torch._foreach_add_([norm.num_batches_tracked for _, norm in tracked], 1)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)

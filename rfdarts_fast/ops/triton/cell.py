@@ -108,7 +108,8 @@ class Cell:
                 depthwise_kernel, self.tiles(self.M, 1, lanes),
                 x, weights.depthwise[kind.weight :], z[kind.first :], self.constants.table, 0, *norms,
                 0, row, *sizes, count,
-                KERNEL=kind.kernel, DILATION=kind.dilation, STRIDE=source.stride, NORM=False, NB=lanes, **shared,
+                KERNEL=kind.kernel, DILATION=kind.dilation, STRIDE=source.stride, NORM=False, NB=lanes,
+                **shared,
             )  # fmt: skip
         at = source.slot
         if source.branches:
@@ -134,7 +135,8 @@ class Cell:
             launch(
                 depthwise_kernel, self.tiles(self.M, kind.last - kind.first),
                 self.y[source.slot + kind.first :], weights.outer_depthwise[kind.weight :], z[kind.first :],
-                self.constants.table, source.inner[0] + kind.first, *norms, self.M * self.W, self.W, *sizes, 1,
+                self.constants.table, source.inner[0] + kind.first, *norms, self.M * self.W, self.W, *sizes,
+                1,
                 KERNEL=kind.kernel, DILATION=kind.dilation, STRIDE=1, NORM=True, NB=1, **shared,
             )  # fmt: skip
         last = source.outer_slot + source.separable
@@ -146,7 +148,9 @@ class Cell:
         """FactorizedReduce's convolutions: one product with the two pixels of each window that they read."""
         n, h, w = self.shape
         x, row = self.state(index)
-        x = x.as_strided((n, h, 2, w, 2, self.W), (4 * h * w * row, 4 * w * row, 2 * w * row, 2 * row, row, 1))
+        x = x.as_strided(
+            (n, h, 2, w, 2, self.W), (4 * h * w * row, 4 * w * row, 2 * w * row, 2 * row, row, 1)
+        )
         pair = torch.cat([x[:, :, 0, :, 0], x[:, :, 1, :, 1]], dim=-1).relu_().view(1, self.M, 2 * self.W)
         torch.bmm(pair.expand(len(weights), -1, -1), weights.mT, out=out)
 
@@ -173,7 +177,8 @@ class Cell:
         launch(
             node_kernel, self.tiles(self.M, 1, self.K),
             self.states, self.y, out, self.constants.table, *node.terms, *node.edges, self.mix,
-            self.edge_weights, self.mean, self.invstd, self.gamma, self.beta, self.M, self.W, self.OH, self.OW,
+            self.edge_weights, self.mean, self.invstd, self.gamma, self.beta, self.M, self.W, self.OH,
+            self.OW,
             self.layout.primitives, self.nodes_at, self.node_step, self.node_row,
             INPUTS=self.layout.inputs, STRIDE=self.layout.stride, K=self.K, ACC=self.ACC, BW=self.BW,
         )  # fmt: skip
@@ -217,7 +222,9 @@ class Cell:
                 place = self.grads[node].view(self.shape[0], self.OH, self.OW, self.channels)
                 place.copy_(outside[state].permute(0, 2, 3, 1))
             else:
-                self.source(state, outside[state], self.grads[node] if node >= 0 else found.inputs[state], found)
+                self.source(
+                    state, outside[state], self.grads[node] if node >= 0 else found.inputs[state], found
+                )
             if node >= 0:
                 self.node_backward(node, found)
         return found
@@ -253,7 +260,8 @@ class Cell:
         """Coefficients and parameters' gradients from partial sums."""
         launch(
             coefficients_kernel, lambda meta: (terms[1] - terms[0],),
-            partial, self.coefficients, found.gamma, found.beta, found.weights, self.constants.table, terms[0],
+            partial, self.coefficients, found.gamma, found.beta, found.weights, self.constants.table,
+            terms[0],
             self.mix, self.edge_weights, self.invstd, self.gamma, self.beta, self.M, self.W, len(self.gamma),
             self.layout.primitives, self.parts,
             WEIGHTED=weighted, TRAINING=self.training, ACC=self.ACC, BW=self.BW,
@@ -299,7 +307,8 @@ class Cell:
         if self.K > 1:
             launch(
                 bypass_gradient_kernel, self.tiles(rows, 1, self.K),
-                x, self.grads, given, out, self.constants.table, *source.edges, self.edge_weights, row, *sizes,
+                x, self.grads, given, out, self.constants.table, *source.edges, self.edge_weights, row,
+                *sizes,
                 *strides, K=self.K, **shared,
             )  # fmt: skip
 
@@ -419,7 +428,8 @@ class CellFunction(torch.autograd.Function):
             y, places = kept
         ones = layout.constants(states.device, mix.dtype).ones
         cell = Cell(
-            layout, ctx.shape, options.together, options.training, options.eps, states, y, places, gamma, beta,
+            layout, ctx.shape, options.together, options.training, options.eps, states, y, places, gamma,
+            beta,
             mean, mean, invstd, mix, ones if edge_weights is None else edge_weights,
         )  # fmt: skip
         outside = list(grads[:-1])

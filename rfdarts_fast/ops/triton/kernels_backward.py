@@ -1,15 +1,15 @@
 # mypy: ignore-errors
 """Backward kernels; for what the arguments mean see kernels_forward.py.
 
-Formulas: with G the gradient of a node's state, v = w e the weight of a branch y on an edge, xhat = (y - mean)
-invstd and sums over the M rows, the gradient of BatchNorm's beta is v sum G, of gamma v sum G xhat, of v itself
-sum over channels of gamma sum G xhat + beta sum G, and that of y is A G + B (y - mean) + C with
+Formulas: with G the gradient of a node's state, v = w e the weight of a branch y on an edge, xhat = (y -
+mean) invstd and sums over the M rows, the gradient of BatchNorm's beta is v sum G, of gamma v sum G xhat, of
+v itself sum over channels of gamma sum G xhat + beta sum G, and that of y is A G + B (y - mean) + C with
 A = v gamma invstd, B = -A invstd sum(G xhat) / M, C = -A sum(G) / M (B = C = 0 with running statistics).
 """
 
+import triton
 import triton.language as tl
 
-import triton
 from rfdarts_fast.ops.triton.kernels_forward import load_bypass, load_row, state_of, tile_rows
 from rfdarts_fast.ops.triton.tuning import tuned
 
@@ -51,8 +51,8 @@ def edge_sums_kernel(
     INPUTS: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr,
     BW: tl.constexpr,
 ):  # fmt: skip
-    """partial [channel blocks, parts, edges, 2]: sums of g x over the identity, and over bypassed channels, of
-    each edge into a node; g [M, W * K] in the node's order of channels."""
+    """partial [channel blocks, parts, edges, 2]: sums of g x over the identity, and over bypassed channels,
+    of each edge into a node; g [M, W * K] in the node's order of channels."""
     BM: tl.constexpr = TILE // (BW * K)
     place = tl.program_id(0)
     part = tl.program_id(1)
@@ -79,7 +79,8 @@ def edge_sums_kernel(
             lanes = tl.arange(0, K)[None, None, :]
             around = tl.load(g + at[:, :, None] + lanes, mask=mask[:, :, None] & (lanes > 0), other=0.0)
             value = load_bypass(
-                states, source, rows, exist, n, rest // OW, rest % OW, cols, M, W, OH, OW, nodes_at, node_step,
+                states, source, rows, exist, n, rest // OW, rest % OW, cols, M, W, OH, OW, nodes_at,
+                node_step,
                 node_row, INPUTS, STRIDE, K, ACC,
             )  # fmt: skip
             bypassed += tl.sum(tl.sum(around.to(ACC) * value, 2), 0)
@@ -95,8 +96,8 @@ def coefficients_kernel(
     beta, M, W, norms, primitives, parts,
     WEIGHTED: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """From the partial sums of terms: A, B, C into coefficients [3, norms, W], the gradients of gamma and beta
-    [norms, W], and with WEIGHTED that of v into grad_weight [edges, primitives]; otherwise v is 1."""
+    """From the partial sums of terms: A, B, C into coefficients [3, norms, W], the gradients of gamma and
+    beta [norms, W], and with WEIGHTED that of v into grad_weight [edges, primitives]; otherwise v is 1."""
     BM: tl.constexpr = TILE // BW
     term = tl.program_id(0)
     row = table + 4 * (first + term)
@@ -121,7 +122,9 @@ def coefficients_kernel(
         inverse = load_row(invstd, norm, W, cols, 1.0, ACC)
         scale = load_row(gamma, norm, W, cols, 1.0, ACC)
         product *= inverse
-        of_weight += tl.where(cols < W, scale * product + load_row(beta, norm, W, cols, 0.0, ACC) * plain, 0.0)
+        of_weight += tl.where(
+            cols < W, scale * product + load_row(beta, norm, W, cols, 0.0, ACC) * plain, 0.0
+        )
         target = norm * W + cols
         mask = cols < tl.where(norm >= 0, W, 0)
         tl.store(grad_gamma + target, weight * product, mask=mask)
@@ -146,7 +149,8 @@ def branch_gradient_kernel(
     ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """out [programs, M, W]: the gradient at the input of a BatchNorm, A g + B (y - mean) + C, or the sum over
-    the BatchNorms that share it. Program i has the rows of the table that row `first` + i names; g [.., M, W]."""
+    the BatchNorms that share it. Program i has the rows of the table that row `first` + i names; g [.., M,
+    W]."""
     BM: tl.constexpr = TILE // BW
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BW + tl.arange(0, BW)
@@ -175,16 +179,20 @@ def depthwise_transposed(
 ):  # fmt: skip
     """`total` plus what a depthwise convolution's output gradient z [N, OH, OW, W] sends to its input."""
     PAD: tl.constexpr = DILATION * (KERNEL - 1) // 2
-    for i in tl.static_range(KERNEL):
+    # a row of taps at a time: all at once would not fit into the registers
+    for i in range(KERNEL):
+        ty = iy + (PAD - i * DILATION)
+        in_image = exist & (ty >= 0) & (ty < OH * STRIDE)
+        if STRIDE == 2:
+            in_image = in_image & (ty % 2 == 0)
+        row = z + ((n * OH + ty // STRIDE) * (OW * W))[:, None] + cols[None, :]
         for j in tl.static_range(KERNEL):
-            ty = iy + (PAD - i * DILATION)
             tx = ix + (PAD - j * DILATION)
-            inside = exist & (ty >= 0) & (ty < OH * STRIDE) & (tx >= 0) & (tx < OW * STRIDE)
+            inside = in_image & (tx >= 0) & (tx < OW * STRIDE)
             if STRIDE == 2:
-                inside = inside & (ty % 2 == 0) & (tx % 2 == 0)
-            at = (n * OH + ty // STRIDE) * OW + tx // STRIDE
+                inside = inside & (tx % 2 == 0)
             mask = inside[:, None] & (cols < W)[None, :]
-            value = tl.load(z + at[:, None] * W + cols[None, :], mask=mask, other=0.0).to(ACC)
+            value = tl.load(row + (tx // STRIDE * W)[:, None], mask=mask, other=0.0).to(ACC)
             weight = tl.load(weights + (i * KERNEL + j) * W + cols, mask=cols < W, other=0.0).to(ACC)
             total += value * weight[None, :]
     return total
@@ -266,16 +274,17 @@ def add_pools(
 def input_gradient_kernel(
     x, z, weights, grads, places, reduced, g, given, out, table, first_kind, first_edge, last_edge, mix,
     edge_weights, x_row, M, W, OH, OW, primitives, width, given_n, given_c, given_h, given_w,
-    KINDS: tl.constexpr, STRIDE: tl.constexpr, MAX: tl.constexpr, AVERAGE: tl.constexpr, REDUCES: tl.constexpr,
+    KINDS: tl.constexpr, STRIDE: tl.constexpr, MAX: tl.constexpr, AVERAGE: tl.constexpr,
+    REDUCES: tl.constexpr,
     ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a state's mixed channels, from all edges that leave it, in one write.
 
     x, out: the state [M * STRIDE^2, x_row] and its gradient [M * STRIDE^2, width]. z [.., M, W]: gradients of
-    the first depthwise convolutions' outputs; KINDS: their kernel sizes and dilations, the branches of each in
-    a row of the table from `first_kind` on. grads, places: see `add_pools`. reduced [REDUCES, M, 2 W]: gradients
-    of the two pixels that FactorizedReduce reads. g [nodes, M, W]: gradients of nodes. given: the gradient from
-    outside, of any strides.
+    the first depthwise convolutions' outputs; KINDS: their kernel sizes and dilations, the branches of each
+    in a row of the table from `first_kind` on. grads, places: see `add_pools`. reduced [REDUCES, M, 2 W]:
+    gradients of the two pixels that FactorizedReduce reads. g [nodes, M, W]: gradients of nodes. given: the
+    gradient from outside, of any strides.
     """
     BM: tl.constexpr = TILE // BW
     rows, exist, n, iy, ix = tile_rows(tl.program_id(0), M * (STRIDE * STRIDE), OH * STRIDE, OW * STRIDE, BM)
@@ -298,7 +307,9 @@ def input_gradient_kernel(
         at = ((n * OH + iy // 2) * OW + ix // 2) * (2 * W) + (iy % 2) * W
         for branch in range(REDUCES):
             value = tl.load(
-                reduced + branch * 2 * size + at[:, None] + cols[None, :], mask=mask & read[:, None], other=0.0
+                reduced + branch * 2 * size + at[:, None] + cols[None, :],
+                mask=mask & read[:, None],
+                other=0.0,
             )
             total += value.to(ACC)
     value = tl.load(x + rows[:, None] * x_row + cols[None, :], mask=mask, other=0.0)
@@ -329,8 +340,8 @@ def bypass_gradient_kernel(
     given_h, given_w,
     STRIDE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a state's bypassed channels; g [nodes, M, W * K]: gradients of the nodes' states, in their
-    order of channels. With stride 2 it goes to the first maximum of each 2x2 window."""
+    """The gradient of a state's bypassed channels; g [nodes, M, W * K]: gradients of the nodes' states, in
+    their order of channels. With stride 2 it goes to the first maximum of each 2x2 window."""
     BM: tl.constexpr = TILE // (BW * K)
     rows, exist, n, iy, ix = tile_rows(tl.program_id(0), M * (STRIDE * STRIDE), OH * STRIDE, OW * STRIDE, BM)
     cols = tl.program_id(1) * BW + tl.arange(0, BW)
@@ -342,9 +353,7 @@ def bypass_gradient_kernel(
     if STRIDE == 2:
         own = tl.load(x + rows[:, None, None] * x_row + channel, mask=mask, other=0.0).to(ACC)
         for q in tl.static_range(4):
-            dy: tl.constexpr = q // 2
-            dx: tl.constexpr = q % 2
-            corner = (n * (2 * OH) + iy - iy % 2 + dy) * (2 * OW) + ix - ix % 2 + dx
+            corner = (n * (2 * OH) + iy - iy % 2 + q // 2) * (2 * OW) + ix - ix % 2 + q % 2
             other = tl.load(x + corner[:, None, None] * x_row + channel, mask=mask, other=0.0).to(ACC)
             earlier = ((iy % 2) * 2 + ix % 2 > q)[:, None, None]
             reached = reached & tl.where(earlier, ~(other >= own), ~(other > own))

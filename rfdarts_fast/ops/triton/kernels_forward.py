@@ -10,9 +10,9 @@ Arguments that kernels share:
     TILE, BW: elements and channels of a tile.
 """
 
+import triton
 import triton.language as tl
 
-import triton
 from rfdarts_fast.ops.triton.tuning import tuned
 
 
@@ -31,12 +31,6 @@ def load_row(matrix, row, W, cols, default, ACC: tl.constexpr):
     return tl.load(matrix + row * W + cols, mask=cols < tl.where(row >= 0, W, 0), other=default).to(ACC)
 
 
-@triton.jit
-def relu(x):
-    # not tl.maximum: a NaN has to come through
-    return tl.where(x < 0, 0.0, x)
-
-
 @tuned("KERNEL", "DILATION", "STRIDE", "NORM", "NB")
 def depthwise_kernel(
     x, weights, out, table, first, mean, invstd, gamma, beta, x_group, x_row, M, W, OH, OW, branches,
@@ -45,9 +39,9 @@ def depthwise_kernel(
 ):  # fmt: skip
     """out [groups * branches, M, W]: depthwise convolutions of relu(x), or of relu(BatchNorm(x)) with NORM.
 
-    Each group of `branches` convolutions reads one x, x_group elements after that of the group before, so that
-    all edges that leave a state share its reads. weights [groups * branches, KERNEL^2, W]; rows of the table
-    from `first` on: the BatchNorm of each group.
+    Each group of `branches` convolutions reads one x, x_group elements after that of the group before, so
+    that all edges that leave a state share its reads. weights [groups * branches, KERNEL^2, W]; rows of the
+    table from `first` on: the BatchNorm of each group.
     """
     BM: tl.constexpr = TILE // (NB * BW)
     PAD: tl.constexpr = DILATION * (KERNEL - 1) // 2
@@ -56,29 +50,35 @@ def depthwise_kernel(
     group = tl.program_id(2)
     branch = tl.arange(0, NB)
     own = (branch < branches)[:, None] & (cols < W)[None, :]
-    x += tl.cast(group, tl.int64) * x_group
     if NORM:
         norm = tl.load(table + 4 * (first + group) + 1)
         scale = load_row(invstd, norm, W, cols, 1.0, ACC) * load_row(gamma, norm, W, cols, 1.0, ACC)
         center = load_row(mean, norm, W, cols, 0.0, ACC)
         shift = load_row(beta, norm, W, cols, 0.0, ACC)
+    IH = OH * STRIDE
+    IW = OW * STRIDE
+    y = oy * STRIDE - PAD
+    left = ox * STRIDE - PAD
+    corner = x + tl.cast(group, tl.int64) * x_group
+    corner = corner + ((n * IH + y) * IW + left)[:, None] * x_row + cols[None, :]
+    kernels = weights + ((group * branches + branch) * (KERNEL * KERNEL * W))[:, None] + cols[None, :]
     total = tl.zeros((BM, NB, BW), ACC)
-    for i in tl.static_range(KERNEL):
+    # a row of taps at a time: all at once would not fit into the registers
+    for i in range(KERNEL):
+        iy = y + i * DILATION
+        in_image = exist & (iy >= 0) & (iy < IH)
         for j in tl.static_range(KERNEL):
-            iy = oy * STRIDE + (i * DILATION - PAD)
-            ix = ox * STRIDE + (j * DILATION - PAD)
-            inside = exist & (iy >= 0) & (iy < OH * STRIDE) & (ix >= 0) & (ix < OW * STRIDE)
-            at = (n * (OH * STRIDE) + iy) * (OW * STRIDE) + ix
-            mask = inside[:, None] & (cols < W)[None, :]
-            value = tl.load(x + at[:, None] * x_row + cols[None, :], mask=mask, other=0.0).to(ACC)
+            ix = left + j * DILATION
+            mask = (in_image & (ix >= 0) & (ix < IW))[:, None] & (cols < W)[None, :]
+            value = tl.load(corner + (i * IW + j) * DILATION * x_row, mask=mask, other=0.0).to(ACC)
             if NORM:
                 value = (value - center[None, :]) * scale[None, :] + shift[None, :]
                 # the padding is one of zeros after the ReLU
-                value = tl.where(mask, relu(value), 0.0)
+                value = tl.where(mask & ~(value < 0), value, 0.0)
             else:
-                value = relu(value)
-            place = ((group * branches + branch) * (KERNEL * KERNEL) + (i * KERNEL + j)) * W
-            weight = tl.load(weights + place[:, None] + cols[None, :], mask=own, other=0.0).to(ACC)
+                # not tl.maximum: a NaN has to come through
+                value = tl.where(value < 0, 0.0, value)
+            weight = tl.load(kernels + (i * KERNEL + j) * W, mask=own, other=0.0).to(ACC)
             total += value[:, None, :] * weight[None, :, :]
     size = tl.cast(M, tl.int64) * W
     target = out + (group * branches + branch)[None, :, None] * size
@@ -101,14 +101,17 @@ def pools_kernel(
     place = tl.zeros((BM, BW), tl.int32)
     total = tl.zeros((BM, BW), ACC)
     count = tl.zeros((BM,), tl.int32)
+    IH = OH * STRIDE
+    IW = OW * STRIDE
+    center = x + ((n * IH + oy * STRIDE) * IW + ox * STRIDE)[:, None] * x_row + cols[None, :]
     for i in tl.static_range(3):
+        iy = oy * STRIDE + (i - 1)
+        in_image = exist & (iy >= 0) & (iy < IH)
         for j in tl.static_range(3):
-            iy = oy * STRIDE + (i - 1)
             ix = ox * STRIDE + (j - 1)
-            inside = exist & (iy >= 0) & (iy < OH * STRIDE) & (ix >= 0) & (ix < OW * STRIDE)
-            at = (n * (OH * STRIDE) + iy) * (OW * STRIDE) + ix
+            inside = in_image & (ix >= 0) & (ix < IW)
             mask = inside[:, None] & (cols < W)[None, :]
-            value = tl.load(x + at[:, None] * x_row + cols[None, :], mask=mask, other=0.0).to(ACC)
+            value = tl.load(center + ((i - 1) * IW + (j - 1)) * x_row, mask=mask, other=0.0).to(ACC)
             total += value
             count += inside.to(tl.int32)
             larger = mask & ((value > largest) | (value != value))
@@ -161,8 +164,8 @@ def moments_kernel(
     partial, mean, variance, invstd, table, first, slot, M, W, rows_each, parts,
     EPS: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """mean, variance (biased) and 1 / sqrt(variance + EPS) of the BatchNorms in the rows of the table from `first`
-    on, from the partial sums of the slots from `slot` on."""
+    """mean, variance (biased) and 1 / sqrt(variance + EPS) of the BatchNorms in the rows of the table from
+    `first` on, from the partial sums of the slots from `slot` on."""
     BM: tl.constexpr = TILE // BW
     own = tl.load(table + 4 * (first + tl.program_id(0))) - slot
     norm = tl.load(table + 4 * (first + tl.program_id(0)) + 1)
@@ -291,4 +294,3 @@ def node_kernel(
         target = out + rows[:, None, None] * node_row + cols[None, :, None] * K + g
         value = tl.where(g == 0, total[:, :, None], bypass)
         tl.store(target, value.to(out.dtype.element_ty), mask=mask[:, :, None])
-

@@ -1,9 +1,9 @@
 """How a cell's branches are laid out for the kernels: found once per plan.
 
 All branch outputs lie in one tensor y [slots, M, W]; a slot is the output of a pointwise convolution, of a
-FactorizedReduce's, of a pool, or noise. Pools read one state whatever the edge, so that a state has each once.
-The slots of a state: inner halves of separable convolutions, dilated ones, reductions, max pool, average pool,
-outer halves; all separable ones sorted by kernel size, and so the dilated ones.
+FactorizedReduce's, of a pool, or noise. Pools read one state whatever the edge, so that a state has each
+once. The slots of a state: inner halves of separable convolutions, dilated ones, reductions, max pool,
+average pool, outer halves; all separable ones sorted by kernel size, and so the dilated ones.
 
 Rows of the table, four numbers each:
     term of a node      slot, norm (-1: none), edge, primitive
@@ -96,7 +96,8 @@ class SourceWeights:
 
 @dataclass
 class Constants:
-    """On a device: the table, edge weights of 1, which primitive is the identity [edges, primitives], a zero."""
+    """On a device: the table, edge weights of 1, which primitive is the identity [edges, primitives], a
+    zero."""
 
     table: Tensor
     ones: Tensor
@@ -225,9 +226,7 @@ class Layout:
                 count = {Op.SEP_CONV: 4, Op.DIL_CONV: 2, Op.REDUCE: 2}.get(op, 0)
                 own = [next(convs) for _ in range(count)]
                 if op is not Op.NONE:
-                    branches.append(
-                        _Branch(op, kernel, dilation, norm, inner, edge, primitive, node, own)
-                    )
+                    branches.append(_Branch(op, kernel, dilation, norm, inner, edge, primitive, node, own))
         return branches, strides
 
     def _source(

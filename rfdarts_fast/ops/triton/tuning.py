@@ -8,9 +8,10 @@ import torch
 import triton
 from triton import knobs
 
-# elements of a tile where nothing is tuned: under the interpreter, and where results are to be reproducible
-TILE = 2048
-TILES = ((1024, 4), (2048, 4), (4096, 4), (4096, 8))
+# (elements of a tile, warps): at most eight elements a thread, more would not fit into its registers
+TILES = ((512, 2), (512, 4), (1024, 4), (2048, 8))
+# where nothing is tuned: under the interpreter, and where results are to be reproducible
+TILE, WARPS = 1024, 4
 # sums over pixels are split into at most PARTS parts of a multiple of CHUNK rows each
 CHUNK = 256
 PARTS = 256
@@ -26,7 +27,9 @@ def interpreted() -> bool:
 def tuned(*key: str) -> Callable[[Callable], Any]:
     """A kernel whose TILE and warps are tuned on a GPU, anew for every value of the arguments in `key`; what
     was found is kept in Triton's cache folder."""
-    cached = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
+    cached = (
+        {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
+    )
     configs = [triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in TILES]
 
     def decorate(function: Callable) -> Any:
@@ -41,7 +44,7 @@ def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], *argu
     Another tile adds in another order, so that torch.use_deterministic_algorithms rules out tuning.
     """
     if interpreted() or torch.are_deterministic_algorithms_enabled():
-        kernel.fn[grid](*arguments, **constants, TILE=TILE, num_warps=4)
+        kernel.fn[grid](*arguments, **constants, TILE=TILE, num_warps=WARPS)
     else:
         kernel[grid](*arguments, **constants)
 
