@@ -10,20 +10,17 @@ import json
 import re
 import subprocess
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from rfdarts_fast.ops import triton as engine
 from rfdarts_fast.ops.triton import cell, tuning
 from tests.cuda.emulated import Case
 
-NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-NAMES |= {torch.int32: "i32", torch.uint8: "u8"}
 # the first one has all kernels
 CELLS = (
     {"channels": 64, "K": 4, "stride": 2, "inputs": 1, "nodes": 1},
@@ -34,58 +31,48 @@ CELLS = (
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def describe(argument):
-    """The type of an argument and what Triton assumes of it."""
-    if isinstance(argument, torch.Tensor):
-        return f"*{NAMES[argument.dtype]}", True
-    if argument == 1:
-        return "constexpr", False
-    return ("i32" if argument < 2**31 else "i64"), argument % 16 == 0
+class Nowhere:
+    """A driver of a GPU that is not there: enough of one to compile for it."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_device(self):
+        return 0
 
 
 def launches(dtype, cells):
-    """(kernel, arguments' types, constants) of all kernels that cells launch, each once for all its
-    constants."""
+    """{(kernel, constants): arguments} of all kernels that cells launch."""
     found = {}
 
     def record(kernel, grid, *arguments, **constants):
-        types = tuple(describe(a) for a in arguments)
-        found.setdefault((kernel, tuple(constants.items())), types)
+        found.setdefault((kernel, tuple(constants.items())), arguments)
 
     cell.launch = record
     for options in cells:
         parameters = torch.float64 if dtype == torch.float64 else torch.float32
         Case((2, 8, 8), dtype, **options).run(engine.mixed_cell, dtype, parameters)
-    return [(kernel, types, constants) for (kernel, constants), types in found.items()]
+    return found
 
 
-def compile_one(function, types, constants, arch, tile, warps):
-    """Registers, bytes of stack and of local memory, and shared memory of a kernel."""
-    constants = dict(constants) | {"TILE": tile}
-    names = [p.name for p in function.params]
-    signature, values, attributes = {}, {}, {}
-    for i, (name, (kind, divisible)) in enumerate(zip(names, types, strict=False)):
-        signature[name] = kind
-        if kind == "constexpr":
-            values[i,] = 1
-        elif divisible:
-            attributes[i,] = [["tt.divisibility", 16]]
-    for i, name in enumerate(names[len(types) :], len(types)):
-        signature[name] = "constexpr"
-        values[i,] = constants[name]
-    source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=attributes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        target = GPUTarget("cuda", arch, 32)
-        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+def compiled(kernel, arguments, constants, tile, warps):
+    """Registers, bytes of stack (where spilled registers go) and of shared memory, as cuobjdump tells."""
+    made = kernel.fn.warmup(
+        *arguments, **dict(constants), TILE=tile, num_warps=warps, enable_fp_fusion=True, grid=(1,)
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(made.asm["cubin"])
         file.flush()
         command = [str(CUOBJDUMP), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = ("REG", "STACK", "LOCAL")
-    used = {name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in names}
-    return used | {"shared": compiled.metadata.shared}
+    used = {name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+    return used | {"shared": made.metadata.shared}
 
 
 def main():
@@ -97,23 +84,22 @@ def main():
     parser.add_argument("--cells", type=int, default=len(CELLS), help="how many of CELLS")
     parser.add_argument("--only", default="", help="part of a kernel's name")
     options = parser.parse_args()
-    tiles = tuning.TILES if options.all_tiles else [(options.tile, tuning.WARPS)]
     for dtype in options.dtypes:
-        for kernel, types, constants in launches(getattr(torch, dtype), CELLS[: options.cells]):
-            if options.only not in kernel.fn.__name__:
-                continue
-            for arch in options.archs:
+        found = launches(getattr(torch, dtype), CELLS[: options.cells])
+        for arch in options.archs:
+            driver.set_active(Nowhere(arch))
+            for (kernel, constants), arguments in found.items():
+                if options.only not in kernel.fn.__name__:
+                    continue
+                tiles = [(config.kwargs["TILE"], config.num_warps) for config in kernel.configs]
+                if not options.all_tiles:
+                    tiles = [(options.tile, tuning.WARPS)]
                 for tile, warps in tiles:
-                    used = compile_one(kernel.fn, types, constants, arch, tile, warps)
-                    shown = {name: str(value) for name, value in constants}
-                    row = {
-                        "kernel": kernel.fn.__name__,
-                        "dtype": dtype,
-                        "arch": arch,
-                        "tile": tile,
-                        "warps": warps,
-                    }
-                    print(json.dumps(row | used | {"constants": shown}), flush=True)
+                    row = {"kernel": kernel.fn.__name__, "dtype": dtype, "arch": arch}
+                    row |= {"tile": tile, "warps": warps}
+                    row |= compiled(kernel, arguments, constants, tile, warps)
+                    row["constants"] = {name: str(value) for name, value in constants}
+                    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

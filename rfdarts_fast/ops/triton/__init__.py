@@ -90,8 +90,9 @@ def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
     assert isinstance(plan, Plan)
     n, channels, h, w = inputs[0].shape
     # offsets inside one state, or inside the concatenated nodes, are 32 bits wide
-    if n * channels * h * w * max(1, plan.spec[1] // plan.stride**2) >= 2**31:
-        return f"no kernels for inputs of {n * channels * h * w} numbers"
+    size = n * channels * h * w
+    if max(size, size // plan.stride**2 * plan.spec[1]) >= 2**31:
+        return f"no kernels for inputs of {size} numbers"
     return uneven(plan, len(inputs))
 
 

@@ -200,7 +200,7 @@ class Cell:
         """Gradients of everything from those of the nodes, [N, C, H, W] each, of any strides."""
         layout, M = self.layout, self.M
         h, w = layout.stride * self.OH, layout.stride * self.OW
-        zero = self.constants.zero
+        zero = self.states.new_zeros(1)
         found = Gradients(
             [self.empty(self.shape[0], h, w, self.channels) if want else None for want in wanted],
             torch.empty_like(self.gamma),
@@ -282,15 +282,15 @@ class Cell:
         if count:
             self.branch_gradients(self.mixed_grads, d, source.gradients)
         if source.separable:
-            u = self.inner(source, torch.bmm(d[: source.separable], weights.outer_pointwise), index, found)
+            u = self.inner(source, self.product(d[: source.separable], weights.outer_pointwise), index, found)
             if out is not None:
                 self.branch_gradients(u, d, source.inner_gradients)
         if out is None:
             return
         x, row = self.state(index)
         last = source.branches + source.reduces
-        z = torch.bmm(d[: source.branches], weights.pointwise) if source.branches else d
-        reduced = torch.bmm(d[source.branches : last], weights.reduces) if source.reduces else d
+        z = self.product(d[: source.branches], weights.pointwise) if source.branches else d
+        reduced = self.product(d[source.branches : last], weights.reduces) if source.reduces else d
         strides = given.stride(0), given.stride(1), given.stride(2), given.stride(3)
         sizes = self.M, self.W, self.OH, self.OW
         shared = {"STRIDE": source.stride, "ACC": self.ACC, "BW": self.BW}
@@ -311,6 +311,10 @@ class Cell:
                 *sizes,
                 *strides, K=self.K, **shared,
             )  # fmt: skip
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        # an `out` keeps autocast away
+        return torch.bmm(a, b, out=self.empty(len(a), self.M, b.shape[2]))
 
     def inner(self, source: Source, z: Tensor, index: int, found: Gradients) -> Tensor:
         """Gradients at the outputs of the BatchNorms inside separable convolutions [separable, M, W]."""

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from rfdarts_fast.ops.triton.kernels_forward import load_bypass, load_row, state_of, tile_rows
-from rfdarts_fast.ops.triton.tuning import tuned
+from rfdarts_fast.ops.triton.tuning import tuned, untuned
 
 
-@tuned()
+@untuned
 def sums_kernel(
     g, y, partial, table, first, mean, M, W, rows_each, parts,
     ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
@@ -45,7 +45,7 @@ def sums_kernel(
     tl.store(target + W, product, mask=cols < W)
 
 
-@tuned("STRIDE", "K")
+@untuned
 def edge_sums_kernel(
     g, states, partial, table, first, M, W, OH, OW, nodes_at, node_step, node_row, rows_each, parts,
     INPUTS: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr,
@@ -90,7 +90,7 @@ def edge_sums_kernel(
     tl.store(target + 1, tl.sum(bypassed, 0))
 
 
-@tuned()
+@untuned
 def coefficients_kernel(
     partial, coefficients, grad_gamma, grad_beta, grad_weight, table, first, mix, edge_weights, invstd, gamma,
     beta, M, W, norms, primitives, parts,
@@ -143,7 +143,7 @@ def coefficients_kernel(
         tl.store(grad_weight + place, tl.sum(of_weight, 0))
 
 
-@tuned()
+@untuned
 def branch_gradient_kernel(
     g, y, out, table, first, coefficients, mean, M, W, norms,
     ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
@@ -334,7 +334,7 @@ def input_gradient_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=mask)
 
 
-@tuned("STRIDE", "K")
+@untuned
 def bypass_gradient_kernel(
     x, g, given, out, table, first_edge, last_edge, edge_weights, x_row, M, W, OH, OW, given_n, given_c,
     given_h, given_w,

@@ -13,7 +13,7 @@ Arguments that kernels share:
 import triton
 import triton.language as tl
 
-from rfdarts_fast.ops.triton.tuning import tuned
+from rfdarts_fast.ops.triton.tuning import tuned, untuned
 
 
 @triton.jit
@@ -29,6 +29,16 @@ def tile_rows(index, M, OH, OW, BM: tl.constexpr):
 def load_row(matrix, row, W, cols, default, ACC: tl.constexpr):
     """Channels of one row of a [norms, W] matrix; `default` where there is no such row."""
     return tl.load(matrix + row * W + cols, mask=cols < tl.where(row >= 0, W, 0), other=default).to(ACC)
+
+
+@triton.jit
+def divide(a, b, ACC: tl.constexpr):
+    """a / b, rounded correctly; in float32 `/` is an approximation."""
+    if tl.float64 == ACC:
+        return a / b
+    else:
+        a, b = tl.broadcast(a, b)
+        return tl.div_rn(a, b)
 
 
 @tuned("KERNEL", "DILATION", "STRIDE", "NORM", "NB")
@@ -86,7 +96,7 @@ def depthwise_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=exist[:, None, None] & own[None, :, :])
 
 
-@tuned("STRIDE")
+@untuned
 def pools_kernel(
     x, y, places, x_row, M, W, OH, OW,
     STRIDE: tl.constexpr, MAX: tl.constexpr, AVERAGE: tl.constexpr,
@@ -124,11 +134,11 @@ def pools_kernel(
         tl.store(places + at, place.to(tl.uint8), mask=mask)
         y += tl.cast(M, tl.int64) * W
     if AVERAGE:
-        average = total / tl.maximum(count, 1).to(ACC)[:, None]
+        average = divide(total, tl.maximum(count, 1).to(ACC)[:, None], ACC)
         tl.store(y + at, average.to(y.dtype.element_ty), mask=mask)
 
 
-@tuned()
+@untuned
 def statistics_kernel(
     y, partial, slot, M, W, rows_each, parts,
     ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
@@ -159,7 +169,7 @@ def statistics_kernel(
     tl.store(target + W, squares, mask=cols < W)
 
 
-@tuned()
+@untuned
 def moments_kernel(
     partial, mean, variance, invstd, table, first, slot, M, W, rows_each, parts,
     EPS: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
@@ -192,7 +202,8 @@ def moments_kernel(
     target = norm * W + cols
     tl.store(mean + target, center, mask=cols < W)
     tl.store(variance + target, value, mask=cols < W)
-    tl.store(invstd + target, 1.0 / tl.sqrt(value + EPS), mask=cols < W)
+    root = tl.sqrt(value + EPS) if tl.float64 == ACC else tl.sqrt_rn(value + EPS)
+    tl.store(invstd + target, divide(1.0 + 0.0 * root, root, ACC), mask=cols < W)
 
 
 @triton.jit

@@ -96,13 +96,11 @@ class SourceWeights:
 
 @dataclass
 class Constants:
-    """On a device: the table, edge weights of 1, which primitive is the identity [edges, primitives], a
-    zero."""
+    """On a device: the table, edge weights of 1, which primitive is the identity [edges, primitives]."""
 
     table: Tensor
     ones: Tensor
     identity: Tensor
-    zero: Tensor
 
 
 @dataclass
@@ -170,7 +168,6 @@ class Layout:
                 table.to(device),
                 torch.ones(self.edges, dtype=dtype, device=device),
                 identity.to(device),
-                torch.zeros(1, dtype=dtype, device=device),
             )
         return self._constants[key]
 

@@ -8,10 +8,9 @@ import torch
 import triton
 from triton import knobs
 
-# (elements of a tile, warps): at most eight elements a thread, more would not fit into its registers
-TILES = ((512, 2), (512, 4), (1024, 4), (2048, 8))
-# where nothing is tuned: under the interpreter, and where results are to be reproducible
+# elements of a tile, warps: at most eight elements a thread, more would not fit into its registers
 TILE, WARPS = 1024, 4
+TILES = ((512, 4), (TILE, WARPS), (2048, 8))
 # sums over pixels are split into at most PARTS parts of a multiple of CHUNK rows each
 CHUNK = 256
 PARTS = 256
@@ -25,24 +24,27 @@ def interpreted() -> bool:
 
 
 def tuned(*key: str) -> Callable[[Callable], Any]:
-    """A kernel whose TILE and warps are tuned on a GPU, anew for every value of the arguments in `key`; what
-    was found is kept in Triton's cache folder."""
+    """A kernel whose TILE and warps are tuned on a GPU, anew for every value of the arguments in `key`, M and
+    W; what was found is kept in Triton's cache folder."""
     cached = (
         {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
     )
     configs = [triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in TILES]
+    return lambda function: triton.autotune(configs, ["M", "W", *key], **cached)(triton.jit(function))
 
-    def decorate(function: Callable) -> Any:
-        return triton.autotune(configs, key=["M", "W", *key], **cached)(triton.jit(function))
 
-    return decorate
+def untuned(function: Callable) -> Any:
+    """A kernel that reads its input once and does little else: tuning would take longer than it gains."""
+    return triton.autotune([triton.Config({"TILE": TILE}, num_warps=WARPS)], [])(triton.jit(function))
 
 
 def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], *arguments: Any, **constants: Any):
-    """Runs a tuned kernel; `grid` gets the tuned constants.
+    """Runs a kernel; `grid` gets its TILE.
 
     Another tile adds in another order, so that torch.use_deterministic_algorithms rules out tuning.
     """
+    # said aloud, as versions of Triton differ in what they take for granted
+    constants["enable_fp_fusion"] = True
     if interpreted() or torch.are_deterministic_algorithms_enabled():
         kernel.fn[grid](*arguments, **constants, TILE=TILE, num_warps=WARPS)
     else:
