@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be there, and prints what each uses, one JSON a line.
 
-    python -m tests.triton_kernels.ahead [--archs 80 90 100] [--dtypes bfloat16] [--all-tiles | --tile 1024]
+    python -m tests.triton_kernels.ahead [--archs 80 90 100] [--dtypes bfloat16] [--all-tiles | --tile 1024 --warps 4]
 
 In a process without TRITON_INTERPRET. The arguments of a kernel are those that cells launch it with.
 """
@@ -81,6 +81,7 @@ def main():
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--all-tiles", action="store_true")
     parser.add_argument("--tile", type=int, default=tuning.TILE)
+    parser.add_argument("--warps", type=int, default=tuning.WARPS)
     parser.add_argument("--cells", type=int, default=len(CELLS), help="how many of CELLS")
     parser.add_argument("--only", default="", help="part of a kernel's name")
     options = parser.parse_args()
@@ -93,7 +94,7 @@ def main():
                     continue
                 tiles = [(config.kwargs["TILE"], config.num_warps) for config in kernel.configs]
                 if not options.all_tiles:
-                    tiles = [(options.tile, tuning.WARPS)]
+                    tiles = [(options.tile, options.warps)]
                 for tile, warps in tiles:
                     row = {"kernel": kernel.fn.__name__, "dtype": dtype, "arch": arch}
                     row |= {"tile": tile, "warps": warps}
