@@ -191,9 +191,9 @@ def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, A
             step()
             torch.cuda.synchronize()
         needed: dict[str, list[float]] = {}
-        for kernel, size, adds in cuda_predicted.work(K, 16, 32, 1, batch):
-            row = needed.setdefault(kernel, [0.0, 0.0])
-            row[0], row[1] = row[0] + size, row[1] + adds
+        for one in cuda_predicted.work(K, 16, 32, 1, batch):
+            row = needed.setdefault(one.kernel, [0.0, 0.0])
+            row[0], row[1] = row[0] + one.bytes, row[1] + one.adds + one.tensor_adds
         rows: dict[str, dict[str, float]] = {}
         for kernel, (size, adds) in needed.items():
             events = [event for event in profile.key_averages() if kernel in event.key]

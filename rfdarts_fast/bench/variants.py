@@ -81,7 +81,11 @@ class _CompiledCell(nn.Module):
         super().__init__()
         self.cell = cell
         self.reduction = cell.reduction
-        self.compiled = [torch.compile(op, mode=mode) for op in cell._ops]  # type: ignore[union-attr]
+        # each shape for itself: Inductor fails on what it makes of all of them together
+        self.compiled = [
+            torch.compile(op, mode=mode, dynamic=False)
+            for op in cell._ops  # type: ignore[union-attr]
+        ]
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None) -> Tensor:
         states = [self.cell.preprocess0(s0), self.cell.preprocess1(s1)]  # type: ignore[operator]
