@@ -3,9 +3,10 @@ multiply-adds from the cell; and the least time on an H100 that follows. No GPU 
 
     python -m benchmarks.cuda_predicted > benchmarks/results/cuda_predicted.md
 
-The prediction is a floor: the larger of bytes / 3.0 TB/s (a measured copy) and multiply-adds / 33 T/s (132
-multiprocessors x 128 lanes x 1.98 GHz: fp32 on CUDA cores, though the 1x1 products of conv_forward_kernel run
-on tensor cores for multiples of 16 channels). Nothing here was timed.
+The prediction is a floor, the largest of three: bytes / 3.0 TB/s (a measured copy), multiply-adds on CUDA
+cores / 33 T/s (132 multiprocessors x 128 lanes x 1.98 GHz), those on tensor cores / 495 T/s (the data sheet's
+dense bfloat16). Tensor cores take the 1x1 products where the mixed op has a multiple of 16 channels. Nothing
+here was timed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +26,7 @@ from tests.cuda import emulated
 
 BANDWIDTH = 3.0e12
 MULTIPLY_ADDS = 132 * 128 * 1.98e9
+TENSOR_MULTIPLY_ADDS = 989e12 / 2
 # what a launch costs inside a CUDA graph, roughly
 LAUNCH = 2e-6
 KERNELS = {
@@ -56,25 +59,18 @@ CELLS = [
 def registers(nvcc: str) -> dict[str, int]:
     """Kernel -> registers for bfloat16 on sm_90, the most of its variants."""
     csrc = emulated.CSRC
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            nvcc,
-            "-std=c++20",
-            "-O3",
-            "-arch=sm_90",
-            "-Xptxas",
-            "-v",
-            f"-I{csrc}",
-            f"-I{csrc / 'include'}",
-        ]
-        command += ["-cubin", str(csrc / "cuda/cell_bf16.cu"), "-o", str(Path(folder) / "kernels.cubin")]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found: dict[str, int] = defaultdict(int)
-    pattern = r"Function properties for (\S+)\n.*?\n.*?Used (\d+) registers"
-    for symbol, count in re.findall(pattern, text):
-        for kernel in KERNELS.values():
-            if kernel in symbol:
-                found[kernel] = max(found[kernel], int(count))
+    for source in ("cell_bf16.cu", "cell.cu"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [nvcc, "-std=c++20", "-O3", "-arch=sm_90", "-Xptxas", "-v", f"-I{csrc}"]
+            command += [f"-I{csrc / 'include'}", "-cubin", str(csrc / "cuda" / source)]
+            command += ["-o", str(Path(folder) / "kernels.cubin")]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        pattern = r"Function properties for (\S+)\n.*?\n.*?Used (\d+) registers"
+        for symbol, count in re.findall(pattern, text):
+            for kernel in KERNELS.values():
+                if kernel in symbol:
+                    found[kernel] = max(found[kernel], int(count))
     return found
 
 
@@ -109,40 +105,48 @@ def launches(
     return found
 
 
-def work(
-    K: int, channels: int, side: int, stride: int, batch: int, item: int = 2
-) -> list[tuple[str, float, float]]:
-    """(kernel, bytes, multiply-adds) in the order of the launches: run_forward.h, run_backward.h."""
+class Work(NamedTuple):
+    """Of one launch; multiply-adds apart for what runs on CUDA cores and on tensor cores."""
+
+    kernel: str
+    bytes: float = 0.0
+    adds: float = 0.0
+    tensor_adds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The least that it can take."""
+        computing = self.adds / MULTIPLY_ADDS, self.tensor_adds / TENSOR_MULTIPLY_ADDS
+        return max(self.bytes / BANDWIDTH, *computing)
+
+
+def work(K: int, channels: int, side: int, stride: int, batch: int, item: int = 2) -> list[Work]:
+    """Every launch of a cell's forward and backward, in order: run_forward.h, run_backward.h."""
     c, out = channels // K, side // stride
     state, pixels = batch * side * side, batch * out * out
     y = pixels * c * item
     x = [state * c * item if j < 2 else y for j in range(6)]
     whole = [state * channels * item if j < 2 else pixels * channels * item for j in range(6)]
-    convs = [9, 25, 9, 25]
-    merge, finish = ("merge_moments_kernel", 0.0, 0.0), ("node_finish_kernel", 0.0, 0.0)
+    taps = 9 + 25 + 9 + 25
     reduces = [stride == 2 and j < 2 for j in range(6)]
     leaving = [4, 4, 3, 2, 1, 0]
-    found: list[tuple[str, float, float]] = []
+    found: list[Work] = []
+
+    def launch(kernel: str, size: float = 0, depthwise: float = 0, products: float = 0) -> None:
+        """depthwise, products: multiply-adds for each pixel of the output."""
+        tensor = item == 2 and c % 16 == 0
+        cuda_cores = depthwise if tensor else depthwise + products
+        found.append(Work(kernel, size, pixels * cuda_cores, pixels * products if tensor else 0))
 
     def stages(s: int) -> None:
         edges = leaving[s]
         if not edges:
             return
         count = edges * (4 + reduces[s])
-        adds = edges * (sum(convs) * c + 4 * c * c + reduces[s] * 2 * c * c // 2)
-        found.extend([("conv_forward_kernel", x[s] + count * y, pixels * adds), merge])
-        inner = edges * (9 + 25) * c + edges * 2 * c * c
-        found.extend([("conv_forward_kernel", 4 * edges * y, pixels * inner), merge])
-
-    for s in range(6):
-        if s >= 2:
-            streams = sum(4 + reduces[j] for j in range(s))
-            found.append(
-                ("node_forward_kernel", streams * y + sum(whole[:s]) + whole[s], pixels * c * streams)
-            )
-        stages(s)
-
-    found.append(("update_running_kernel", 0.0, 0.0))
+        launch("conv_forward_kernel", x[s] + count * y, edges * taps * c, count * c * c)
+        launch("merge_moments_kernel")
+        launch("conv_forward_kernel", 4 * edges * y, edges * (9 + 25) * c, edges * 2 * c * c)
+        launch("merge_moments_kernel")
 
     def state_backward(s: int) -> None:
         edges = leaving[s]
@@ -150,20 +154,26 @@ def work(
             return
         # per edge: G, and (y, d) of its two separable, y of its other convolutions
         read = edges * (1 + 2 * 2 + 2 + reduces[s]) * y + x[s]
-        adds = edges * (sum(convs) * c + (4 + reduces[s]) * c * c)
-        found.append(("state_backward_kernel", read + 2 * x[s], pixels * adds))
+        products = edges * (4 + reduces[s]) * c * c
+        launch("state_backward_kernel", read + 2 * x[s], edges * taps * c, products)
         if K > 1:
-            found.append(("bypass_backward_kernel", (K - 1) * (edges * y + 2 * x[s]), 0.0))
+            launch("bypass_backward_kernel", (K - 1) * (edges * y + 2 * x[s]))
 
+    for s in range(6):
+        if s >= 2:
+            streams = sum(4 + reduces[j] for j in range(s))
+            launch("node_forward_kernel", streams * y + sum(whole[:s]) + whole[s], c * streams)
+        stages(s)
+    launch("update_running_kernel")
     for s in range(5, 1, -1):
         state_backward(s)
         streams = sum(4 + reduces[j] for j in range(s))
         dense = y if K > 1 else 0
-        total = streams * y + sum(whole[:s]) + whole[s] + dense
-        found.extend([("node_backward_kernel", total, pixels * c * streams), finish])
+        launch("node_backward_kernel", streams * y + sum(whole[:s]) + whole[s] + dense, c * streams)
+        launch("node_finish_kernel")
         # per separable convolution: G, y of both halves, du
-        found.append(("inner_backward_kernel", s * 2 * 4 * y, pixels * s * (34 * c + 2 * c * c)))
-        found.append(("inner_finish_kernel", 0.0, 0.0))
+        launch("inner_backward_kernel", s * 2 * 4 * y, s * 34 * c, s * 2 * c * c)
+        launch("inner_finish_kernel")
     for s in range(2):
         state_backward(s)
     return found
@@ -184,29 +194,28 @@ def main() -> None:
             print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
             rows: dict[str, list[float]] = {}
             recorded, needed = launches(*cell), work(K, channels, side, stride, batch)
-            assert [kernel for kernel, *_ in recorded] == [kernel for kernel, *_ in needed]
-            for (kernel, blocks, shared), (_, size, adds) in zip(recorded, needed, strict=True):
-                row = rows.setdefault(kernel, [0, 0, 0, 0, 0, 0])
+            assert [kernel for kernel, *_ in recorded] == [one.kernel for one in needed]
+            for (kernel, blocks, shared), one in zip(recorded, needed, strict=True):
+                row = rows.setdefault(kernel, [0] * 7)
                 row[0] += 1
                 row[1] = max(row[1], blocks)
                 row[2] = max(row[2], shared)
-                row[3] += size
-                row[4] += adds
-                row[5] += max(size / BANDWIDTH, adds / MULTIPLY_ADDS)
+                for i, value in enumerate((one.bytes, one.adds, one.tensor_adds, one.seconds)):
+                    row[3 + i] += value
             print(
-                "| kernel | launches | blocks (most) | registers | shared KiB | MB "
-                "| M multiply-adds | floor µs |"
+                "| kernel | launches | blocks (most) | registers | shared KiB | MB | M multiply-adds "
+                "| on tensor cores | floor µs |"
             )
-            print("|---|---|---|---|---|---|---|---|")
-            for kernel, (count, blocks, shared, size, adds, seconds) in rows.items():
+            print("|---|---|---|---|---|---|---|---|---|")
+            for kernel, (count, blocks, shared, size, adds, tensor, seconds) in rows.items():
                 print(
                     f"| {kernel} | {count:.0f} | {blocks:.0f} | {used.get(kernel, '')} | {shared / 1024:.1f} "
-                    f"| {size / 1e6:.1f} | {adds / 1e6:.0f} | {seconds * 1e6:.1f} |"
+                    f"| {size / 1e6:.1f} | {adds / 1e6:.0f} | {tensor / 1e6:.0f} | {seconds * 1e6:.1f} |"
                 )
-            total = [sum(row[i] for row in rows.values()) for i in range(6)]
+            total = [sum(row[i] for row in rows.values()) for i in range(7)]
             print(
                 f"| **all** | {total[0]:.0f} | | | | {total[3] / 1e6:.1f} "
-                f"| {total[4] / 1e6:.0f} | {total[5] * 1e6:.1f} |"
+                f"| {total[4] / 1e6:.0f} | {total[5] / 1e6:.0f} | {total[6] * 1e6:.1f} |"
             )
             print(f"\nLaunches add about {total[0] * LAUNCH * 1e6:.0f} µs inside a CUDA graph.")
 

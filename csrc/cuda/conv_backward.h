@@ -24,7 +24,7 @@ struct BackwardShared {
     lanes = round_up(t.ck, 4);
     ld = lanes + 4;
     // an image row of es is padded by at most 128 bytes and one pixel
-    int edge = region * lanes + (t.th + 8) * (128 / item + lanes), dys = round_up(region, 4) * ld;
+    int edge = region * lanes + (t.th + 8) * (128 / item + lanes), dys = round_up(region, 16) * ld;
     if (pools) {
       dys = dys > around * t.ck ? dys : around * t.ck;
       edge = edge > 2 * pooled * t.ck ? edge : 2 * pooled * t.ck;
@@ -92,33 +92,61 @@ __device__ void branch_backward(const Back<T>& a, const BackBranch<T>& b, int n,
   int ey = y0 / S - (reach + S - 1) / S, ex = x0 / S - (reach + S - 1) / S;
   int pitch = tile_pitch(columns, at.lanes, sizeof(A)), apart = ceil_div(pixels, 4), groups = ceil_div(count, 4);
   for (int pass = 0; pass < (reduces ? 2 : 1); pass++) {
-    A acc[kItems][4][4] = {};
-    for (int c0 = 0; c0 < c; c0 += t.ck) {
-      int part = min(t.ck, c - c0);
-      __syncthreads();
-      if (a.wide)
-        load_gradient<T, kWide<T>>(b, a, n, ey, ex, rows, columns, c0, part, at.ld, dys);
-      else
-        load_gradient<T, 1>(b, a, n, ey, ex, rows, columns, c0, part, at.ld, dys);
-      __syncthreads();
+    // f is left with dys loaded for channels [c0, c0 + part)
+    auto with_chunks = [&](auto&& f) {
+      for (int c0 = 0; c0 < c; c0 += t.ck) {
+        int part = min(t.ck, c - c0);
+        __syncthreads();
+        if (a.wide)
+          load_gradient<T, kWide<T>>(b, a, n, ey, ex, rows, columns, c0, part, at.ld, dys);
+        else
+          load_gradient<T, 1>(b, a, n, ey, ex, rows, columns, c0, part, at.ld, dys);
+        __syncthreads();
+        f(c0, part, w + int64_t(c0) * ldw + pass * c + d0);
+      }
+    };
+    auto place = [&](int p, int o) { return p / columns * pitch + p % columns * at.lanes + o; };
+    bool tensor_cores = false;
+    if constexpr (sizeof(T) == 2) {
+      tensor_cores = on_tensor_cores<T>(c, count);
+      if (tensor_cores)
+        with_chunks([&](int c0, int part, const A* wc) {
+          int across = count / 8, tiles = ceil_div(pixels, 16) * across, g = threadIdx.x % 32 / 4;
+          for (int tile = threadIdx.x / 32; tile < tiles; tile += kWarps) {
+            int p0 = tile / across * 16, o0 = tile % across * 8, o = o0 + threadIdx.x % 4 * 2;
+            // es itself holds the sums: a warp comes back to the same tiles
+            A* low = es + place(p0 + g, o);
+            A* high = es + place(p0 + g + 8, o);
+            bool has_low = p0 + g < pixels, has_high = p0 + g + 8 < pixels;
+            float acc[4] = {};
+            if (c0 && has_low) acc[0] = low[0], acc[1] = low[1];
+            if (c0 && has_high) acc[2] = high[0], acc[3] = high[1];
+            multiply_warp<T>(dys, at.ld, p0, part, wc, ldw, o0, acc);
+            if (has_low) low[0] = acc[0], low[1] = acc[1];
+            if (has_high) high[0] = acc[2], high[1] = acc[3];
+          }
+        });
+    }
+    if (!tensor_cores) {
+      A acc[kItems][4][4] = {};
+      with_chunks([&](int, int part, const A* wc) {
+#pragma unroll
+        for (int k = 0; k < kItems; k++) {
+          int i = threadIdx.x + k * kThreads, o = i % groups * 4, p = i / groups;
+          if (p < apart) multiply(dys + p * at.ld, apart * at.ld, part, wc + o, ldw, count - o, acc[k]);
+        }
+      });
 #pragma unroll
       for (int k = 0; k < kItems; k++) {
-        int i = threadIdx.x + k * kThreads, o = i % groups * 4, p = i / groups;
-        if (p < apart)
-          multiply(dys + p * at.ld, apart * at.ld, part, w + int64_t(c0) * ldw + pass * c + d0 + o, ldw, count - o,
-                   acc[k]);
-      }
-    }
+        int i = threadIdx.x + k * kThreads, o = i % groups * 4, first = i / groups;
+        if (first >= apart) continue;
 #pragma unroll
-    for (int k = 0; k < kItems; k++) {
-      int i = threadIdx.x + k * kThreads, o = i % groups * 4, first = i / groups;
-      if (first >= apart) continue;
+        for (int j = 0; j < 4; j++) {
+          int p = first + j * apart;
+          if (p >= pixels) continue;
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        int p = first + j * apart;
-        if (p >= pixels) continue;
-#pragma unroll
-        for (int m = 0; m < 4; m++) es[p / columns * pitch + p % columns * at.lanes + o + m] = acc[k][j][m];
+          for (int m = 0; m < 4; m++) es[place(p, o) + m] = acc[k][j][m];
+        }
       }
     }
     __syncthreads();

@@ -1,6 +1,5 @@
 // 1x1 products of 16-bit storage on tensor cores: mma.sync m16n8k16, factors rounded to the storage type, sums in
-// float. A warp's tile is 16 pixels x 8 outputs; lane = 4 g + t, as in the PTX manual's fragment layouts. Forward
-// only: in the backward kernels the tiles of a second path cost more registers than a thread has.
+// float. A warp's tile is 16 pixels x 8 outputs; lane = 4 g + t, as in the PTX manual's fragment layouts.
 #pragma once
 #include "cuda/numeric.h"
 
@@ -62,7 +61,7 @@ __device__ __forceinline__ void multiply_tile<__half>(float (&c)[4], const uint3
 #undef RFDARTS_MMA
 #endif
 
-// acc += rows p0 .. p0 + 15 of d, ci long and ld apart, times columns o0 .. o0 + 7 of w [ci][ldw]
+// acc += rows p0 .. p0 + 15 of d, ci long and ld (even) apart, times columns o0 .. o0 + 7 of w [ci][ldw]
 template <class T>
 __device__ __forceinline__ void multiply_warp(const float* d, int ld, int p0, int ci, const float* w, int ldw, int o0,
                                               float (&acc)[4]) {
@@ -70,8 +69,11 @@ __device__ __forceinline__ void multiply_warp(const float* d, int ld, int p0, in
   const float *low = d + (p0 + g) * ld + 2 * t, *high = low + 8 * ld, *column = w + 2 * t * ldw + o0 + g;
 #pragma unroll 1
   for (int k = 0; k < ci; k += 16) {
-    uint32_t a[4] = {pair<T>(low[k], low[k + 1]), pair<T>(high[k], high[k + 1]), pair<T>(low[k + 8], low[k + 9]),
-                     pair<T>(high[k + 8], high[k + 9])};
+    float rows[4][2];
+    load<2>(low + k, rows[0]), load<2>(high + k, rows[1]), load<2>(low + k + 8, rows[2]), load<2>(high + k + 8, rows[3]);
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = pair<T>(rows[i][0], rows[i][1]);
     const float* at = column + k * ldw;
     uint32_t b[2] = {pair<T>(at[0], at[ldw]), pair<T>(at[8 * ldw], at[9 * ldw])};
     multiply_tile<T>(acc, a, b);

@@ -14,7 +14,6 @@
 
 #undef threadIdx
 #undef blockIdx
-#undef blockDim
 #undef gridDim
 
 namespace emulation {
@@ -204,7 +203,6 @@ void run(dim3 grid, dim3 size, size_t shared, void (*kernel)(void*), void* argum
   std::iota(order.begin(), order.end(), 0);
   body = kernel;
   context = arguments;
-  block.size = size;
   block.grid = grid;
   block.exchange = reinterpret_cast<uint64_t(*)[32]>(exchange.data());
   for (unsigned z = 0; z < grid.z; z++)

@@ -70,7 +70,7 @@ struct Thread {
   uint64_t slot;
 };
 struct Block {
-  dim3 id, size, grid;
+  dim3 id, grid;
   unsigned char* shared;
   // what each lane of a warp brought to its last warp operation
   uint64_t (*exchange)[32];
@@ -137,11 +137,9 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 size, size_t shared, Args
 
 #define threadIdx (emulation::thread->id)
 #define blockIdx (emulation::block.id)
-#define blockDim (emulation::block.size)
 #define gridDim (emulation::block.grid)
 
 inline void __syncthreads() { emulation::barrier(); }
-inline void __syncwarp(unsigned mask = ~0u) { emulation::warp_operation(mask, 0); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return emulation::exchange(mask, value, lane, 1);

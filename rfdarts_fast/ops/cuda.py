@@ -1,12 +1,13 @@
 """The CUDA engine for mixed ops with frozen convolutions: the kernels of csrc/cuda under the ops of `native`.
 
 States and branch outputs are float32, bfloat16, float16 or float64; arithmetic, statistics, parameters and
-their gradients are float32 (float64 for float64). Launches kernels only: no host synchronisation, no branch
-on data, so that a step can be captured in a CUDA graph.
+their gradients are float32 (float64 for float64). The same inputs give the same bits: no atomics. Launches
+kernels only, no host synchronisation, no branch on data, so that a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ if _missing is None:
         _missing = f"the CUDA kernels were not built or do not load ({error})"
 
 
+@functools.cache
 def missing() -> str | None:
     """Why the engine cannot run on this machine, or None."""
     return _missing if _missing is not None else torch.ops.rfdarts.cuda_missing() or None

@@ -128,8 +128,8 @@ class SearchConfig(RunConfig):
     """Engine of the mixed ops: auto takes the fastest that can run, native is compiled C++ or CUDA, triton
     is for GPUs, reference is plain PyTorch."""
     memory: Memory = "fast"
-    """What the native engine keeps for the backward pass: all branch outputs, those in bfloat16, or node
-    states only."""
+    """What the native engine keeps for the backward pass: all branch outputs, those in bfloat16 (on a GPU
+    that is --amp bf16's affair), or node states only."""
 
     amp: Literal["off", "bf16"] = "off"
     """bf16: activations in bfloat16; statistics, BatchNorm parameters and architecture weights in float32."""

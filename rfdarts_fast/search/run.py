@@ -19,6 +19,7 @@ from rfdarts_fast.data import (
     split_per_class,
     split_stratified,
 )
+from rfdarts_fast.engine.config import require
 from rfdarts_fast.engine.files import write_text
 from rfdarts_fast.engine.graph import GraphedStep, Recorder
 from rfdarts_fast.engine.meters import Meter
@@ -224,7 +225,9 @@ def search(config: SearchConfig) -> AnyGenotype:
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
-    choose_device(config.device)
+    device = choose_device(config.device)
+    on_gpu = device.type == "cuda"
+    require(config.cuda_graph != "on" or on_gpu, config, "cuda_graph", f"off or auto on device {device}")
     source = load_data(config)
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend

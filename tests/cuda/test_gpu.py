@@ -7,7 +7,8 @@ import torch
 
 from rfdarts_fast.engine.graph import GraphedStep, Recorder
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
-from rfdarts_fast.ops import cuda, use_backend
+from rfdarts_fast.ops import cuda, reference, use_backend
+from rfdarts_fast.search import search
 from rfdarts_fast.search.architect import descend, gradients
 from rfdarts_fast.spaces import get_space
 from tests.cuda.emulated import Case, errors
@@ -27,10 +28,15 @@ CELLS = [
 SHAPES = [(3, 18, 10), (2, 32, 32), (1, 8, 8)]
 
 
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """PyTorch's own convolutions without TF32, and with the same algorithm in every run."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def plain(case, dtype):
     """PyTorch on the same device in the same dtype."""
-    from rfdarts_fast.ops import reference
-
     with use_backend("reference"):
         return case.run(reference.mixed_cell, dtype, device="cuda")
 
@@ -130,3 +136,16 @@ def test_replayed_steps_equal_eager_steps(amp):
     with use_backend("native"):
         for a, b in zip(train(False), train(True), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"K": 2}, {"amp": "bf16"}], ids=str)
+def test_a_recorded_search_is_the_same_search(tiny_search, tmp_path, changes):
+    options = {"space": "darts", "channels": 4, "epochs": 3, "arch_warmup_epochs": 1, **changes}
+    if "K" in options:
+        options |= {"method": "rf-pcdarts", "partial_channels": options.pop("K"), "edge_norm": True}
+    alphas = []
+    for graph in ("off", "on"):
+        out = tmp_path / graph
+        search(tiny_search(out=out, device="cuda", backend="native", cuda_graph=graph, **options))
+        alphas.append(torch.load(out / "checkpoint.pt", weights_only=False)["network"]["alphas_normal"])
+    torch.testing.assert_close(*alphas, rtol=1e-3, atol=1e-5)

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rfdarts_fast import ops
 from rfdarts_fast.engine.graph import GraphedStep
 from rfdarts_fast.engine.meters import Meter
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
@@ -174,5 +175,30 @@ def test_a_search_in_recorded_steps_is_the_same_search(tiny_search, tmp_path, mo
     torch.testing.assert_close(*alphas, rtol=1e-4, atol=1e-6)
 
 
-def test_search_in_bfloat16(tiny_search, tmp_path):
-    search(tiny_search(amp="bf16", space="darts", channels=4, image_size=None))
+@needs_schemas
+@pytest.mark.parametrize("memory", ["fast", "recompute"])
+def test_autocast_on_the_cpu_keeps_branch_outputs_in_bfloat16(memory):
+    edges = list(make_edges(channels=4).float())
+    inputs = [torch.randn(2, 4, 6, 6) for _ in range(2)]
+    weights = torch.rand(5, 8).softmax(-1)
+    half = [x.bfloat16() for x in inputs]
+    with use_backend("native", memory), torch.autocast("cpu", torch.bfloat16):
+        found = [ops.mixed_cell(edges, x, weights) for x in (inputs, half)]
+        together = ops.concatenated_cell(edges, inputs, weights)
+    kept = "bfloat16" if memory == "fast" else memory
+    expected = [
+        native.mixed_cell(edges, [y.float() for y in x], weights, memory=kept) for x in (inputs, half)
+    ]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat(expected[0], 1), together, rtol=0, atol=0)
+    exact = native.mixed_cell(edges, inputs, weights)
+    same = all(torch.equal(a, b) for a, b in zip(exact, expected[0], strict=True))
+    assert same == (memory == "recompute")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_search_in_bfloat16(tiny_search, tmp_path, backend):
+    search(tiny_search(amp="bf16", space="darts", channels=4, backend=backend))
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=False)["network"]
+    parts = [x for x in state.values() if x.is_floating_point()]
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in parts)
