@@ -28,10 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 8.5 * 60
 # a stage is not begun with less time left than this
 LEAST = {"tests": 60, "memcheck": 40, "racecheck": 40, "roofs": 10, "kernels": 20, "step": 25, "compile": 60}
-LEAST |= {"largest": 45}
+LEAST |= {"largest": 45, "triton": 60}
 # and none of these takes more
-MOST = {"tests": 150, "memcheck": 75, "racecheck": 75, "compile": 150}
+MOST = {"tests": 150, "memcheck": 75, "racecheck": 75, "compile": 150, "triton": 150}
 COMPILED = ("RF-PCDARTS", "RF-DARTS")
+# of the tests of the Triton engine, those that compile least
+TRITON_TESTS = ("tests/triton_kernels/test_cells.py", "-k", "same_dtype or tuned")
 
 
 def begin(command: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -97,9 +99,9 @@ def small_case() -> None:
             Case((1, 10, 18), dtype, **options).kernels()
 
 
-def compiled(name: str, quick: bool, device: str, mode: str) -> list[str]:
+def compiled(name: str, quick: bool, device: str, mode: str, engine: str = "compile") -> list[str]:
     """What times a compiled step, in a process of its own: one that takes too long can be stopped."""
-    command = module("benchmarks.gpu_steps", name, "2" if quick else "256", "compile")
+    command = module("benchmarks.gpu_steps", name, "2" if quick else "256", engine)
     return [*command, "--mode", mode, "--device", device, *(["--quick"] if quick else [])]
 
 
@@ -187,6 +189,10 @@ def main() -> None:
     for name, command in steps.items():
         stage(f"compile {name}", lambda most, command=command: compile_times(command, most))
     if device == "cuda":
+        stage("triton tests", lambda most: run(module("pytest", "-q", *TRITON_TESTS), most))
+        for name in COMPILED:
+            command = compiled(name, quick, device, options.compile_mode, "triton graph")
+            stage(f"triton {name}", lambda most, command=command: compile_times(command, most))
         for name in NETWORKS:
             stage(f"largest {name}", lambda _, name=name: largest_batch(name, device))
 

@@ -33,6 +33,8 @@ ENGINES = {
     "eager channels_last": "the reference",
     "native": "the kernels",
     "native graph": "the kernels, the whole step in a CUDA graph",
+    "triton": "the Triton kernels",
+    "triton graph": "the Triton kernels, the whole step in a CUDA graph",
     "compile": "the reference, torch.compile of each mixed op, the whole step in a CUDA graph",
 }
 Step = Callable[[], object]
@@ -94,7 +96,7 @@ def make_step(
         loss = torch.nn.functional.cross_entropy(logits, labels)
         descend(optimizer, parameters, gradients(loss, parameters), 5.0)
 
-    if engine in ("native graph", "compile"):
+    if engine in ("native graph", "triton graph", "compile"):
         record = Recorder() if device == "cuda" else lambda work: work
         graphed = GraphedStep(step, record, required=True)
         for _ in range(4):
@@ -111,7 +113,7 @@ def time_step(
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    backend = "native" if engine.startswith("native") else "reference"
+    backend = engine.split()[0] if engine.startswith(("native", "triton")) else "reference"
     try:
         with use_backend(backend):  # type: ignore[arg-type]
             step = make_step(name, engine, batch, device, quick, mode)
@@ -127,10 +129,10 @@ def time_step(
 
 
 def time_steps(name: str, batch: int, device: str, quick: bool = False) -> dict[str, Any]:
-    """All engines but compile; and how many times faster the fastest is than the faster eager layout."""
+    """All engines that are ready at once; and how many times faster the fastest is than the faster eager layout."""
     found: dict[str, Any] = {}
     for engine in ENGINES:
-        if engine != "compile":
+        if not engine.startswith(("compile", "triton")):
             found[engine] = time_step(name, engine, batch, device, quick)
     times = {engine: row["ms"] for engine, row in found.items() if isinstance(row, dict)}
     eager = [ms for engine, ms in times.items() if engine.startswith("eager")]

@@ -140,7 +140,16 @@ def test_empty_yaml(tmp_path):
 
 def test_environment(output):
     text = output("env")
-    for name in ("rfdarts_fast", "python", "torch", "cpu", "torchvision", "tensorboard", "triton"):
+    for name in (
+        "rfdarts_fast",
+        "python",
+        "torch",
+        "cpu",
+        "torchvision",
+        "tensorboard",
+        "triton",
+        "triton kernels",
+    ):
         assert re.search(rf"^{name} +\S", text, re.MULTILINE)
 
 

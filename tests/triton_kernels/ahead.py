@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be there, and prints what each uses, one JSON a line.
 
-    python -m tests.triton_kernels.ahead [--archs 80 90 100] [--dtypes bfloat16] [--all-tiles | --tile 1024 --warps 4]
+    python -m tests.triton_kernels.ahead [--archs 80 90 100] [--dtypes bfloat16] [--all-tiles]
 
 In a process without TRITON_INTERPRET. The arguments of a kernel are those that cells launch it with.
 """

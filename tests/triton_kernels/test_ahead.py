@@ -52,5 +52,7 @@ def test_all_variants_compile_without_spills(arch):
 
 
 def test_the_gate_sees_a_spill():
-    rows = compiled("--archs", "90", "--cells", "1", "--only", "inner_gradient", "--tile", "2048", "--warps", "1")
+    rows = compiled(
+        "--archs", "90", "--cells", "1", "--only", "inner_gradient", "--tile", "2048", "--warps", "1"
+    )
     assert rows and len(spilled(rows)) == len(rows)
