@@ -15,13 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def compiled(*options):
-    """In a process whose triton does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != SWITCH}
-    command = [sys.executable, "-m", "tests.triton_kernels.ahead", *options]
+def in_a_process(module, *options, **variables):
+    """What it prints, in a process whose triton does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != SWITCH} | variables
+    command = [sys.executable, "-m", module, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compiled(*options):
+    return in_a_process("tests.triton_kernels.ahead", *options)
 
 
 def spilled(rows):
@@ -56,3 +60,31 @@ def test_the_gate_sees_a_spill():
         "--archs", "90", "--cells", "1", "--only", "inner_gradient", "--tile", "2048", "--warps", "1"
     )
     assert rows and len(spilled(rows)) == len(rows)
+
+
+def launched(folder, *options):
+    """{kernel: (tile, warps, whether it was tuned in that process)}, of all launches."""
+    rows = in_a_process("tests.triton_kernels.tuner", *options, TRITON_CACHE_DIR=str(folder))
+    found = {}
+    for name, *how in rows:
+        assert found.setdefault(name, how) == how
+    return found
+
+
+def test_tuned_kernels_are_tuned_once(tmp_path):
+    first, second = launched(tmp_path), launched(tmp_path)
+    assert first.keys() == kernels()
+    assert {name for name, how in first.items() if how[2]} == {
+        "depthwise_kernel",
+        "node_kernel",
+        "inner_gradient_kernel",
+        "input_gradient_kernel",
+    }
+    # found in the cache folder, where this version of Triton has one
+    assert {name: how[:2] for name, how in second.items()} == {name: how[:2] for name, how in first.items()}
+    assert first["node_kernel"][:2] == [2048, 8] and first["moments_kernel"][:2] == [1024, 4]
+    assert not any(how[2] for how in second.values())
+
+
+def test_nothing_is_tuned_where_results_are_to_be_reproducible(tmp_path):
+    assert {tuple(how) for how in launched(tmp_path, "deterministic").values()} == {(1024, 4, False)}
