@@ -129,8 +129,8 @@ def time_step(
 
 
 def time_steps(name: str, batch: int, device: str, quick: bool = False) -> dict[str, Any]:
-    """All engines that need no compiling; and how many times faster than the faster eager layout the fastest of
-    ours is."""
+    """All engines that need no compiling; and how many times faster the fastest of ours is than the faster
+    eager layout."""
     found: dict[str, Any] = {}
     for engine in ENGINES:
         if not engine.startswith(("compile", "triton")):

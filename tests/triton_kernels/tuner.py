@@ -1,5 +1,5 @@
-"""Launches the kernels of a cell as on a GPU that is not there, with made-up times for tiles; prints (kernel, tile,
-warps, whether it was tuned just now) of each launch, one JSON a line.
+"""Launches the kernels of a cell as on a GPU that is not there, with made-up times for tiles; prints (kernel,
+tile, warps, whether it was tuned just now) of each launch, one JSON a line.
 
     python -m tests.triton_kernels.tuner [deterministic]
 """
