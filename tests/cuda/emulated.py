@@ -96,7 +96,8 @@ def mutated(folder, objects, header, before, after, kind="f64"):
     assert text.count(before) == 1, f"{header}: expected {before!r} once"
     (csrc / header).write_text(text.replace(before, after))
     changed = compile_one(f"cuda/cell_{kind}.cu", csrc, folder, ())
-    return link([changed if path.name == changed.name else path for path in objects], folder)
+    # first, so that the linker takes its copy of what every type has in common
+    return link([changed, *(path for path in objects if path.name != changed.name)], folder)
 
 
 def load(library):
