@@ -80,7 +80,7 @@ def depthwise_kernel(
         for j in tl.static_range(KERNEL):
             ix = left + j * DILATION
             mask = (in_image & (ix >= 0) & (ix < IW))[:, None] & (cols < W)[None, :]
-            value = tl.load(corner + (i * IW + j) * DILATION * x_row, mask=mask, other=0.0).to(ACC)
+            value = tl.load(corner + j * DILATION * x_row, mask=mask, other=0.0).to(ACC)
             if NORM:
                 value = (value - center[None, :]) * scale[None, :] + shift[None, :]
                 # the padding is one of zeros after the ReLU
@@ -88,8 +88,10 @@ def depthwise_kernel(
             else:
                 # not tl.maximum: a NaN has to come through
                 value = tl.where(value < 0, 0.0, value)
-            weight = tl.load(kernels + (i * KERNEL + j) * W, mask=own, other=0.0).to(ACC)
+            weight = tl.load(kernels + j * W, mask=own, other=0.0).to(ACC)
             total += value[:, None, :] * weight[None, :, :]
+        corner += DILATION * IW * x_row
+        kernels += KERNEL * W
     size = tl.cast(M, tl.int64) * W
     target = out + (group * branches + branch)[None, :, None] * size
     target += rows[:, None, None] * W + cols[None, None, :]

@@ -10,7 +10,7 @@ from triton import knobs
 
 # elements of a tile, warps: at most eight elements a thread, more would not fit into its registers
 TILE, WARPS = 1024, 4
-TILES = ((512, 4), (TILE, WARPS), (2048, 8))
+TILES = ((TILE, WARPS), (2048, 8))
 # sums over pixels are split into at most PARTS parts of a multiple of CHUNK rows each
 CHUNK = 256
 PARTS = 256
