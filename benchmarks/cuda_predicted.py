@@ -185,7 +185,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         emulated.load(emulated.build(Path(folder)))
         print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
-        print(__doc__.split("\n\n")[2].strip() if __doc__ else "", "\n")
+        print(__doc__.split("\n\n")[2].strip() if __doc__ else "")
+        print()
         print(
             "One cell, forward and backward, bfloat16; registers: the most of a kernel's variants on sm_90."
         )
