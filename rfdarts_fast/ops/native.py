@@ -64,19 +64,7 @@ def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
         return f"no kernels for {plan}"
     if plan.stride == 2 and any(x.shape[2] % 2 or x.shape[3] % 2 for x in inputs):
         return "a reduction of an odd image size"
-    for conv in plan.convs:
-        weight = conv._parameters["weight"]
-        assert weight is not None
-        if weight.requires_grad:
-            return "a convolution is trained; the kernels have no weight gradients"
-        if weight.dtype != inputs[0].dtype:
-            return "convolutions and inputs of different dtypes"
-    for norm in plan.norms:
-        weight = norm._parameters["weight"]
-        if weight is not None and weight.dtype != inputs[0].dtype:
-            return "BatchNorms and inputs of different dtypes"
-    mode = training_mode(plan)
-    return mode if isinstance(mode, str) else None
+    return plan.objection(inputs[0].dtype)
 
 
 class CellFunction(torch.autograd.Function):
