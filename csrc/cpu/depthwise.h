@@ -9,7 +9,7 @@ constexpr int kReach = 4;
 RF_INLINE void fetch(Ahead& ahead) {
   unroll<2>(RF_LAMBDA(i) {
     if (ahead.bytes[i] <= 0) return;
-    unroll<kBlock>(RF_LAMBDA(j) { __builtin_prefetch(ahead.next[i] + j * 64); });
+    unroll<kBlock>(RF_LAMBDA(j) { __builtin_prefetch(ahead.next[i] + j * 64, 0, 2); });
     ahead.next[i] += kBlock * 64;
     ahead.bytes[i] -= kBlock * 64;
   });
