@@ -16,18 +16,21 @@ struct Backward : CellContext<T, S> {
   using CellContext<T, S>::cm;
   using CellContext<T, S>::period;
   using CellContext<T, S>::states;
+  using CellContext<T, S>::bypass;
 
   CellBackward<T, S>& back;
-  const Allocate& allocate;
-  // per node: the gradient at the mixed op's output, dense; per state: the whole gradient
-  std::vector<const T*> mixed_grad;
+  // per node: the gradient at the mixed op's output, dense, and that of what bypasses it, planar; per state: the
+  // whole gradient
+  std::vector<const T*> mixed_grad, planar_grad;
   std::vector<Batch<T>> state_grad;
   // per BatchNorm: A, B, mean, C of its backward, see norm_backward
   std::vector<Coefficients<T>> norms;
 
   Backward(const Cell& cell, CellBackward<T, S>& back, const Parallel& parallel, const Allocate& allocate)
-      : CellContext<T, S>(cell, back.forward, parallel), back(back), allocate(allocate), mixed_grad(cell.nodes),
-        state_grad(cell.inputs + cell.nodes), norms(cell.norms) {
+      : CellContext<T, S>(cell, back.forward, parallel, allocate), back(back), mixed_grad(cell.nodes),
+        planar_grad(cell.nodes), state_grad(cell.inputs + cell.nodes), norms(cell.norms) {
+    for (int s = 0; s < cell.inputs + cell.nodes; s++)
+      if (!cell.sources[s].edges.empty()) this->prepare(s, cell.K > 1 && back.grad_edge_weights);
     for (int i = 0; i < cell.nodes; i++) state_grad[cell.inputs + i] = back.grad_nodes[i];
     std::fill_n(back.grad_gamma, cell.norms * cm, T(0));
     std::fill_n(back.grad_beta, cell.norms * cm, T(0));
@@ -90,30 +93,27 @@ struct Backward : CellContext<T, S> {
       sums += t.kept.size() + t.states.size();
       largest = std::max(largest, cell.sources[j].h * cell.sources[j].w);
     }
-    std::vector<double> partials(cell.images * sums * cm), bypass(cell.images * count);
+    std::vector<double> partials(cell.images * sums * cm), around(cell.images * count);
     bool ready = !partial && state_grad[s].data && state_grad[s].pixel == c && state_grad[s].row == cell.ow * c &&
                  state_grad[s].image == full;
-    T* gathered = ready ? nullptr : static_cast<T*>(allocate(cell.images * size * sizeof(T)));
+    T* gathered = ready ? nullptr : this->take(cell.images * size);
     mixed_grad[i] = ready ? state_grad[s].data : gathered;
-    std::vector<T> zero(k.repeat(c));
+    T* planar = partial ? this->take(cell.images * full) : nullptr;
+    planar_grad[i] = planar;
     this->parallel(cell.images, [&](int64_t begin, int64_t end) {
       Scratch room;
       T* scratch = room.take<T>(4 * (largest + 16) * cm + 16 * (period + c));
-      T* dense = room.take<T>(largest * cm);
       T* max = room.take<T>(size);
       T* avg = room.take<T>(size);
-      T* planar = room.take<T>(partial ? full : 0);
-      T* around = room.take<T>(partial ? largest * c : 0);
-      std::vector<double> whole(c);
       for (int64_t n = begin; n < end; n++) {
         double* sum = partials.data() + n * sums * cm;
         if (!ready) {
           T* to = gathered + n * size;
           View<T> g = state_grad[s][n];
           if (!g.data)
-            std::fill_n(to, size, T(0)), std::fill_n(planar, partial ? full : 0, T(0));
+            std::fill_n(to, size, T(0)), std::fill_n(planar + n * full, partial ? full : 0, T(0));
           else if (partial)
-            k.unshuffle(g, cell.oh, cell.ow, c, cell.K, planar, to);
+            k.unshuffle(g, cell.oh, cell.ow, c, cell.K, to, planar + n * full);
           else
             k.pack(g, cell.oh, cell.ow, c, to);
         }
@@ -123,12 +123,11 @@ struct Backward : CellContext<T, S> {
           const NodeTerms& t = all[j];
           const Source& source = cell.sources[j];
           const auto& branches = cell.edges[first + j].branches;
-          View<T> view = states[j][n];
           double* to = sum + t.first * cm;
           std::vector<const S*> kept;
           for (int p : t.kept) kept.push_back(this->slot(branches[p].slot, n));
           k.dot_kept(g, kept.size(), kept.data(), t.kept_mean.row(0), to, size, cm, scratch);
-          const T* x = t.pools || t.identity ? this->dense(view, source.h, source.w, cm, dense) : nullptr;
+          const T* x = this->mixed_image(j, n);
           if (t.pools) k.pool_forward(x, source.h, source.w, cm, source.stride, max, avg, scratch);
           std::vector<const T*> from;
           for (int p : t.states) {
@@ -140,17 +139,8 @@ struct Backward : CellContext<T, S> {
           }
           k.dot_states(g, from.size(), from.data(), t.states_mean.row(0), to + t.kept.size() * cm, nullptr, size, cm,
                        scratch);
-          if (!partial || !back.grad_edge_weights) continue;
-          const T* outer = around;
-          if (source.stride == 2)
-            k.half_pool_forward(view, source.h, source.w, c, around);
-          else
-            outer = this->dense(view, source.h, source.w, c, around);
-          std::fill(whole.begin(), whole.end(), 0.0);
-          k.dot_states(planar, 1, &outer, zero.data(), whole.data(), nullptr, full, c, scratch);
-          double total = 0;
-          for (int64_t ch = cm; ch < c; ch++) total += whole[ch];
-          bypass[n * count + j] = total;
+          if (partial && back.grad_edge_weights)
+            around[n * count + j] = k.dot_view(planar + n * full, bypass[j][n], cell.oh, cell.ow, c);
         }
       }
     });
@@ -161,7 +151,7 @@ struct Backward : CellContext<T, S> {
       int e = first + j;
       const NodeTerms& t = all[j];
       double edge_gradient = 0;
-      for (int64_t n = 0; n < cell.images; n++) edge_gradient += bypass[n * count + j];
+      for (int64_t n = 0; n < cell.images; n++) edge_gradient += around[n * count + j];
       const double* at = sum.data() + t.first * cm;
       for (const auto* list : {&t.kept, &t.states})
         for (int p : *list) {
@@ -244,8 +234,8 @@ struct Backward : CellContext<T, S> {
     std::vector<const T*> grads;
     int count = source.edges.size();
     Coefficients<T> identity(count, cm, period), max_coef(count + 1, cm, period), avg_coef(count + 1, cm, period);
-    Coefficients<T> max_bias(1, cm, period), avg_bias(1, cm, period), bypass(count, cell.channels,
-                                                                            k.repeat(cell.channels));
+    Coefficients<T> max_bias(1, cm, period), avg_bias(1, cm, period);
+    std::vector<T> scale;
     bool has_identity = false;
     // pools of all edges share their input's statistics, so their gradients add up before the pool's backward
     auto pool = [&](int j, const Branch& b, Coefficients<T>& coef, std::vector<double>& slope,
@@ -262,7 +252,7 @@ struct Backward : CellContext<T, S> {
     for (int j = 0; j < count; j++) {
       int e = source.edges[j];
       grads.push_back(mixed_grad[cell.edges[e].node]);
-      bypass.set(j, this->edge_weight(e));
+      scale.push_back(T(this->edge_weight(e)));
       double through = 0;
       for (int p = 0; p < cell.primitives; p++) {
         const Branch& b = cell.edges[e].branches[p];
@@ -289,18 +279,15 @@ struct Backward : CellContext<T, S> {
       T* dx = room.take<T>(in);
       T* rest = room.take<T>(in);
       T* scratch = room.take<T>(4 * (w + 2) * cm + 16384);
-      T* dense = room.take<T>(in);
       T* max = room.take<T>(source.pools ? size : 0);
       T* avg = room.take<T>(source.pools ? size : 0);
       T* d_max = room.take<T>(source.pools ? size : 0);
       T* d_avg = room.take<T>(source.pools ? size : 0);
-      T* shuffled = room.take<T>(partial ? full : 0);
-      T* planar = room.take<T>(partial ? full : 0);
-      T* around = room.take<T>(partial ? h * w * c : 0);
-      T* unused = room.take<T>(partial ? size : 0);
+      bool halved = partial && source.stride == 2;
+      T* summed = room.take<T>(halved ? full : 0);
+      T* around = room.take<T>(halved ? h * w * c : 0);
       for (int64_t n = begin; n < end; n++) {
-        View<T> view = states[s][n];
-        const T* x = this->dense(view, h, w, cm, dense);
+        const T* x = this->mixed_image(s, n);
         std::fill_n(dx, in, T(0));
         for (size_t i = 0; i < convs.size(); i++) {
           const Term& t = convs[i];
@@ -343,22 +330,18 @@ struct Backward : CellContext<T, S> {
           k.pool_backward(x, max, d_max, d_avg, h, w, cm, source.stride, rest);
         }
         k.relu_backward_add(dx, x, rest, in, cm);
-        const T* outer = nullptr;
-        if (partial) {
-          for (int j = 0; j < count; j++) {
-            View<T> g = state_grad[cell.inputs + cell.edges[source.edges[j]].node][n];
-            if (!g.data) {
-              if (j == 0) std::fill_n(shuffled, full, T(0));
-              continue;
-            }
-            const T* whole = this->dense(g, cell.oh, cell.ow, c, around);
-            k.sum_states(shuffled, j == 0, 1, &whole, bypass.row(j), nullptr, full, k.repeat(c));
-          }
-          k.unshuffle({shuffled, cell.ow * c, c}, cell.oh, cell.ow, c, cell.K, planar, unused);
-          outer = planar;
-          if (source.stride == 2) k.half_pool_backward(view, planar, h, w, c, around), outer = around;
+        std::vector<View<T>> planar;
+        for (int j = 0; partial && j < count; j++)
+          planar.push_back({planar_grad[cell.edges[source.edges[j]].node] + n * full, cell.ow * c, c});
+        const T *factors = scale.data(), one = 1;
+        if (halved) {
+          // no outer gradient yet: it has the size of the input
+          k.join(nullptr, count, planar.data(), factors, {nullptr, 0, 0}, cell.oh, cell.ow, c, 0, summed);
+          k.half_pool_backward(states[s][n], summed, h, w, c, around);
+          planar = {{around, w * c, c}};
+          factors = &one;
         }
-        k.join(rest, outer, state_grad[s][n], h, w, c, cm, dst + n * h * w * c);
+        k.join(rest, planar.size(), planar.data(), factors, state_grad[s][n], h, w, c, cm, dst + n * h * w * c);
       }
     });
   }
@@ -372,7 +355,7 @@ void cell_backward(const Cell& cell, CellBackward<T, S>& data, const Parallel& p
   for (int i = cell.nodes - 1; i >= 0; i--) {
     int s = cell.inputs + i;
     if (!cell.sources[s].edges.empty()) {
-      T* whole = static_cast<T*>(allocate(cell.images * full * sizeof(T)));
+      T* whole = run.take(cell.images * full);
       run.state(s, whole);
       run.state_grad[s] = {whole, full, row, cell.channels};
     }

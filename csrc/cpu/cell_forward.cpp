@@ -19,6 +19,8 @@ struct Forward : CellContext<T, S> {
   using CellContext<T, S>::cm;
   using CellContext<T, S>::period;
   using CellContext<T, S>::states;
+  using CellContext<T, S>::mixed;
+  using CellContext<T, S>::bypass;
 
   void merge(Moments& moments, int64_t i, const std::vector<int>& norms) {
     double *mean = data.moments + norms[0] * cm, *variance = data.moments + (cell.norms + norms[0]) * cm;
@@ -49,13 +51,12 @@ struct Forward : CellContext<T, S> {
       Scratch room;
       T* x = room.take<T>(frame.size, true);
       T* scratch = room.take<T>(2 * w * cm + 4 * cm + 16384);
-      T* dense = room.take<T>(pools ? h * w * cm : 0);
       T* max = room.take<T>(pools ? cell.pixels() * cm : 0);
       T* avg = room.take<T>(pools ? cell.pixels() * cm : 0);
       for (int64_t n = begin; n < end; n++) {
-        View<T> in = states[s][n];
+        View<T> in{this->mixed_image(s, n), w * cm, cm};
         if (pools) {
-          k.pool_forward(this->dense(in, h, w, cm, dense), h, w, cm, source.stride, max, avg, scratch);
+          k.pool_forward(in.data, h, w, cm, source.stride, max, avg, scratch);
           k.moments(max, cell.pixels(), cm, moments.mean_of(n, count), moments.deviation_of(n, count));
           k.moments(avg, cell.pixels(), cm, moments.mean_of(n, count + 1), moments.deviation_of(n, count + 1));
         }
@@ -169,47 +170,46 @@ struct Forward : CellContext<T, S> {
     for (int e = first; e < first + count; e++) all.push_back(terms(e, constant));
     Coefficients<T> bias(1, cm, period);
     for (int64_t i = 0; i < cm; i++) bias.set(0, i, constant[i]);
-    for (int j = 0; j < count; j++) largest = std::max(largest, cell.sources[j].h * cell.sources[j].w);
-    int64_t wide = k.repeat(c);
-    Coefficients<T> bypass(count, c, wide);
-    for (int j = 0; j < count; j++) bypass.set(j, this->edge_weight(first + j));
+    std::vector<T> scale;
+    for (int j = 0; j < count; j++) {
+      largest = std::max(largest, cell.sources[j].h * cell.sources[j].w);
+      scale.push_back(T(this->edge_weight(first + j)));
+    }
+    int state = cell.inputs + i;
+    T* packed = nullptr;
+    mixed[state] = data.nodes[i];
+    bypass[state] = states[state];
+    if (partial && !cell.sources[state].edges.empty()) mixed[state] = packed = this->take(cell.images * size);
     this->parallel(cell.images, [&](int64_t begin, int64_t end) {
       Scratch room;
-      T* scratch = room.take<T>(4 * (largest + 16) * cm);
-      T* dense = room.take<T>(largest * cm);
+      T* scratch = room.take<T>(4 * (largest + 16) * cm + cell.ow * c);
       T* max = room.take<T>(size);
       T* avg = room.take<T>(size);
-      T* mixed = room.take<T>(partial ? size : 0);
-      T* planar = room.take<T>(partial ? full : 0);
-      T* around = room.take<T>(partial ? largest * c : 0);
+      T* inner = room.take<T>(partial ? size : 0);
       for (int64_t n = begin; n < end; n++) {
         T* out = data.nodes[i] + n * full;
-        T* sum = partial ? mixed : out;
+        T* sum = partial ? inner : out;
+        std::vector<View<T>> around;
         for (int j = 0; j < count; j++) {
           const Source& source = cell.sources[j];
           const Terms& t = all[j];
-          View<T> view = states[j][n];
           std::vector<const S*> kept;
           for (int s : t.slots) kept.push_back(this->slot(s, n));
           k.sum_kept(sum, j == 0, kept.size(), kept.data(), t.kept.row(0), bias.row(0), size, period);
           std::vector<const T*> from;
-          const T* x = nullptr;
-          if (t.max || t.avg || t.identity) x = this->dense(view, source.h, source.w, cm, dense);
+          const T* x = this->mixed_image(j, n);
           if (t.max || t.avg) k.pool_forward(x, source.h, source.w, cm, source.stride, max, avg, scratch);
           if (t.max) from.push_back(max);
           if (t.avg) from.push_back(avg);
           if (t.identity) from.push_back(x);
           for (int z : t.noise) from.push_back(data.noise[z] + n * size);
           k.sum_states(sum, false, from.size(), from.data(), t.states.row(0), nullptr, size, period);
-          if (!partial) continue;
-          const T* whole = around;
-          if (source.stride == 2)
-            k.half_pool_forward(view, source.h, source.w, c, around);
-          else
-            whole = this->dense(view, source.h, source.w, c, around);
-          k.sum_states(planar, j == 0, 1, &whole, bypass.row(j), nullptr, full, wide);
+          around.push_back(bypass[j][n]);
         }
-        if (partial) k.shuffle(mixed, planar, cell.pixels(), c, cell.K, out);
+        if (partial) {
+          k.bypass_forward(count, around.data(), scale.data(), inner, cell.oh, cell.ow, c, cell.K, out, scratch);
+          if (packed) k.pack({out, cell.ow * c, c}, cell.oh, cell.ow, cm, packed + n * size);
+        }
         if (data.together)
           k.spread(out, cell.pixels(), c, data.together + (n * cell.pixels() * cell.nodes + i) * c, cell.nodes * c);
       }
@@ -229,16 +229,20 @@ struct Forward : CellContext<T, S> {
 }  // namespace
 
 template <class T, class S>
-void cell_forward(const Cell& cell, CellForward<T, S>& data, bool nodes, const Parallel& parallel) {
-  Forward<T, S> run(cell, data, parallel);
+void cell_forward(const Cell& cell, CellForward<T, S>& data, bool nodes, const Parallel& parallel,
+                  const Allocate& allocate) {
+  Forward<T, S> run(cell, data, parallel, allocate);
   for (int s = 0; s < cell.inputs + cell.nodes; s++) {
-    if (nodes && s >= cell.inputs) run.node(s - cell.inputs);
+    if (nodes && s >= cell.inputs)
+      run.node(s - cell.inputs);
+    else
+      run.prepare(s, nodes && cell.K > 1);
     if (cell.sources[s].edges.empty()) continue;
     run.stage1(s);
     run.stage2(s);
   }
 }
-template void cell_forward(const Cell&, CellForward<float, float>&, bool, const Parallel&);
-template void cell_forward(const Cell&, CellForward<float, bf16>&, bool, const Parallel&);
-template void cell_forward(const Cell&, CellForward<double, double>&, bool, const Parallel&);
+template void cell_forward(const Cell&, CellForward<float, float>&, bool, const Parallel&, const Allocate&);
+template void cell_forward(const Cell&, CellForward<float, bf16>&, bool, const Parallel&, const Allocate&);
+template void cell_forward(const Cell&, CellForward<double, double>&, bool, const Parallel&, const Allocate&);
 }  // namespace rfdarts

@@ -86,13 +86,18 @@ struct CellContext {
   const Cell& cell;
   CellForward<T, S>& data;
   const Parallel& parallel;
+  const Allocate& allocate;
   const Kernels<T, S>& k = kernels<T, S>();
   int64_t cm = cell.mixed, period = k.repeat(cm);
   std::vector<T> repeated;  // packed weights, rows repeated to `period`
   std::vector<Batch<T>> states;
+  // per state: the mixed op's channels, dense; what bypasses the mixed op, at the size of the cell's output
+  std::vector<const T*> mixed;
+  std::vector<Batch<T>> bypass;
 
-  CellContext(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel)
-      : cell(cell), data(data), parallel(parallel), states(data.inputs) {
+  CellContext(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate)
+      : cell(cell), data(data), parallel(parallel), allocate(allocate), states(data.inputs),
+        mixed(cell.inputs + cell.nodes), bypass(cell.inputs + cell.nodes) {
     for (T* node : data.nodes)
       states.push_back({node, cell.pixels() * cell.channels, cell.ow * cell.channels, cell.channels});
     states.insert(states.end(), data.node_states.begin(), data.node_states.end());
@@ -128,11 +133,32 @@ struct CellContext {
   double edge_weight(int edge) const { return data.edge_weights ? data.edge_weights[edge] : 1; }
   double strength(int edge, int primitive) const { return mix(edge, primitive) * edge_weight(edge); }
 
-  // x without its strides: itself where it has none
-  const T* dense(View<T> x, int64_t h, int64_t w, int64_t c, T* room) const {
-    if (x.pixel == c && x.row == w * c) return x.data;
-    k.pack(x, h, w, c, room);
-    return room;
+  T* take(int64_t n) const { return static_cast<T*>(allocate(n * int64_t(sizeof(T)))); }
+
+  // Finds or makes `mixed` and `bypass` of state s: both are read once per edge.
+  void prepare(int s, bool bypassed) {
+    const Source& source = cell.sources[s];
+    const Batch<T>& x = states[s];
+    int64_t h = source.h, w = source.w, c = cell.channels, size = h * w * cm;
+    T *packed = nullptr, *pooled = nullptr;
+    mixed[s] = x.data;
+    bypass[s] = x;
+    if (cell.K > 1 || x.pixel != c || x.row != w * c || x.image != h * w * c) mixed[s] = packed = take(cell.images * size);
+    int64_t row = cell.ow * c, full = cell.oh * row;
+    if (bypassed && source.stride == 2) {
+      pooled = take(cell.images * full);
+      bypass[s] = {pooled, full, row, c};
+    }
+    if (!packed && !pooled) return;
+    parallel(cell.images, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        if (packed) k.pack(x[n], h, w, cm, packed + n * size);
+        if (pooled) k.half_pool_forward(x[n], h, w, c, pooled + n * full);
+      }
+    });
+  }
+  const T* mixed_image(int s, int64_t n) const {
+    return mixed[s] + n * cell.sources[s].h * cell.sources[s].w * cm;
   }
 };
 

@@ -99,10 +99,15 @@ struct Kernels {
   void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
   void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out);
 
-  // Partial channels. planar [pixels][C]: group after group; its first C/K channels are the mixed op's.
-  void (*unshuffle)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* planar, T* mixed);
-  void (*shuffle)(const T* mixed, const T* planar, int64_t pixels, int64_t c, int64_t K, T* out);
-  void (*join)(const T* mixed, const T* planar, View<T> outer, int64_t h, int64_t w, int64_t c, int64_t cm, T* dst);
+  // Partial channels; planar: group after group, the mixed op's first, which holds zeros there. See bypass.h.
+  void (*unshuffle)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed, T* planar);
+  // out = shuffle([mixed | sum_j scale[j] x[j]]); scratch of w c
+  void (*bypass_forward)(int n, const View<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c,
+                         int64_t K, T* out, T* scratch);
+  // dst = [mixed | 0] + sum_j scale[j] x[j] + outer; outer may have no data
+  void (*join)(const T* mixed, int n, const View<T>* x, const T* scale, View<T> outer, int64_t h, int64_t w, int64_t c,
+               int64_t cm, T* dst);
+  double (*dot_view)(const T* g, View<T> x, int64_t h, int64_t w, int64_t c);
   void (*half_pool_forward)(View<T> x, int64_t h, int64_t w, int64_t c, T* out);
   void (*half_pool_backward)(View<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx);
 };
