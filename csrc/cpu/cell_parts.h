@@ -10,7 +10,17 @@
 
 namespace rfdarts {
 
-enum PhaseId { kStage1, kStage2, kNodes, kNodesBackward, kStage2Backward, kStage1Backward, kPhases };
+enum PhaseId {
+  kPreprocess,
+  kStage1,
+  kStage2,
+  kNodes,
+  kNodesBackward,
+  kStage2Backward,
+  kStage1Backward,
+  kPreprocessBackward,
+  kPhases
+};
 struct Timed {
   explicit Timed(PhaseId phase);
   ~Timed();

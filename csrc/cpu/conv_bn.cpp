@@ -8,6 +8,7 @@ namespace rfdarts {
 
 template <class T>
 void conv_norm_forward(const ConvNorm<T>& a, const Parallel& parallel) {
+  Timed timed(kPreprocess);
   const auto& k = kernels<T, T>();
   int64_t pixels = a.oh() * a.ow(), size = pixels * a.co, period = k.repeat(a.co);
   Moments moments(a.images, 1, a.co);
@@ -34,6 +35,7 @@ void conv_norm_forward(const ConvNorm<T>& a, const Parallel& parallel) {
 template <class T>
 void conv_norm_backward(const ConvNorm<T>& a, const T* g, T* dx, T* grad_gamma, T* grad_beta,
                         const Parallel& parallel) {
+  Timed timed(kPreprocessBackward);
   const auto& k = kernels<T, T>();
   int64_t pixels = a.oh() * a.ow(), size = pixels * a.co, period = k.repeat(a.co);
   Coefficients<T> mean(1, a.co, period), coef(4, a.co, period);
