@@ -10,17 +10,7 @@
 
 namespace rfdarts {
 
-enum PhaseId {
-  kPreprocess,
-  kStage1,
-  kStage2,
-  kNodes,
-  kNodesBackward,
-  kStage2Backward,
-  kStage1Backward,
-  kPreprocessBackward,
-  kPhases
-};
+enum PhaseId { kPreprocess, kStage1, kStage2, kStage2Backward, kStage1Backward, kPreprocessBackward, kPhases };
 struct Timed {
   explicit Timed(PhaseId phase);
   ~Timed();
@@ -91,6 +81,38 @@ struct Moments {
   }
 };
 
+// What an image's convolutions should fetch meanwhile, in the order in which it is needed.
+class Queue {
+ public:
+  void clear() { ranges_.clear(), bytes_ = 0; }
+  void add(const void* p, int64_t bytes) {
+    if (!p) return;
+    ranges_.push_back({static_cast<const char*>(p), bytes});
+    bytes_ += bytes;
+  }
+  int64_t bytes() const { return bytes_; }
+  // over the blocks of convolutions with `results` elements in all
+  Ahead over(int64_t results) {
+    int64_t blocks = std::max<int64_t>(results / kAheadBlock, 1);
+    return {ranges_.data(), ranges_.data() + ranges_.size(), bytes_ / 64 / blocks + 1};
+  }
+  void append(const Queue& other) {
+    for (const auto& range : other.ranges_) add(range.at, range.bytes);
+  }
+  // another queue's ranges, a share of them after each of `count` steps
+  void add_share(const Queue& other, int64_t step, int64_t count) {
+    int64_t size = other.ranges_.size();
+    for (int64_t i = step * size / count; i < (step + 1) * size / count; i++)
+      add(other.ranges_[i].at, other.ranges_[i].bytes);
+  }
+
+ private:
+  std::vector<Ahead::Range> ranges_;
+  int64_t bytes_ = 0;
+};
+// more than this would push out what is being computed
+constexpr int64_t kFetchAtMost = 384 << 10;
+
 template <class T, class S>
 struct CellContext {
   const Cell& cell;
@@ -104,10 +126,11 @@ struct CellContext {
   // per state: the mixed op's channels, dense; what bypasses the mixed op, at the size of the cell's output
   std::vector<const T*> mixed;
   std::vector<Batch<T>> bypass;
+  std::vector<T*> packed, pooled;
 
   CellContext(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate)
       : cell(cell), data(data), parallel(parallel), allocate(allocate), states(data.inputs),
-        mixed(cell.inputs + cell.nodes), bypass(cell.inputs + cell.nodes) {
+        mixed(cell.inputs + cell.nodes), bypass(mixed.size()), packed(mixed.size()), pooled(mixed.size()) {
     for (T* node : data.nodes)
       states.push_back({node, cell.pixels() * cell.channels, cell.ow * cell.channels, cell.channels});
     states.insert(states.end(), data.node_states.begin(), data.node_states.end());
@@ -131,9 +154,6 @@ struct CellContext {
     return {dw, dw + taps * row, dw + (taps + cm) * row, {b.kernel, b.dilation, stride}};
   }
   S* slot(int s, int64_t n) const { return data.kept + (s * cell.images + n) * cell.image(); }
-  Ahead ahead(const void* one, int64_t bytes, const void* two = nullptr, int64_t two_bytes = 0) const {
-    return {{static_cast<const char*>(one), static_cast<const char*>(two)}, {one ? bytes : 0, two ? two_bytes : 0}};
-  }
   double mean(int norm, int64_t i) const { return data.moments[norm * cm + i]; }
   double variance(int norm, int64_t i) const { return data.moments[(cell.norms + norm) * cm + i]; }
   double rstd(int norm, int64_t i) const { return 1 / std::sqrt(variance(norm, i) + cell.eps); }
@@ -145,27 +165,22 @@ struct CellContext {
 
   T* take(int64_t n) const { return static_cast<T*>(allocate(n * int64_t(sizeof(T)))); }
 
-  // Finds or makes `mixed` and `bypass` of state s: both are read once per edge.
-  void prepare(int s, bool bypassed) {
+  // Where `mixed` and `bypass` of state s will be: both are read once per edge. `make_dense` fills them.
+  void plan_dense(int s, bool bypassed) {
     const Source& source = cell.sources[s];
     const Batch<T>& x = states[s];
-    int64_t h = source.h, w = source.w, c = cell.channels, size = h * w * cm;
-    T *packed = nullptr, *pooled = nullptr;
+    int64_t h = source.h, w = source.w, c = cell.channels, row = cell.ow * c, full = cell.oh * row;
     mixed[s] = x.data;
     bypass[s] = x;
-    if (cell.K > 1 || x.pixel != c || x.row != w * c || x.image != h * w * c) mixed[s] = packed = take(cell.images * size);
-    int64_t row = cell.ow * c, full = cell.oh * row;
-    if (bypassed && source.stride == 2) {
-      pooled = take(cell.images * full);
-      bypass[s] = {pooled, full, row, c};
-    }
-    if (!packed && !pooled) return;
-    parallel(cell.images, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n++) {
-        if (packed) k.pack(x[n], h, w, cm, packed + n * size);
-        if (pooled) k.half_pool_forward(x[n], h, w, c, pooled + n * full);
-      }
-    });
+    if (cell.K > 1 || x.pixel != c || x.row != w * c || x.image != h * w * c)
+      mixed[s] = packed[s] = take(cell.images * h * w * cm);
+    if (bypassed && source.stride == 2) bypass[s] = {pooled[s] = take(cell.images * full), full, row, c};
+  }
+  void make_dense(int s, int64_t n) const {
+    const Source& source = cell.sources[s];
+    int64_t h = source.h, w = source.w, c = cell.channels;
+    if (packed[s]) k.pack(states[s][n], h, w, cm, packed[s] + n * h * w * cm);
+    if (pooled[s]) k.half_pool_forward(states[s][n], h, w, c, pooled[s] + n * cell.pixels() * c);
   }
   const T* mixed_image(int s, int64_t n) const {
     return mixed[s] + n * cell.sources[s].h * cell.sources[s].w * cm;

@@ -5,14 +5,15 @@ constexpr int kBlock = 8;
 // the widest reach of a 5x5 kernel with dilation 2
 constexpr int kReach = 4;
 
-// one block's worth of either stream
+// one block's worth of what will be read
 RF_INLINE void fetch(Ahead& ahead) {
-  unroll<2>(RF_LAMBDA(i) {
-    if (ahead.bytes[i] <= 0) return;
-    unroll<kBlock>(RF_LAMBDA(j) { __builtin_prefetch(ahead.next[i] + j * 64, 0, 2); });
-    ahead.next[i] += kBlock * 64;
-    ahead.bytes[i] -= kBlock * 64;
-  });
+  if (ahead.next == ahead.end) return;
+  Ahead::Range& range = *ahead.next;
+  // addresses past the end do no harm
+  for (int64_t j = 0; j < ahead.pace; j++) __builtin_prefetch(range.at + j * 64, 0, 2);
+  range.at += ahead.pace * 64;
+  range.bytes -= ahead.pace * 64;
+  if (range.bytes <= 0) ahead.next++;
 }
 
 template <class T>

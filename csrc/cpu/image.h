@@ -83,7 +83,7 @@ struct KeptRows {
 
 template <class T, class S, int L>
 void conv_forward_wide(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw,
-                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead ahead) {
+                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead& ahead) {
   int64_t oh = pooled(h, conv.stride), ow = pooled(w, conv.stride), rows = strip_rows<T>(oh, ow * c);
   auto depthwise = depthwise_row_for<T, L, Pass::Forward>(conv);
   T* d = scratch + 3 * round_up(c, kLanes<T>);
@@ -112,7 +112,7 @@ RF_INLINE Vec<T, kLanes<T>> load_some(const S* p, int64_t count) {
 
 template <class T, class S, int C, int K, int D>
 void conv_forward_flat(const T* x, Frame f, int64_t h, int64_t w, const T* dw, const T* pw, S* y, bool bypass_cache,
-                       double* mean, double* deviation, Ahead ahead) {
+                       double* mean, double* deviation, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   int64_t row = w * C;
   alignas(64) T shift[L], sums[2 * L];
@@ -193,7 +193,7 @@ RF_INLINE void with_kernel(Conv conv, F&& f) {
 
 template <class T, class S>
 void conv_forward(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw, S* y,
-                  bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead ahead) {
+                  bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead& ahead) {
   if (is_flat<T>(c, conv.stride))
     return with_flat_channels<T>(c, [&](auto channels) {
       with_kernel(conv, [&](auto k, auto d) {

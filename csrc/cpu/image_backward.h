@@ -15,7 +15,7 @@ RF_INLINE void norm_backward_dense(const G* g, const S* y, const T* coef, int64_
 
 template <class T, class G, class S, int L>
 void conv_backward_wide(const G* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                        const T* dw, const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead ahead) {
+                        const T* dw, const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead& ahead) {
   int64_t oh = pooled(h, conv.stride), ow = pooled(w, conv.stride);
   bool dense = f.pitch == ow * c;
   int64_t rows = dense ? strip_rows<T>(oh, ow * c) : 1;
@@ -33,7 +33,7 @@ void conv_backward_wide(const G* g, const S* y, const T* coef, int64_t h, int64_
 
 template <class T, int K, int D>
 void depthwise_flat_backward(const T* e, Frame f, int64_t h, int64_t w, int64_t c, const T* dw, T* dx,
-                             Ahead ahead) {
+                             Ahead& ahead) {
   constexpr int L = kLanes<T>;
   int64_t row = w * c;
   for (int64_t r0 = 0; r0 < h; r0 += kBlock)
@@ -81,7 +81,7 @@ void pointwise_flat_backward(const G* g, const S* y, const T* coef, int64_t h, i
 
 template <class T, class G, class S>
 void conv_backward(const G* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw,
-                   const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead ahead) {
+                   const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead& ahead) {
   if (is_flat<T>(c, conv.stride)) {
     with_flat_channels<T>(
         c, [&](auto channels) { pointwise_flat_backward<T, G, S, channels>(g, y, coef, h, w, pw_t, f, e); });

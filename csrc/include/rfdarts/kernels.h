@@ -29,12 +29,18 @@ struct Frame {
   int64_t size;
 };
 
-// What is read next, fetched into the caches while the convolutions compute: memory and arithmetic would
-// otherwise take turns.
+// What will be read soon, fetched into the second-level cache while the convolutions compute: memory and arithmetic
+// would otherwise take turns.
 struct Ahead {
-  const char* next[2] = {nullptr, nullptr};
-  int64_t bytes[2] = {0, 0};
+  struct Range {
+    const char* at;
+    int64_t bytes;
+  };
+  Range *next = nullptr, *end = nullptr;
+  // cache lines per block of kAheadBlock results
+  int64_t pace = 0;
 };
+constexpr int64_t kAheadBlock = 128;
 
 // Per-channel coefficients, repeated until they fill whole vectors: see `repeat`.
 // T: arithmetic and states. S: how branch outputs are kept (T, or bf16 beside float).
@@ -53,7 +59,7 @@ struct Kernels {
 
   // y = pointwise(depthwise(x frame)); mean and sum of squared deviations of y per channel.
   void (*conv_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw,
-                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead ahead);
+                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead& ahead);
   // FactorizedReduce: y = [w1 x(2r, 2q) | w2 x(2r+1, 2q+1)], both as one [2C, C] matrix.
   void (*reduce_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, const T* pw, S* y, double* mean,
                          double* deviation, T* scratch);
@@ -79,9 +85,9 @@ struct Kernels {
 
   // d = coef0 g + coef1 (y - coef2) + coef3, coef [4][repeat]; then dx += depthwise^T(pointwise^T(d)).
   void (*conv_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                        const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead ahead);
+                        const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead& ahead);
   void (*conv_backward_kept)(const S* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                             const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead ahead);
+                             const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead& ahead);
   void (*reduce_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, const T* pw_t,
                           T* dx, T* scratch);
   // du = dx where scale y + shift > 0; sums of du and du (y - mean). du may be where y2 was.
