@@ -121,49 +121,69 @@ void bypass_forward(int n, const View<T>* x, const T* scale, const T* mixed, int
   }
 }
 
-// dst = [mixed | 0] + sum_j scale[j] x[j] + outer; outer may have no data
+// One row of to = start + sum_j scale[j] g[j], and dots[j] += sum g[j] x, for N streams. to may be where start is.
+template <class T, int N>
+RF_INLINE void join_row(View<T> start, const View<T>* g, const T* scale, View<T> x, int64_t row, int64_t w, int64_t c,
+                        T* to, double* dots) {
+  with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+    constexpr int L = lanes;
+    const T *first = start.data ? start.data + row * start.row : nullptr, *state = x.data ? x.data + row * x.row : nullptr;
+    const T* from[N];
+    Vec<T, L> dot[N];
+    unroll<N>(RF_LAMBDA(j) {
+      from[j] = g[j].data + row * g[j].row;
+      dot[j] = Vec<T, L>{};
+    });
+    for (int64_t q = 0; q < w; q++)
+      for (int64_t k = 0; k < c; k += L) {
+        Vec<T, L> acc = Vec<T, L>{}, here = acc;
+        if (first) acc = load<L>(first + q * start.pixel + k);
+        if (state) here = load<L>(state + q * x.pixel + k);
+        unroll<N>(RF_LAMBDA(j) {
+          Vec<T, L> v = load<L>(from[j] + q * g[j].pixel + k);
+          acc += v * scale[j];
+          dot[j] += v * here;
+        });
+        store<L>(to + q * c + k, acc);
+      }
+    if (!state) return;
+    unroll<N>(RF_LAMBDA(j) {
+      T sums[L];
+      store<L>(sums, dot[j]);
+      for (int l = 0; l < L; l++) dots[j] += sums[l];
+    });
+  });
+}
+
 template <class T>
-void join(const T* mixed, int n, const View<T>* x, const T* scale, View<T> outer, int64_t h, int64_t w, int64_t c,
-          int64_t cm, T* dst) {
-  if (cm == c) {
-    View<T> inner{mixed, w * c, c};
-    T one = 1;
-    for (int64_t r = 0; r < h; r++) sum_row<T>(outer, 1, &inner, &one, r, w, c, dst + r * w * c);
-    return;
-  }
+void join(const T* mixed, int n, const View<T>* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
+          int64_t c, int64_t cm, T* dst, double* dots) {
+  View<T> inner{mixed, w * c, c};
+  const T one = 1;
+  bool whole = cm == c;
+  if (whole) n = 1, g = &inner, scale = &one;
+  if (x.data) fill(dots, n, 0.0);
   for (int64_t r = 0; r < h; r++) {
     T* to = dst + r * w * c;
-    sum_row<T>(outer, n, x, scale, r, w, c, to);
+    View<T> start = outer;
+    int j = 0;
+    auto some = [&](auto count) {
+      join_row<T, count>(start, g + j, scale + j, x, r, w, c, to, dots + j);
+      start = {dst, w * c, c};
+      j += count;
+    };
+    while (j + 4 <= n) some(std::integral_constant<int, 4>{});
+    if (n - j == 3) some(std::integral_constant<int, 3>{});
+    if (n - j == 2) some(std::integral_constant<int, 2>{});
+    if (n - j == 1) some(std::integral_constant<int, 1>{});
+    if (n == 0) sum_row<T>(outer, 0, nullptr, nullptr, r, w, c, to);
+    if (whole) continue;
     with_lanes<T>(cm, [&](auto lanes) __attribute__((always_inline)) {
       for (int64_t q = 0; q < w; q++)
         for (int64_t k = 0; k < cm; k += lanes)
           store<lanes>(to + q * c + k, load<lanes>(to + q * c + k) + load<lanes>(mixed + (r * w + q) * cm + k));
     });
   }
-}
-
-// sum over all elements of g x; g dense
-template <class T>
-double dot_view(const T* g, View<T> x, int64_t h, int64_t w, int64_t c) {
-  double total = 0;
-  with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
-    constexpr int L = lanes, U = 4;
-    for (int64_t r = 0; r < h; r++) {
-      Vec<T, L> acc[U];
-      unroll<U>(RF_LAMBDA(u) { acc[u] = Vec<T, L>{}; });
-      const T *a = g + r * w * c, *b = x.data + r * x.row;
-      int64_t q = 0;
-      for (; q + U <= w; q += U)
-        for (int64_t k = 0; k < c; k += L)
-          unroll<U>(RF_LAMBDA(u) { acc[u] += load<L>(a + (q + u) * c + k) * load<L>(b + (q + u) * x.pixel + k); });
-      for (; q < w; q++)
-        for (int64_t k = 0; k < c; k += L) acc[0] += load<L>(a + q * c + k) * load<L>(b + q * x.pixel + k);
-      T sums[L];
-      store<L>(sums, (acc[0] + acc[1]) + (acc[2] + acc[3]));
-      for (int l = 0; l < L; l++) total += sums[l];
-    }
-  });
-  return total;
 }
 
 // 2x2 max pool with stride 2

@@ -26,26 +26,18 @@ struct Backward : CellContext<T, S> {
   std::vector<Batch<T>> state_grad;
   // per BatchNorm: A, B, mean, C of its backward, see norm_backward
   std::vector<Coefficients<T>> norms;
+  std::vector<double> edge_gradients;
 
   Backward(const Cell& cell, CellBackward<T, S>& back, const Parallel& parallel, const Allocate& allocate)
       : CellContext<T, S>(cell, back.forward, parallel, allocate), back(back), mixed_grad(cell.nodes),
-        planar_grad(cell.nodes), state_grad(cell.inputs + cell.nodes), norms(cell.norms) {
-    std::vector<int> dense;
-    for (int s = 0; s < cell.inputs + cell.nodes; s++) {
-      if (cell.sources[s].edges.empty()) continue;
-      this->plan_dense(s, cell.K > 1 && back.grad_edge_weights);
-      if (this->packed[s] || this->pooled[s]) dense.push_back(s);
-    }
-    if (!dense.empty())
-      parallel(cell.images, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; n++)
-          for (int s : dense) this->make_dense(s, n);
-      });
+        planar_grad(cell.nodes), state_grad(cell.inputs + cell.nodes), norms(cell.norms),
+        edge_gradients(cell.edges.size()) {
+    for (int s = 0; s < cell.inputs + cell.nodes; s++)
+      if (!cell.sources[s].edges.empty()) this->plan_dense(s, cell.K > 1 && back.grad_edge_weights);
     for (int i = 0; i < cell.nodes; i++) state_grad[cell.inputs + i] = back.grad_nodes[i];
     std::fill_n(back.grad_gamma, cell.norms * cm, T(0));
     std::fill_n(back.grad_beta, cell.norms * cm, T(0));
     std::fill_n(back.grad_mix, cell.edges.size() * cell.primitives, T(0));
-    if (back.grad_edge_weights) std::fill_n(back.grad_edge_weights, cell.edges.size(), T(0));
   }
 
   // Gradients of a BatchNorm from sum g and sum g (y - mean) at its output, and what its input's gradient needs.
@@ -80,7 +72,7 @@ struct Backward : CellContext<T, S> {
     std::vector<NodeTerms> edges;
     int64_t largest = 0;  // pixels of an input
     T *gathered = nullptr, *planar = nullptr;
-    std::vector<double> partials, around;
+    std::vector<double> partials;
   };
   Node plan_node(int i) {
     Node plan;
@@ -108,7 +100,6 @@ struct Backward : CellContext<T, S> {
       plan.largest = std::max(plan.largest, cell.sources[j].h * cell.sources[j].w);
     }
     plan.partials.resize(cell.images * plan.sums * cm);
-    plan.around.resize(cell.images * plan.count);
     const Batch<T>& g = state_grad[s];
     bool ready = cell.K == 1 && g.data && g.pixel == c && g.row == cell.ow * c && g.image == full;
     if (!ready) plan.gathered = this->take(cell.images * size);
@@ -127,12 +118,11 @@ struct Backward : CellContext<T, S> {
   };
   // what `node` reads of image n, as far as the cache holds it
   void fetch_node(const Node& plan, int64_t n, Queue& queue) const {
-    int64_t size = cell.pixels() * cm, full = cell.pixels() * cell.channels;
+    int64_t size = cell.pixels() * cm;
     for (int j = 0; j < plan.count && queue.bytes() < kFetchAtMost; j++) {
       const auto& branches = cell.edges[plan.first + j].branches;
       for (int p : plan.edges[j].kept) queue.add(this->slot(branches[p].slot, n), size * sizeof(S));
       queue.add(this->mixed_image(j, n), size * sizeof(T));
-      if (cell.K > 1 && back.grad_edge_weights) queue.add(bypass[j][n].data, full * sizeof(T));
     }
   }
   void node(int i, int64_t n, Node& plan, NodeRoom& room) {
@@ -170,8 +160,6 @@ struct Backward : CellContext<T, S> {
       }
       k.dot_states(g, room.from.size(), room.from.data(), t.states_mean.row(0), to + t.kept.size() * cm, nullptr, size,
                    cm, room.scratch);
-      if (planar && back.grad_edge_weights)
-        plan.around[n * plan.count + j] = k.dot_view(planar, bypass[j][n], cell.oh, cell.ow, c);
     }
   }
   void finish_node(Node& plan) {
@@ -182,7 +170,6 @@ struct Backward : CellContext<T, S> {
       int e = plan.first + j;
       const NodeTerms& t = plan.edges[j];
       double edge_gradient = 0;
-      for (int64_t n = 0; n < cell.images; n++) edge_gradient += plan.around[n * plan.count + j];
       const double* at = sum.data() + t.first * cm;
       for (const auto* list : {&t.kept, &t.states})
         for (int p : *list) {
@@ -196,7 +183,7 @@ struct Backward : CellContext<T, S> {
           edge_gradient += this->mix(e, p) * gradient;
           at += cm;
         }
-      if (back.grad_edge_weights) back.grad_edge_weights[e] = T(edge_gradient);
+      edge_gradients[e] = edge_gradient;
     }
   }
 
@@ -277,6 +264,7 @@ struct Backward : CellContext<T, S> {
     Batch<T> outer;
     T* whole = nullptr;
     Frame frame{};
+    std::vector<double> dots;  // of each edge's gradient with what bypassed it, per image
   };
   Stage1 plan_stage1(int s, T* whole) {
     const Source& source = cell.sources[s];
@@ -289,6 +277,7 @@ struct Backward : CellContext<T, S> {
     plan.outer = state_grad[s];
     plan.whole = whole;
     plan.frame = k.frame(cell.oh, cell.ow, cm, source.stride);
+    if (cell.K > 1 && back.grad_edge_weights) plan.dots.resize(cell.images * count);
     // pools of all edges share their input's statistics, so their gradients add up before the pool's backward
     auto pool = [&](int j, const Branch& b, Coefficients<T>& coef, std::vector<double>& slope,
                     std::vector<double>& constant) {
@@ -364,7 +353,7 @@ struct Backward : CellContext<T, S> {
     }
     if (!last && count) conv(plan.convs[0], n + 1);
   }
-  void stage1(int s, int64_t n, const Stage1& plan, Stage1Room& room, Queue& queue) {
+  void stage1(int s, int64_t n, Stage1& plan, Stage1Room& room, Queue& queue) {
     const Source& source = cell.sources[s];
     int64_t h = source.h, w = source.w, in = h * w * cm, size = cell.pixels() * cm, c = cell.channels;
     int64_t full = cell.pixels() * c;
@@ -410,14 +399,23 @@ struct Backward : CellContext<T, S> {
     for (const T* p : plan.planar)
       if (p) planar.push_back({p + n * full, cell.ow * c, c});
     const T *scale = plan.scale.data(), one = 1;
+    View<T> x_around = plan.dots.empty() ? View<T>{nullptr, 0, 0} : bypass[s][n], none{nullptr, 0, 0};
+    double* dots = plan.dots.data() + n * plan.count;
     if (cell.K > 1 && source.stride == 2) {
       // no outer gradient yet: it has the size of the input
-      k.join(nullptr, planar.size(), planar.data(), scale, {nullptr, 0, 0}, cell.oh, cell.ow, c, 0, room.summed);
+      k.join(nullptr, planar.size(), planar.data(), scale, none, x_around, cell.oh, cell.ow, c, 0, room.summed, dots);
       k.half_pool_backward(states[s][n], room.summed, h, w, c, room.around);
       planar = {{room.around, w * c, c}};
       scale = &one;
+      x_around = none;
     }
-    k.join(room.rest, planar.size(), planar.data(), scale, plan.outer[n], h, w, c, cm, plan.whole + n * h * w * c);
+    k.join(room.rest, planar.size(), planar.data(), scale, plan.outer[n], x_around, h, w, c, cm,
+           plan.whole + n * h * w * c, dots);
+  }
+  void finish_stage1(int s, const Stage1& plan) {
+    if (plan.dots.empty()) return;
+    for (int64_t n = 0; n < cell.images; n++)
+      for (int j = 0; j < plan.count; j++) edge_gradients[cell.sources[s].edges[j]] += plan.dots[n * plan.count + j];
   }
 
   // The gradient of state s, and the dot products of the edges that enter it.
@@ -429,7 +427,9 @@ struct Backward : CellContext<T, S> {
     Node plan;
     if (leaves) {
       int64_t row = cell.ow * cell.channels, full = cell.oh * row;
-      stage = plan_stage1(s, i < 0 ? back.grad_inputs[s] : this->take(cell.images * full));
+      T* given = i < 0 ? back.grad_inputs[s] : nullptr;
+      const Source& source = cell.sources[s];
+      stage = plan_stage1(s, given ? given : this->take(cell.images * source.h * source.w * cell.channels));
       if (i >= 0) state_grad[s] = {stage.whole, full, row, cell.channels};
     }
     if (i >= 0) plan = plan_node(i);
@@ -440,6 +440,9 @@ struct Backward : CellContext<T, S> {
       Queue queue;
       for (int64_t n = begin; n < end; n++) {
         queue.clear();
+        // the first pass reads all states
+        if (i == cell.nodes - 1)
+          for (int j = 0; j < plan.count; j++) this->make_dense(j, n);
         if (leaves) {
           if (i >= 0) fetch_node(plan, n, queue);
           fetch_stage1(stage, n, n + 1 == end, stage_room, queue);
@@ -448,6 +451,7 @@ struct Backward : CellContext<T, S> {
         if (i >= 0) node(i, n, plan, node_room);
       }
     });
+    if (leaves) finish_stage1(s, stage);
     if (i >= 0) finish_node(plan);
   }
 };
@@ -461,7 +465,9 @@ void cell_backward(const Cell& cell, CellBackward<T, S>& data, const Parallel& p
     run.stage2(i);
   }
   for (int s = 0; s < cell.inputs; s++)
-    if (data.grad_inputs[s]) run.state(s);
+    if (data.grad_inputs[s] || data.grad_edge_weights) run.state(s);
+  if (data.grad_edge_weights)
+    for (size_t e = 0; e < cell.edges.size(); e++) data.grad_edge_weights[e] = T(run.edge_gradients[e]);
 }
 template void cell_backward(const Cell&, CellBackward<float, float>&, const Parallel&, const Allocate&);
 template void cell_backward(const Cell&, CellBackward<float, bf16>&, const Parallel&, const Allocate&);

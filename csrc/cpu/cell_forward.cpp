@@ -227,7 +227,6 @@ struct Forward : CellContext<T, S> {
     int64_t size = cell.pixels() * cm, c = cell.channels, full = cell.pixels() * c;
     T* out = data.nodes[i] + n * full;
     T* sum = cell.K > 1 ? room.inner : out;
-    room.around.clear();
     for (int j = 0; j < plan.count; j++) {
       const Source& source = cell.sources[j];
       const Terms& t = plan.edges[j];
@@ -241,8 +240,9 @@ struct Forward : CellContext<T, S> {
       if (t.identity) room.from.push_back(x);
       for (int z : t.noise) room.from.push_back(data.noise[z] + n * size);
       k.sum_states(sum, false, room.from.size(), room.from.data(), t.states.row(0), nullptr, size, period);
-      room.around.push_back(bypass[j][n]);
     }
+    room.around.clear();
+    for (int j = 0; j < plan.count; j++) room.around.push_back(bypass[j][n]);
     if (cell.K > 1)
       k.bypass_forward(plan.count, room.around.data(), plan.scale.data(), sum, cell.oh, cell.ow, c, cell.K, out,
                        room.scratch);

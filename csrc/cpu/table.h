@@ -49,7 +49,6 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.unshuffle = unshuffle<T>;
   k.bypass_forward = bypass_forward<T>;
   k.join = join<T>;
-  k.dot_view = dot_view<T>;
   k.half_pool_forward = half_pool_forward<T>;
   k.half_pool_backward = half_pool_backward<T>;
   return k;

@@ -110,10 +110,9 @@ struct Kernels {
   // out = shuffle([mixed | sum_j scale[j] x[j]]); scratch of w c
   void (*bypass_forward)(int n, const View<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c,
                          int64_t K, T* out, T* scratch);
-  // dst = [mixed | 0] + sum_j scale[j] x[j] + outer; outer may have no data
-  void (*join)(const T* mixed, int n, const View<T>* x, const T* scale, View<T> outer, int64_t h, int64_t w, int64_t c,
-               int64_t cm, T* dst);
-  double (*dot_view)(const T* g, View<T> x, int64_t h, int64_t w, int64_t c);
+  // dst = [mixed | 0] + sum_j scale[j] g[j] + outer; outer may have no data. dots[j] = sum g[j] x, if x has data.
+  void (*join)(const T* mixed, int n, const View<T>* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
+               int64_t c, int64_t cm, T* dst, double* dots);
   void (*half_pool_forward)(View<T> x, int64_t h, int64_t w, int64_t c, T* out);
   void (*half_pool_backward)(View<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx);
 };
