@@ -5,11 +5,6 @@
 template <class T, int K>
 constexpr bool kShuffles = K <= kLanes<T> && kLanes<T> % K == 0;
 
-// lanes first, first + 1, ... of [a | b]
-template <int First, class V, int... l>
-RF_INLINE auto consecutive_lanes(V a, V b, std::integer_sequence<int, l...>) {
-  return __builtin_shufflevector(a, b, (First + l)...);
-}
 template <class T, int S, int K>
 RF_INLINE auto concatenate(const Vec<T, S>* parts) {
   if constexpr (K == 1)

@@ -72,7 +72,7 @@ struct Backward : CellContext<T, S> {
     std::vector<NodeTerms> edges;
     int64_t largest = 0;  // pixels of an input
     T *gathered = nullptr, *planar = nullptr;
-    std::vector<double> partials;
+    double* partials = nullptr;  // [images][sums][C/K]
   };
   Node plan_node(int i) {
     Node plan;
@@ -99,7 +99,7 @@ struct Backward : CellContext<T, S> {
       plan.sums += t.kept.size() + t.states.size();
       plan.largest = std::max(plan.largest, cell.sources[j].h * cell.sources[j].w);
     }
-    plan.partials.resize(cell.images * plan.sums * cm);
+    plan.partials = this->take_sums(cell.images * plan.sums * cm);
     const Batch<T>& g = state_grad[s];
     bool ready = cell.K == 1 && g.data && g.pixel == c && g.row == cell.ow * c && g.image == full;
     if (!ready) plan.gathered = this->take(cell.images * size);
@@ -127,7 +127,8 @@ struct Backward : CellContext<T, S> {
   }
   void node(int i, int64_t n, Node& plan, NodeRoom& room) {
     int64_t size = cell.pixels() * cm, c = cell.channels, full = cell.pixels() * c;
-    double* sum = plan.partials.data() + n * plan.sums * cm;
+    double* sum = plan.partials + n * plan.sums * cm;
+    std::fill_n(sum, plan.sums * cm, 0.0);
     T* planar = cell.K > 1 ? plan.planar + n * full : nullptr;
     if (plan.gathered) {
       T* to = plan.gathered + n * size;
@@ -209,7 +210,7 @@ struct Backward : CellContext<T, S> {
       }
       affine.push_back(a);
     }
-    std::vector<double> partials(cell.images * count * 2 * cm);
+    double* partials = this->take_sums(cell.images * count * 2 * cm);
     Frame frame = k.frame(h, w, cm, 1);
     this->parallel(cell.images, [&](int64_t begin, int64_t end) {
       Scratch room;
@@ -236,7 +237,8 @@ struct Backward : CellContext<T, S> {
           std::fill_n(dx, size, T(0));
           k.conv_backward(mixed_grad[i] + n * size, y, norms[b.norm].row(0), h, w, cm, p.conv, p.dw, p.pw_t, frame,
                           e, dx, scratch, ahead);
-          double* sums = partials.data() + (n * count + j) * 2 * cm;
+          double* sums = partials + (n * count + j) * 2 * cm;
+          std::fill_n(sums, 2 * cm, 0.0);
           k.relu_backward_inner(dx, this->slot(b.inner_slot, n), affine[j].row(0), affine[j].row(1),
                                 affine[j].row(2), y, sums, sums + cm, size, cm, scratch);
         }

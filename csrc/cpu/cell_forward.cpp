@@ -9,7 +9,7 @@ namespace rfdarts {
 namespace {
 
 // beyond this a stage's outputs are gone from the caches before they are read
-constexpr int64_t kBypassCache = 24 << 20;
+constexpr int64_t kBypassCache = 4 << 20;
 
 template <class T, class S>
 struct Forward : CellContext<T, S> {
@@ -23,7 +23,7 @@ struct Forward : CellContext<T, S> {
   using CellContext<T, S>::mixed;
   using CellContext<T, S>::bypass;
 
-  void merge(Moments& moments, int64_t i, const std::vector<int>& norms) {
+  void merge(const Moments& moments, int64_t i, const std::vector<int>& norms) {
     double *mean = data.moments + norms[0] * cm, *variance = data.moments + (cell.norms + norms[0]) * cm;
     moments.merge(i, cell.images, cell.pixels(), mean, variance);
     for (int norm : norms) {
@@ -44,19 +44,19 @@ struct Forward : CellContext<T, S> {
   };
   Stage1 plan_stage1(int s) const {
     const Source& source = cell.sources[s];
-    Stage1 plan{{}, {}, {}, cell.training && source.pools, {0, 0, 0}, k.frame(source.h, source.w, cm, source.stride)};
+    Stage1 plan{{}, {}, {}, cell.training && source.pools, {}, k.frame(source.h, source.w, cm, source.stride)};
     for (int e : source.edges)
       for (const Branch& b : cell.edges[e].branches) {
         if (b.convolves()) plan.branches.push_back(&b);
         if (b.pools()) (b.op == Op::MaxPool ? plan.max_norms : plan.avg_norms).push_back(b.norm);
       }
-    plan.moments = Moments(cell.images, plan.branches.size() + 2, cm);
+    plan.moments = this->take_moments(plan.branches.size() + 2);
     return plan;
   }
   struct Stage1Room {
     T *x, *scratch, *max, *avg;
     Stage1Room(Scratch& room, const Stage1& plan, const Source& source, int64_t size, int64_t cm)
-        : x(room.take<T>(plan.frame.size, true)), scratch(room.take<T>(2 * source.w * cm + 4 * cm + 16384)),
+        : x(room.take<T>(plan.frame.size, true)), scratch(room.take<T>(3 * (source.w + 2) * cm + 16384)),
           max(room.take<T>(plan.pools ? size : 0)), avg(room.take<T>(plan.pools ? size : 0)) {}
   };
   void stage1(int s, int64_t n, Stage1& plan, const Stage1Room& room, Queue& queue) {
@@ -109,7 +109,7 @@ struct Forward : CellContext<T, S> {
     int64_t count = branches.size(), h = cell.oh, w = cell.ow, bytes = h * w * cm * sizeof(S);
     std::vector<Coefficients<T>> affine;
     for (const Branch* b : branches) affine.push_back(this->affine(b->inner_norm));
-    Moments moments(cell.images, count, cm);
+    Moments moments = this->take_moments(count);
     Frame frame = k.frame(h, w, cm, 1);
     bool bypass_cache = bypasses(count);
     this->parallel(cell.images, [&](int64_t begin, int64_t end) {

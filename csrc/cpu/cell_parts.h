@@ -59,15 +59,14 @@ class Coefficients {
 
 // Mean and squared deviations of each image, for each BatchNorm that a pass feeds.
 struct Moments {
-  int64_t c, count;
-  std::vector<double> mean, deviation;
-  Moments(int64_t images, int64_t count, int64_t c)
-      : c(c), count(count), mean(images * count * c), deviation(images * count * c) {}
-  double* mean_of(int64_t n, int64_t i) { return mean.data() + (n * count + i) * c; }
-  double* deviation_of(int64_t n, int64_t i) { return deviation.data() + (n * count + i) * c; }
+  int64_t count = 0, c = 0;
+  double* room = nullptr;  // [images][count][2][c]
+  static int64_t size(int64_t images, int64_t count, int64_t c) { return images * count * 2 * c; }
+  double* mean_of(int64_t n, int64_t i) const { return room + (n * count + i) * 2 * c; }
+  double* deviation_of(int64_t n, int64_t i) const { return mean_of(n, i) + c; }
 
   // images of equal size: the mean of means, and Chan's merge of the deviations
-  void merge(int64_t i, int64_t images, int64_t pixels, double* mean_out, double* variance_out) {
+  void merge(int64_t i, int64_t images, int64_t pixels, double* mean_out, double* variance_out) const {
     std::fill_n(mean_out, c, 0.0);
     for (int64_t n = 0; n < images; n++)
       for (int64_t j = 0; j < c; j++) mean_out[j] += mean_of(n, i)[j];
@@ -164,6 +163,10 @@ struct CellContext {
   double strength(int edge, int primitive) const { return mix(edge, primitive) * edge_weight(edge); }
 
   T* take(int64_t n) const { return static_cast<T*>(allocate(n * int64_t(sizeof(T)))); }
+  double* take_sums(int64_t n) const { return static_cast<double*>(allocate(n * int64_t(sizeof(double)))); }
+  Moments take_moments(int64_t count) const {
+    return {count, cm, take_sums(Moments::size(cell.images, count, cm))};
+  }
 
   // Where `mixed` and `bypass` of state s will be: both are read once per edge. `make_dense` fills them.
   void plan_dense(int s, bool bypassed) {

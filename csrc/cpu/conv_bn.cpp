@@ -11,7 +11,8 @@ void conv_norm_forward(const ConvNorm<T>& a, const Parallel& parallel) {
   Timed timed(kPreprocess);
   const auto& k = kernels<T, T>();
   int64_t pixels = a.oh() * a.ow(), size = pixels * a.co, period = k.repeat(a.co);
-  Moments moments(a.images, 1, a.co);
+  std::vector<double> room(Moments::size(a.images, 1, a.co));
+  Moments moments{1, a.co, room.data()};
   parallel(a.images, [&](int64_t begin, int64_t end) {
     Scratch room;
     T* scratch = room.take<T>(3 * a.co + 64 + 2 * a.ci * (a.ow() + 1) + 16384);

@@ -20,6 +20,18 @@ template <class T>
 RF_INLINE bool is_flat(int64_t c, int stride) {
   return stride == 1 && c < kLanes<T> && kLanes<T> % c == 0;
 }
+// f(C) with the C < lanes that divide a vector as a constant
+template <class T, class F>
+RF_INLINE void with_flat_channels(int64_t c, F&& f) {
+  if constexpr (kLanes<T> > 1)
+    if (c == 1) return f(std::integral_constant<int, 1>{});
+  if constexpr (kLanes<T> > 2)
+    if (c == 2) return f(std::integral_constant<int, 2>{});
+  if constexpr (kLanes<T> > 4)
+    if (c == 4) return f(std::integral_constant<int, 4>{});
+  if constexpr (kLanes<T> > 8)
+    if (c == 8) return f(std::integral_constant<int, 8>{});
+}
 // whole blocks of full vectors clip their columns at compile time and need no border
 template <class T>
 RF_INLINE bool clips(int64_t w, int64_t c, int stride) {

@@ -167,18 +167,6 @@ void conv_forward_flat(const T* x, Frame f, int64_t h, int64_t w, const T* dw, c
   finish_moments(shift, h * w, C, mean, deviation);
 }
 
-// f(C) with the C < lanes that divide a vector as a constant
-template <class T, class F>
-RF_INLINE void with_flat_channels(int64_t c, F&& f) {
-  if constexpr (kLanes<T> > 1)
-    if (c == 1) return f(std::integral_constant<int, 1>{});
-  if constexpr (kLanes<T> > 2)
-    if (c == 2) return f(std::integral_constant<int, 2>{});
-  if constexpr (kLanes<T> > 4)
-    if (c == 4) return f(std::integral_constant<int, 4>{});
-  if constexpr (kLanes<T> > 8)
-    if (c == 8) return f(std::integral_constant<int, 8>{});
-}
 template <class F>
 RF_INLINE void with_kernel(Conv conv, F&& f) {
   auto k3 = std::integral_constant<int, 3>{};

@@ -117,6 +117,12 @@ RF_INLINE Vec<T, L> max_vec(Vec<T, L> a, Vec<T, L> b) {
   return a != a ? a : max_or_second<T, L>(a, b);
 }
 
+// lanes First, First + 1, ... of [a | b]
+template <int First, class V, int... l>
+RF_INLINE auto consecutive_lanes(V a, V b, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(a, b, (First + l)...);
+}
+
 // A vector that divides C channels, as a constant handed to f: full, or 4 lanes, or one. (More would only make
 // the build longer: elementwise passes repeat small C, and flat convolutions have their own code.)
 template <class T, class F>

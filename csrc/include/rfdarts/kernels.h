@@ -65,7 +65,7 @@ struct Kernels {
                          double* deviation, T* scratch);
   // dense = x without its strides
   void (*pack)(View<T> x, int64_t h, int64_t w, int64_t c, T* dense);
-  // 3x3 pools of a dense image; scratch of 2 (w + 2) c
+  // 3x3 pools of a dense image; scratch of 3 (w + 2) c
   void (*pool_forward)(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* max, T* avg, T* scratch);
   void (*moments)(const T* y, int64_t pixels, int64_t c, double* mean, double* deviation);
   // dx += gradients of both pools; d_avg already divided by its window's size
