@@ -193,10 +193,11 @@ struct Backward : CellContext<T, S> {
   void stage2(int i) {
     Timed timed(kStage2Backward);
     std::vector<const Branch*> branches;
+    int64_t work = 0;
     int first = cell.first_edge(i);
     for (int e = first; e < first + cell.inputs + i; e++)
       for (const Branch& b : cell.edges[e].branches)
-        if (b.op == Op::SepConv) branches.push_back(&b);
+        if (b.op == Op::SepConv) branches.push_back(&b), work += this->work(b);
     if (branches.empty()) return;
     int64_t count = branches.size(), h = cell.oh, w = cell.ow, size = h * w * cm;
     std::vector<Coefficients<T>> affine;
@@ -229,7 +230,7 @@ struct Backward : CellContext<T, S> {
           queue.add(mixed_grad[i] + (n + 1) * size, size * sizeof(T));
           queue.add(this->slot(branches[0]->slot, n + 1), bytes);
         }
-        Ahead ahead = queue.over(count * size);
+        Ahead ahead = queue.over(work);
         for (int64_t j = 0; j < count; j++) {
           const Branch& b = *branches[j];
           auto p = this->pair(b, true, 1);
@@ -258,6 +259,7 @@ struct Backward : CellContext<T, S> {
       int node;
     };
     int count = 0;
+    int64_t work = 0;
     std::vector<Term> convs;
     std::vector<const T*> grads, planar;
     std::vector<T> scale;
@@ -300,7 +302,7 @@ struct Backward : CellContext<T, S> {
       double through = 0;
       for (int p = 0; p < cell.primitives; p++) {
         const Branch& b = cell.edges[e].branches[p];
-        if (b.convolves()) plan.convs.push_back({&b, cell.edges[e].node});
+        if (b.convolves()) plan.convs.push_back({&b, cell.edges[e].node}), plan.work += this->work(b);
         if (b.op == Op::MaxPool) pool(j, b, plan.max_coef, slopes[0], constants[0]);
         if (b.op == Op::AvgPool) pool(j, b, plan.avg_coef, slopes[1], constants[1]);
         if (b.op == Op::Identity) through += this->strength(e, p), plan.has_identity = true;
@@ -361,7 +363,7 @@ struct Backward : CellContext<T, S> {
     int64_t full = cell.pixels() * c;
     const T* x = this->mixed_image(s, n);
     std::fill_n(room.dx, in, T(0));
-    Ahead ahead = queue.over(plan.convs.size() * size);
+    Ahead ahead = queue.over(plan.work);
     for (const auto& t : plan.convs) {
       const Branch& b = *t.branch;
       auto p = this->pair(b, false, source.stride);
@@ -369,7 +371,7 @@ struct Backward : CellContext<T, S> {
       const T* coef = norms[b.op == Op::SepConv ? b.inner_norm : b.norm].row(0);
       if (b.op == Op::Reduce)
         k.reduce_backward(g, this->slot(b.slot, n), coef, h, w, cm, data.weights + b.weight + 2 * cm * cm, room.dx,
-                          room.scratch);
+                          room.scratch, ahead);
       else if (b.op == Op::SepConv)
         k.conv_backward_kept(this->slot(b.slot, n), this->slot(b.inner_slot, n), coef, h, w, cm, p.conv, p.dw, p.pw_t,
                              plan.frame, room.e, room.dx, room.scratch, ahead);

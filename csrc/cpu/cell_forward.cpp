@@ -39,15 +39,16 @@ struct Forward : CellContext<T, S> {
     std::vector<const Branch*> branches;
     std::vector<int> max_norms, avg_norms;
     bool pools;
+    int64_t work;
     Moments moments;
     Frame frame;
   };
   Stage1 plan_stage1(int s) const {
     const Source& source = cell.sources[s];
-    Stage1 plan{{}, {}, {}, cell.training && source.pools, {}, k.frame(source.h, source.w, cm, source.stride)};
+    Stage1 plan{{}, {}, {}, cell.training && source.pools, 0, {}, k.frame(source.h, source.w, cm, source.stride)};
     for (int e : source.edges)
       for (const Branch& b : cell.edges[e].branches) {
-        if (b.convolves()) plan.branches.push_back(&b);
+        if (b.convolves()) plan.branches.push_back(&b), plan.work += this->work(b);
         if (b.pools()) (b.op == Op::MaxPool ? plan.max_norms : plan.avg_norms).push_back(b.norm);
       }
     plan.moments = this->take_moments(plan.branches.size() + 2);
@@ -73,14 +74,15 @@ struct Forward : CellContext<T, S> {
     }
     if (!count) return;
     k.frame_relu({in, w * cm, cm}, h, w, cm, plan.frame, room.x);
-    Ahead ahead = queue.over(count * cell.pixels() * cm);
+    Ahead ahead = queue.over(plan.work);
     bool bypass_cache = bypasses(count);
     for (int64_t i = 0; i < count; i++) {
       const Branch& b = *plan.branches[i];
       S* y = this->slot(b.op == Op::SepConv ? b.inner_slot : b.slot, n);
       double *mean = plan.moments.mean_of(n, i), *deviation = plan.moments.deviation_of(n, i);
       if (b.op == Op::Reduce) {
-        k.reduce_forward(room.x, plan.frame, h, w, cm, data.weights + b.weight, y, mean, deviation, room.scratch);
+        k.reduce_forward(room.x, plan.frame, h, w, cm, data.weights + b.weight, y, mean, deviation, room.scratch,
+                         ahead);
       } else {
         auto p = this->pair(b, false, source.stride);
         k.conv_forward(room.x, plan.frame, h, w, cm, p.conv, p.dw, p.pw, y, bypass_cache, mean, deviation,
@@ -102,9 +104,10 @@ struct Forward : CellContext<T, S> {
   void stage2(int s) {
     Timed timed(kStage2);
     std::vector<const Branch*> branches;
+    int64_t work = 0;
     for (int e : cell.sources[s].edges)
       for (const Branch& b : cell.edges[e].branches)
-        if (b.op == Op::SepConv) branches.push_back(&b);
+        if (b.op == Op::SepConv) branches.push_back(&b), work += this->work(b);
     if (branches.empty()) return;
     int64_t count = branches.size(), h = cell.oh, w = cell.ow, bytes = h * w * cm * sizeof(S);
     std::vector<Coefficients<T>> affine;
@@ -121,7 +124,7 @@ struct Forward : CellContext<T, S> {
         queue.clear();
         for (int64_t i = 1; i < count; i++) queue.add(this->slot(branches[i]->inner_slot, n), bytes);
         if (n + 1 < end) queue.add(this->slot(branches[0]->inner_slot, n + 1), bytes);
-        Ahead ahead = queue.over(count * h * w * cm);
+        Ahead ahead = queue.over(work);
         for (int64_t i = 0; i < count; i++) {
           const Branch& b = *branches[i];
           k.frame_affine_relu(this->slot(b.inner_slot, n), affine[i].row(0), affine[i].row(1), h, w, cm, frame, u);

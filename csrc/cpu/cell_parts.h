@@ -90,10 +90,11 @@ class Queue {
     bytes_ += bytes;
   }
   int64_t bytes() const { return bytes_; }
-  // over the blocks of convolutions with `results` elements in all
-  Ahead over(int64_t results) {
-    int64_t blocks = std::max<int64_t>(results / kAheadBlock, 1);
-    return {ranges_.data(), ranges_.data() + ranges_.size(), bytes_ / 64 / blocks + 1};
+  // over so many multiply-adds of 16 lanes
+  Ahead over(int64_t work) {
+    if (ranges_.empty()) return {};
+    int64_t lines = bytes_ / 64 + ranges_.size();
+    return {ranges_.data(), ranges_.data() + ranges_.size(), (lines << 16) / std::max<int64_t>(work, 1) + 1, 0};
   }
   void append(const Queue& other) {
     for (const auto& range : other.ranges_) add(range.at, range.bytes);
@@ -151,6 +152,11 @@ struct CellContext {
     int64_t row = wide ? cm : period, taps = b.kernel * b.kernel;
     const T* dw = base + (b.weight / cm + (second ? taps + 2 * cm : 0)) * row;
     return {dw, dw + taps * row, dw + (taps + cm) * row, {b.kernel, b.dilation, stride}};
+  }
+  // multiply-adds of 16 lanes that one of its convolutions costs an image; see Queue
+  int64_t work(const Branch& b) const {
+    int64_t taps = b.op == Op::Reduce ? 2 * cm : b.kernel * b.kernel + cm;
+    return cell.pixels() * cm / 16 * taps;
   }
   S* slot(int s, int64_t n) const { return data.kept + (s * cell.images + n) * cell.image(); }
   double mean(int norm, int64_t i) const { return data.moments[norm * cm + i]; }

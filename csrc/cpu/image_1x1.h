@@ -11,12 +11,12 @@ RF_INLINE void relu_pixels(const T* from, int64_t pixels, int64_t step, int64_t 
 
 template <class T>
 void conv1x1_forward(View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co, bool reduce, const T* pw, T* y,
-                     double* mean, double* deviation, T* scratch) {
+                     double* mean, double* deviation, T* scratch, Ahead& ahead) {
   int64_t wide = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * wide);
   with_lanes<T>(co, [&](auto lanes) {
     constexpr int L = lanes;
     T* d = scratch + 3 * round_up(co, kLanes<T>);
-    KeptRows<T, T, L> kept(wide, co, pw, y, false, mean, deviation, scratch);
+    KeptRows<T, T, L> kept(wide, co, pw, y, false, mean, deviation, scratch, ahead);
     for (int64_t r0 = 0; r0 < oh; r0 += rows) {
       int64_t n = least(rows, oh - r0);
       for (int64_t r = r0; r < r0 + n; r++) {
@@ -54,13 +54,13 @@ RF_INLINE void masked_pixels(const T* d, const T* x, int64_t pixels, int64_t d_s
 // dx dense, and too large to be in the caches when it is read; coef as of norm_backward
 template <class T>
 void conv1x1_backward(const T* g, const T* y, const T* coef, View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co,
-                      bool reduce, const T* pw_t, T* dx, T* scratch) {
+                      bool reduce, const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
   int64_t wide = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * wide);
   T* back = scratch + rows * ow * co;
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
     norm_backward_dense(g + r0 * ow * co, y + r0 * ow * co, coef, n * ow * co, co, scratch);
-    with_lanes<T>(wide, [&](auto lanes) { pointwise<T, lanes>(scratch, n * ow, co, pw_t, wide, back); });
+    with_lanes<T>(wide, [&](auto lanes) { pointwise<T, lanes>(scratch, n * ow, co, pw_t, wide, back, ahead); });
     for (int64_t r = r0; r < r0 + n; r++) {
       const T* d = back + (r - r0) * ow * wide;
       if (!reduce) {

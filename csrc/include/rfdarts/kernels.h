@@ -37,10 +37,10 @@ struct Ahead {
     int64_t bytes;
   };
   Range *next = nullptr, *end = nullptr;
-  // cache lines per block of kAheadBlock results
-  int64_t pace = 0;
+  // cache lines per 2^16 multiply-adds of 16 lanes, and what is due: a few at a time, for a burst would hold up the
+  // loads that the arithmetic waits for
+  int64_t rate = 0, due = 0;
 };
-constexpr int64_t kAheadBlock = 128;
 
 // Per-channel coefficients, repeated until they fill whole vectors: see `repeat`.
 // T: arithmetic and states. S: how branch outputs are kept (T, or bf16 beside float).
@@ -62,7 +62,7 @@ struct Kernels {
                        S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead& ahead);
   // FactorizedReduce: y = [w1 x(2r, 2q) | w2 x(2r+1, 2q+1)], both as one [2C, C] matrix.
   void (*reduce_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, const T* pw, S* y, double* mean,
-                         double* deviation, T* scratch);
+                         double* deviation, T* scratch, Ahead& ahead);
   // dense = x without its strides
   void (*pack)(View<T> x, int64_t h, int64_t w, int64_t c, T* dense);
   // 3x3 pools of a dense image; scratch of 3 (w + 2) c
@@ -89,7 +89,7 @@ struct Kernels {
   void (*conv_backward_kept)(const S* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
                              const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead& ahead);
   void (*reduce_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, const T* pw_t,
-                          T* dx, T* scratch);
+                          T* dx, T* scratch, Ahead& ahead);
   // du = dx where scale y + shift > 0; sums of du and du (y - mean). du may be where y2 was.
   void (*relu_backward_inner)(const T* dx, const S* y, const T* scale, const T* shift, const T* mean, S* du,
                               double* sum, double* dot, int64_t size, int64_t c, T* scratch);
@@ -98,9 +98,9 @@ struct Kernels {
 
   // One image through ReLU and a 1x1 convolution; see image_1x1.h.
   void (*conv1x1_forward)(View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co, bool reduce, const T* pw, T* y,
-                          double* mean, double* deviation, T* scratch);
+                          double* mean, double* deviation, T* scratch, Ahead& ahead);
   void (*conv1x1_backward)(const T* g, const T* y, const T* coef, View<T> x, int64_t oh, int64_t ow, int64_t ci,
-                           int64_t co, bool reduce, const T* pw_t, T* dx, T* scratch);
+                           int64_t co, bool reduce, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
   // dense pixels to pixels `step` apart, past the caches
   void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
   void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out);
