@@ -25,10 +25,11 @@ using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 
 // a tensor on pooled memory
-Tensor take(const Ints& sizes, const Ints& strides, ScalarType type, int64_t item) {
+Tensor take(const Ints& sizes, const Ints& strides, ScalarType type, int64_t item,
+            Lifetime lifetime = Lifetime::State) {
   int64_t count = 1;
   for (int64_t size : sizes) count *= size;
-  void* data = pool_take(count * item);
+  void* data = pool_take(count * item, lifetime);
   return torch::stable::from_blob(data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                   type, [](void* p) { pool_give(p); });
 }
@@ -131,9 +132,9 @@ void with_types(const Tensor& x, bool bfloat16, F&& f) {
 }
 
 Tensor take_kept(const Cell& cell, const Tensor& x, bool bfloat16) {
-  bool doubles = x.scalar_type() == ScalarType::Double;
-  if (bfloat16 && !doubles) return take_vector(cell.kept_size(), ScalarType::BFloat16, 2);
-  return take_vector(cell.kept_size(), x.scalar_type(), x.element_size());
+  bool half = bfloat16 && x.scalar_type() != ScalarType::Double;
+  ScalarType type = half ? ScalarType::BFloat16 : x.scalar_type();
+  return take({cell.kept_size()}, {1}, type, half ? 2 : x.element_size(), Lifetime::Kept);
 }
 
 std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(const Tensors& inputs, const Tensors& noise, const Tensor& weights,
