@@ -17,6 +17,8 @@ SOURCES = Path("csrc/sources.txt")
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 FLAGS = [
     "-O2",
+    # debugging symbols are most of what a compiler writes here
+    "-g0",
     "-fvect-cost-model=dynamic",
     "-std=c++20",
     "-fvisibility=hidden",
