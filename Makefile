@@ -11,7 +11,7 @@ TORCH_READY := $(VENV)/torch-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
 INSTALLED := $(VENV)/installed
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: install search test test-slow lint clean
+.PHONY: install search test test-slow lint clean gpu-check
 
 install: $(INSTALLED)
 
@@ -45,3 +45,7 @@ lint: install
 
 clean:
 	rm -rf $(VENV) build *.egg-info rfdarts_fast/*.so
+
+# on a machine with a GPU: builds, tests, sanitizes and measures into benchmarks/results/gpu_check.json
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check

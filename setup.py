@@ -1,35 +1,36 @@
 """Builds the compiled kernels beside the Python package; everything else is in pyproject.toml.
 
-RFDARTS_BUILD_CPU decides: `auto` (default) builds them where torch and a compiler are, and says what is
-missing where not; `required` fails instead; `off` does not try. The package works without them.
+RFDARTS_BUILD_CPU and RFDARTS_BUILD_CUDA decide: `auto` (default) builds kernels where torch and the compilers
+are, and says what is missing where not; `required` fails instead; `off` does not try. The package works
+without them. CUDA kernels are built wherever nvcc is, whatever torch's own build, for the architectures of
+TORCH_CUDA_ARCH_LIST or those below.
 """
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = Path("csrc/sources.txt")
+CSRC = Path("csrc")
+CPU, CUDA = "rfdarts_fast.ops._C", "rfdarts_fast.ops._cuda"
+VARIABLES = {CPU: "RFDARTS_BUILD_CPU", CUDA: "RFDARTS_BUILD_CUDA"}
 # one binary for every torch from 2.11 and every Python from 3.10 on
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
-FLAGS = [
-    "-O2",
-    # debugging symbols are most of what a compiler writes here
-    "-g0",
-    "-fvect-cost-model=dynamic",
-    "-std=c++20",
-    "-fvisibility=hidden",
-    "-ffp-contract=fast",
-    "-Wall",
-    "-Wno-psabi",
-]
+# no debugging symbols: they are most of what the compiler would write
+FLAGS = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"]
+CPU_FLAGS = ["-O2", "-fvect-cost-model=dynamic", "-ffp-contract=fast"]
+# A100, H100, B200 and, through PTX, what comes after
+ARCHS = "8.0;9.0;10.0+PTX"
 
 
 def missing() -> str | None:
-    """What keeps the kernels from being built here, or None."""
+    """What keeps any kernels from being built here, or None."""
     if platform.system() != "Linux":
         return f"they are built on Linux only, this is {platform.system()}"
     try:
@@ -44,39 +45,134 @@ def missing() -> str | None:
     return None
 
 
-def build_options() -> dict:
-    option = os.environ.get("RFDARTS_BUILD_CPU", "auto")
+def find_nvcc() -> Path | None:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    on_path = shutil.which("nvcc")
+    candidates = [Path(home, "bin", "nvcc") for home in homes if home]
+    candidates += [Path(on_path)] if on_path else []
+    for path in [*candidates, Path("/usr/local/cuda/bin/nvcc")]:
+        # a wrapper elsewhere on PATH has no toolkit around it
+        if path.is_file() and (path.resolve().parents[1] / "include" / "cuda_runtime.h").is_file():
+            return path.resolve()
+    return None
+
+
+def cuda_missing() -> str | None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "there is no nvcc (looked at CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
+    if not any((nvcc.parent.parent / lib / "libcudart_static.a").is_file() for lib in ("lib64", "lib")):
+        return f"there is no libcudart_static.a beside {nvcc}"
+    return None
+
+
+def archs() -> list[str]:
+    """Entries such as 9.0, 9.0a or 10.0+PTX."""
+    entries = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHS)
+    for entry in entries:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 10.0+PTX, got {entry!r}")
+    return entries
+
+
+def gencode() -> list[str]:
+    flags = []
+    for entry in archs():
+        number = entry.removesuffix("+PTX").replace(".", "")
+        code = f"[sm_{number},compute_{number}]" if entry.endswith("+PTX") else f"sm_{number}"
+        flags += ["-gencode", f"arch=compute_{number},code={code}"]
+    return flags
+
+
+def compile_kernels(folder: Path) -> list[str]:
+    """Object files of all .cu files, compiled anew where a source or header has changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = [*CSRC.glob("cuda/*.h"), *CSRC.glob("include/rfdarts/*.h")]
+    changed = max(path.stat().st_mtime for path in headers)
+    common = [str(find_nvcc()), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode()]
+    common += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    key = folder / "command"
+    if not key.is_file() or key.read_text() != " ".join(common):
+        changed = float("inf")
+
+    def compile_one(line: str) -> str:
+        source, target = CSRC / line, folder / (Path(line).stem + ".o")
+        if not target.is_file() or target.stat().st_mtime < max(changed, source.stat().st_mtime):
+            subprocess.run([*common, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, (CSRC / "sources_cuda.txt").read_text().split()))
+    key.write_text(" ".join(common))
+    return objects
+
+
+def wanted(name: str, reason: str | None) -> bool:
+    """Whether to build an extension that `reason` keeps from being built, if it is not None."""
+    variable = VARIABLES[name]
+    option = os.environ.get(variable, "auto")
     if option not in ("auto", "required", "off"):
-        raise SystemExit(f"RFDARTS_BUILD_CPU: expected auto, required or off, got {option!r}")
+        raise SystemExit(f"{variable}: expected auto, required or off, got {option!r}")
     if option == "off":
-        return {}
-    reason = missing()
+        return False
     if reason is not None:
         if option == "required":
-            raise SystemExit(f"rfdarts_fast: cannot build the compiled kernels: {reason}")
-        print(f"rfdarts_fast: building without the compiled kernels: {reason}", file=sys.stderr)
+            raise SystemExit(f"rfdarts_fast: cannot build {name}: {reason}")
+        print(f"rfdarts_fast: building without {name}: {reason}", file=sys.stderr)
+    return reason is None
+
+
+def build_options() -> dict:
+    reason = missing()
+    cpu, cuda = wanted(CPU, reason), wanted(CUDA, reason or cuda_missing())
+    if not cpu and not cuda:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
-        def build_extensions(self) -> None:
+        def build_extension(self, ext) -> None:
             try:
-                super().build_extensions()
+                if ext.name == CUDA:
+                    ext.extra_objects += compile_kernels(Path(self.build_temp).resolve() / "cuda")
+                super().build_extension(ext)
             except Exception as error:
-                if option == "required":
+                if os.environ.get(VARIABLES[ext.name]) == "required":
                     raise
-                print(f"rfdarts_fast: the compiled kernels failed to build: {error}", file=sys.stderr)
-                self.extensions = []
+                print(f"rfdarts_fast: {ext.name} failed to build: {error}", file=sys.stderr)
 
-    extension = CppExtension(
-        "rfdarts_fast.ops._C",
-        [f"csrc/{line}" for line in SOURCES.read_text().split()],
-        include_dirs=[str(Path("csrc/include").resolve())],
-        extra_compile_args={"cxx": FLAGS + STABLE_ABI},
-        py_limited_api=True,
-    )
+    def extension(name: str, sources: list[str], flags: list[str], **options):
+        found = CppExtension(
+            name,
+            [str(CSRC / source) for source in sources],
+            extra_compile_args={"cxx": FLAGS + STABLE_ABI + flags},
+            py_limited_api=True,
+            **options,
+        )
+        # a failed build leaves it out
+        found.optional = True
+        return found
+
+    include = str((CSRC / "include").resolve())
+    extensions = []
+    if cpu:
+        sources = (CSRC / "sources.txt").read_text().split()
+        extensions.append(extension(CPU, sources, CPU_FLAGS, include_dirs=[include]))
+    if cuda:
+        home = find_nvcc().parent.parent
+        # one library for a torch with CUDA and without: the runtime inside, what torch lacks unresolved
+        link = ["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        extensions.append(
+            extension(
+                CUDA,
+                ["bindings_cuda.cpp", "cpu/cell.cpp"],
+                ["-O2", f'-DRFDARTS_CUDA_ARCHS="{" ".join(archs())}"'],
+                include_dirs=[include, str(home / "include")],
+                library_dirs=[str(home / "lib64"), str(home / "lib")],
+                extra_link_args=link,
+            )
+        )
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

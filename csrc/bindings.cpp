@@ -16,6 +16,7 @@
 #include "rfdarts/cell.h"
 #include "rfdarts/conv_bn.h"
 #include "rfdarts/memory.h"
+#include "rfdarts/schemas.h"
 
 namespace rfdarts {
 namespace {
@@ -309,23 +310,12 @@ std::string profile_op() {
 }  // namespace
 }  // namespace rfdarts
 
-// the arguments of a cell; see rfdarts_fast/ops/native.py
-#define CELL "Tensor weights, Tensor gamma, Tensor beta, Tensor mix"
 STABLE_TORCH_LIBRARY(rfdarts, m) {
-  m.def("cell_forward(Tensor[] inputs, Tensor[] noise, " CELL
-        ", Tensor? edge_weights, Tensor? moments, int[] spec, float eps, bool bfloat16,"
-        " bool together) -> (Tensor[], Tensor, Tensor, Tensor)");
-  m.def("cell_kept(Tensor[] inputs, Tensor[] nodes, " CELL
-        ", Tensor moments, int[] spec, float eps, bool bfloat16) -> Tensor");
-  m.def("cell_backward(Tensor[] grads, int[] grad_nodes, Tensor[] inputs, Tensor[] nodes, Tensor[] noise, " CELL
-        ", Tensor? edge_weights, Tensor moments, Tensor(a!) kept, int[] spec, float eps, bool bfloat16, int[] wanted)"
-        " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)");
+  define_cell_ops(m);
   m.def("conv_bn_forward(Tensor x, Tensor weights, Tensor gamma, Tensor beta, Tensor? moments, float eps, bool reduce)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("conv_bn_backward(Tensor grad, Tensor x, Tensor y, Tensor weights, Tensor gamma, Tensor beta, Tensor moments,"
         " float eps, bool training, bool reduce, bool wanted) -> (Tensor, Tensor, Tensor)");
-  m.def("update_running(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] counts, Tensor moments,"
-        " float momentum, int count) -> ()");
   m.def("isa() -> str");
   m.def("isa_best() -> str");
   m.def("pool_release() -> ()");

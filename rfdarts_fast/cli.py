@@ -151,19 +151,12 @@ def run_bench(args: list[str]) -> None:
 
 
 def run_env(args: list[str]) -> None:
-    from rfdarts_fast.engine.environment import environment, optional_packages
-    from rfdarts_fast.ops import native
+    from rfdarts_fast.engine.environment import compiled_engines, environment, optional_packages
 
     argparse.ArgumentParser("rfdarts env", description="What is installed and built here.").parse_args(args)
     here = environment()
     del here["command"]
-    kernels = native.status()
-    built = (
-        f"{kernels['isa']} (best here: {kernels['isa_best']})"
-        if kernels["built"]
-        else f"none: {kernels['reason']}"
-    )
-    rows = {**here, "cpu kernels": built, **optional_packages()}
+    rows = {**here, **compiled_engines(), **optional_packages()}
     for name, value in rows.items():
         print(f"{name:14} {', '.join(value) or 'none' if isinstance(value, list) else value}")
 

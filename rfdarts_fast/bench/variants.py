@@ -54,7 +54,7 @@ def step_of(
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
     if variant == "compile":
-        _compile_mixed_ops(network)
+        compile_mixed_ops(network)
     parameters = [*network.parameters(), *network.arch_parameters()]
 
     def step() -> float:
@@ -77,11 +77,15 @@ def step_of(
 class _CompiledCell(nn.Module):
     """A search cell whose mixed ops are compiled one by one."""
 
-    def __init__(self, cell: nn.Module) -> None:
+    def __init__(self, cell: nn.Module, mode: str) -> None:
         super().__init__()
         self.cell = cell
         self.reduction = cell.reduction
-        self.compiled = [torch.compile(op) for op in cell._ops]  # type: ignore[union-attr]
+        # each shape for itself: Inductor fails on what it makes of all of them together
+        self.compiled = [
+            torch.compile(op, mode=mode, dynamic=False)
+            for op in cell._ops  # type: ignore[union-attr]
+        ]
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None) -> Tensor:
         states = [self.cell.preprocess0(s0), self.cell.preprocess1(s1)]  # type: ignore[operator]
@@ -99,11 +103,12 @@ class _CompiledCell(nn.Module):
         return torch.cat(states[2:], dim=1)
 
 
-def _compile_mixed_ops(network: SearchNetwork) -> None:
+def compile_mixed_ops(network: SearchNetwork, mode: str = "default") -> None:
+    """In place; `mode` is torch.compile's."""
     assert all(isinstance(op, MixedOp) for cell in network.cells for op in cell._ops)  # type: ignore[union-attr]
     # thousands of graphs of the same shape family: each is its own
     torch._dynamo.config.cache_size_limit = 4096
-    network.cells = nn.ModuleList([_CompiledCell(cell) for cell in network.cells])
+    network.cells = nn.ModuleList([_CompiledCell(cell, mode) for cell in network.cells])
 
 
 def memory_of(steps: int, make: Callable[[], Callable[[], float]]) -> tuple[int, int]:

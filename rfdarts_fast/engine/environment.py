@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import rfdarts_fast
+from rfdarts_fast.ops import cuda, native
 
 _OPTIONAL = {
     "torchvision": "data sets cifar10, cifar100, svhn (pip install 'rfdarts_fast[vision]')",
@@ -73,6 +74,14 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def compiled_engines() -> dict[str, str]:
+    """What the compiled engines were built for and what runs, or why not."""
+    cpu, gpu = native.status(), cuda.status()
+    isa = f"{cpu['isa']} (best here: {cpu['isa_best']})" if cpu["built"] else f"none: {cpu['reason']}"
+    built = f"built for {gpu['archs']}" if gpu["built"] else "not built"
+    return {"cpu kernels": isa, "cuda kernels": f"{built}; {gpu['reason']}" if "reason" in gpu else built}
 
 
 def optional_packages() -> dict[str, str]:

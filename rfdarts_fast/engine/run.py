@@ -183,7 +183,7 @@ class Run(ABC):
         progress = Progress(self.epochs * steps, self.epoch * steps + self.step, self.label)
         if self.epoch or self.step:
             progress.line(f"resuming at epoch {self.epoch}, step {self.step} of {steps}")
-        # what exists by now lives to the end: the collector would scan its thousands of modules again and again
+        # what exists by now lives to the end; the collector would scan thousands of modules again and again
         gc.collect()
         gc.freeze()
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from torch import Tensor
+
 Schedule = Literal["cosine", "linear", "step", "constant"]
 
 
@@ -42,5 +44,9 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer, rate: float) -> None:
+    """In place where the rate is a tensor: a recorded step reads it there."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

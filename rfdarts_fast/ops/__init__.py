@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from rfdarts_fast.ops import native, native_conv, reference
+from rfdarts_fast.ops import cuda, native, native_conv, reference
 from rfdarts_fast.ops.backend import Backend, BackendError, Memory, backend_name, fall_back, use_backend
 from rfdarts_fast.ops.reference import Edge
 
@@ -41,8 +42,10 @@ def mixed_cell(
     Raises:
         BackendError: if the backend that `use_backend` names cannot run.
     """
-    if _native_runs(edges, inputs):
-        return native.mixed_cell(edges, inputs, weights, edge_weights, memory=use_backend.memory)
+    states, memory = _under_autocast(inputs)
+    engine = _engine(edges, states)
+    if engine is not None:
+        return engine.mixed_cell(edges, states, weights, edge_weights, memory=memory)
     return reference.mixed_cell(edges, inputs, weights, edge_weights)
 
 
@@ -50,9 +53,10 @@ def concatenated_cell(
     edges: Sequence[Edge], inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
 ) -> Tensor:
     """The nodes of `mixed_cell` concatenated, [N, nodes * C, H', W'], for less than what torch.cat costs."""
-    if _native_runs(edges, inputs):
-        memory = use_backend.memory
-        return native.mixed_cell(edges, inputs, weights, edge_weights, memory=memory, concatenate=True)[0]
+    states, memory = _under_autocast(inputs)
+    engine = _engine(edges, states)
+    if engine is not None:
+        return engine.mixed_cell(edges, states, weights, edge_weights, memory=memory, concatenate=True)[0]
     return torch.cat(reference.mixed_cell(edges, inputs, weights, edge_weights), dim=1)
 
 
@@ -61,21 +65,35 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
 
     See `reference.relu_conv_bn`. Frozen 1x1 convolutions are fused where an engine can.
     """
+    [x], _ = _under_autocast([x])
     fused = backend_name() != "reference" and native.status()["built"]
     if fused and native_conv.why_not_conv(x, tuple(convs), norm) is None:
         return native_conv.relu_conv_bn(x, tuple(convs), norm, memory=use_backend.memory)
     return reference.relu_conv_bn(x, convs, norm)
 
 
-def _native_runs(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> bool:
-    """Whether the compiled engine takes the cell; where not, says why, or raises if it was named."""
+def _under_autocast(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Memory]:
+    """On the CPU, autocast to bfloat16 means states in float32 and branch outputs kept in bfloat16."""
+    memory = use_backend.memory
+    on_cpu = inputs[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if not on_cpu or backend_name() == "reference":
+        return inputs, memory
+    half = torch.bfloat16, torch.float16
+    states = [x.float() if x.dtype in half else x for x in inputs]
+    return states, "bfloat16" if memory == "fast" else memory
+
+
+def _engine(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> ModuleType | None:
+    """The compiled engine that takes the cell, or None; says why there is none, or raises if it was named."""
     # on the meta device only shapes matter
     if backend_name() == "reference" or inputs[0].device.type == "meta":
-        return False
-    reason = native.why_not(edges, inputs)
-    if reason is not None:
-        fall_back(reason, expected=_trains_convolutions(edges))
-    return reason is None
+        return None
+    engine = cuda if inputs[0].device.type == "cuda" else native
+    reason = engine.why_not(edges, inputs)
+    if reason is None:
+        return engine
+    fall_back(reason, expected=_trains_convolutions(edges))
+    return None
 
 
 def _trains_convolutions(edges: Sequence[Edge]) -> bool:

@@ -55,6 +55,12 @@ def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
             return f"no kernels for dtype {x.dtype}"
         if x.dtype != inputs[0].dtype:
             return "inputs of different dtypes"
+    return unsupported(edges, inputs, inputs[0].dtype)
+
+
+def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor], parameters: torch.dtype) -> str | None:
+    """What no device has kernels for in this cell, or None; weights must have the dtype `parameters`."""
+    for x in inputs:
         if x.dim() != 4 or x.numel() == 0:
             return "inputs that are not [N, C, H, W], or empty"
         if x.shape[1] != edges[0].channels:
@@ -64,7 +70,7 @@ def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
         return f"no kernels for {plan}"
     if plan.stride == 2 and any(x.shape[2] % 2 or x.shape[3] % 2 for x in inputs):
         return "a reduction of an odd image size"
-    return plan.objection(inputs[0].dtype)
+    return plan.objection(parameters)
 
 
 class CellFunction(torch.autograd.Function):
@@ -85,7 +91,7 @@ class CellFunction(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         recompute, bfloat16, together = options
-        weights = plan.weights(inputs[0].dtype)
+        weights = plan.weights(gamma.dtype)
         eps = plan.norms[0].eps if plan.norms else 1e-5
         dense = [channels_inside(x.detach()) for x in inputs]
         nodes, concatenated, kept, used = torch.ops.rfdarts.cell_forward(
@@ -183,9 +189,10 @@ def mixed_cell(
         raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
     noise = []
     for _ in range(plan.noises):
-        drawn = torch.randn(n, plan.channels // plan.K, h // stride, w // stride, dtype=x.dtype)
+        shape = n, plan.channels // plan.K, h // stride, w // stride
+        drawn = torch.randn(shape, dtype=x.dtype, device=x.device)
         noise.append(channels_last(drawn))
-    gamma, beta = gamma_beta(plan, x)
+    gamma, beta = gamma_beta(plan, weights)
     moments = None if training else running_moments(plan)
     spec = [*plan.spec[:5], int(training), *plan.spec[6:]]
     *nodes, used = CellFunction.apply(

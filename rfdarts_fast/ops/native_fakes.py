@@ -53,10 +53,10 @@ def _cell_backward(
     shape = (spec[3], x.shape[1] // spec[4])
     return (
         [_state(inputs[j], x.shape[1], inputs[j].shape[2], inputs[j].shape[3]) for j in wanted],
-        x.new_empty(shape),
-        x.new_empty(shape),
-        x.new_empty(edges, primitives),
-        x.new_empty(0 if edge_weights is None else edges),
+        gamma.new_empty(shape),
+        gamma.new_empty(shape),
+        mix.new_empty(edges, primitives),
+        mix.new_empty(0 if edge_weights is None else edges),
     )
 
 

@@ -10,6 +10,7 @@ from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rfdarts_fast.ops.reference import Edge
 
@@ -98,7 +99,9 @@ class Plan:
     def weights(self, dtype: torch.dtype) -> Tensor:
         """All frozen convolutions in one vector of their dtype, packed again when one has changed."""
         tensors = self.conv_weights()
-        state = [*map(Tensor.data_ptr, tensors)], [*map(_version, tensors)], [*map(_dtype, tensors)]
+        # tensors without data, for tracing, have no address
+        address = id if any(isinstance(t, FakeTensor) for t in tensors[:1]) else Tensor.data_ptr
+        state = [*map(address, tensors)], [*map(_version, tensors)], [*map(_dtype, tensors)]
         if self.packed is None or state != self.packed_from:
             with torch.no_grad():
                 parts = [part.reshape(-1) for pack in self.packers for part in pack()]

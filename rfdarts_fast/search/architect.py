@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rfdarts_fast.nn import Supernet
 
-Batch = tuple[Tensor, Tensor]
+Batch = Sequence[Tensor]
 
 # radius of the finite difference, over the norm of the direction (DARTS, footnote 2)
 FINITE_DIFFERENCE = 0.01
@@ -46,33 +46,40 @@ class Architect:
         network: the supernet.
         weight_optimizer: SGD over the trainable weights; the second order looks one of its steps ahead.
         order: "first" takes the weights as they are, "second" as they would be after that step.
+        amp: activations in bfloat16.
     """
 
-    def __init__(self, network: Supernet, weight_optimizer: torch.optim.SGD, order: str) -> None:
+    def __init__(
+        self, network: Supernet, weight_optimizer: torch.optim.SGD, order: str, amp: bool = False
+    ) -> None:
         self.network = network
         self.weight_optimizer = weight_optimizer
         self.order = order
+        self.amp = amp
         self.weights = [p for group in weight_optimizer.param_groups for p in group["params"]]
         self.arch = network.arch_parameters()
 
     def gradients(self, train: Batch, val: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
         """Gradients in the order of `network.arch_parameters()`, validation loss, validation logits."""
         if self.order == "first":
-            loss, logits = self._loss(val)
+            loss, logits = self.loss(val)
             return gradients(loss, self.arch), loss, logits
         return self._second_order(train, val)
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self.network(batch[0])
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross entropy and logits, [N, classes] in float32."""
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.amp, cache_enabled=False):
+            logits = self.network(batch[0])
+        logits = logits.float() if self.amp else logits
         return F.cross_entropy(logits, batch[1]), logits
 
     def _second_order(self, train: Batch, val: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
         weights = [p.detach().clone() for p in self.weights]
         rate = self.weight_optimizer.param_groups[0]["lr"]
-        self._look_ahead(gradients(self._loss(train)[0], self.weights))
+        self._look_ahead(gradients(self.loss(train)[0], self.weights))
         # the published code looks ahead with a copy of the network, so its running statistics stay put
         buffers = [b.clone() for b in self.network.buffers()]
-        loss, logits = self._loss(val)
+        loss, logits = self.loss(val)
         grads = gradients(loss, [*self.arch, *self.weights])
         for buffer, kept in zip(self.network.buffers(), buffers, strict=True):
             buffer.copy_(kept)
@@ -104,7 +111,7 @@ class Architect:
         self, weights: Sequence[Tensor], direction: Sequence[Tensor], radius: Tensor, train: Batch
     ) -> list[Tensor]:
         self._set_weights([w + radius * v for w, v in zip(weights, direction, strict=True)])
-        return gradients(self._loss(train)[0], self.arch)
+        return gradients(self.loss(train)[0], self.arch)
 
     @torch.no_grad()
     def _set_weights(self, weights: Sequence[Tensor]) -> None:

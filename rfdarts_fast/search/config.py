@@ -127,8 +127,13 @@ class SearchConfig(RunConfig):
     backend: Backend = "auto"
     """Engine of the mixed ops: auto takes the fastest that can run, reference is plain PyTorch."""
     memory: Memory = "fast"
-    """What the native engine keeps for the backward pass: all branch outputs, those in bfloat16, or node
-    states only."""
+    """What the native engine keeps for the backward pass: all branch outputs, those in bfloat16 (on a GPU
+    that is --amp bf16's affair), or node states only."""
+
+    amp: Literal["off", "bf16"] = "off"
+    """bf16: activations in bfloat16; statistics, BatchNorm parameters and architecture weights in float32."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Record a step in a CUDA graph and replay it: auto where that can be done, on or stop."""
 
     @property
     def random_features(self) -> bool:
@@ -151,6 +156,10 @@ class SearchConfig(RunConfig):
         require(
             self.channels % self.partial_channels == 0, self, "partial_channels",
             f"a divisor of the {self.channels} channels",
+        )  # fmt: skip
+        require(
+            self.cuda_graph != "on" or self.order == "first", self, "cuda_graph",
+            "off or auto with the second order",
         )  # fmt: skip
         if self.space == "nasbench201":
             require(not partial, self, "method", "darts or rf-darts in the NAS-Bench-201 space")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rfdarts_fast.data import (
@@ -19,7 +19,9 @@ from rfdarts_fast.data import (
     split_per_class,
     split_stratified,
 )
+from rfdarts_fast.engine.config import require
 from rfdarts_fast.engine.files import write_text
+from rfdarts_fast.engine.graph import GraphedStep, Recorder
 from rfdarts_fast.engine.meters import Meter
 from rfdarts_fast.engine.run import (
     Run,
@@ -38,6 +40,11 @@ from rfdarts_fast.search.build import build_supernet, weight_groups
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.diagnostics import alphas, architecture_diagnostics, gamma_diagnostics
 from rfdarts_fast.spaces import AnyGenotype, to_json
+
+
+def uses_graph(config: SearchConfig, device: torch.device) -> bool:
+    """Whether steps are recorded in a CUDA graph; the second order reads the learning rate on the host."""
+    return device.type == "cuda" and config.cuda_graph != "off" and config.order == "first"
 
 
 def split(config: SearchConfig, source: DataSource) -> tuple[Tensor, Tensor]:
@@ -81,20 +88,27 @@ class SearchRun(Run):
 
         seed_everything(config.seed)
         self.network = place(build_supernet(config, source.num_classes), config, device)
+        graphed = uses_graph(config, device)
         self.weight_optimizer = torch.optim.SGD(
             weight_groups(self.network, config),
-            lr=config.learning_rate,
+            lr=torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
+            # the one that takes its rate from a tensor without reading it on the host
+            fused=True if graphed else None,
         )
         self.arch_optimizer = torch.optim.Adam(
             self.network.arch_parameters(),
             lr=config.arch_learning_rate,
             betas=(0.5, 0.999),
             weight_decay=config.arch_weight_decay,
+            capturable=device.type == "cuda",
         )
-        self.architect = Architect(self.network, self.weight_optimizer, config.order)
+        self.architect = Architect(self.network, self.weight_optimizer, config.order, config.amp == "bf16")
+        self._graph: GraphedStep | None = None
+        if graphed:
+            self._graph = GraphedStep(self._compute, Recorder(), required=config.cuda_graph == "on")
         self.resume()
         self._val_stream = self.val_batches.stream(self.val_position)
 
@@ -111,17 +125,43 @@ class SearchRun(Run):
         self.network.load_state_dict(state["network"])
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
         self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        self._keep_modes()
         self.val_position = state["val_position"]
         self.val_meter.sums.copy_(state["val_meter"])
 
+    def _keep_modes(self) -> None:
+        """A checkpoint brings the modes of its run's optimisers, which may have run on another device."""
+        device = self.batches.device
+        for group in self.weight_optimizer.param_groups:
+            rate = float(group["lr"])
+            group["lr"] = rate if self._graph is None else torch.tensor(rate, device=device)
+            group["fused"] = None if self._graph is None else True
+        for group in self.arch_optimizer.param_groups:
+            group["capturable"] = device.type == "cuda"
+        for state in self.arch_optimizer.state.values():
+            state["step"] = state["step"].to(device if device.type == "cuda" else "cpu")
+
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         set_learning_rate(self.weight_optimizer, self._learning_rate())
+        batches = [images, labels]
         searching = self.epoch >= self.config.arch_warmup_epochs
-        if searching and self.config.step_order == "arch-first":
-            self._arch_step((images, labels))
-        self._weight_step((images, labels))
-        if searching and self.config.step_order == "weights-first":
-            self._arch_step((images, labels))
+        if searching:
+            batches += next(self._val_stream)
+        compute = self._compute if self._graph is None else self._graph
+        compute("step", *batches)
+        self.val_position += searching
+
+    def _compute(self, kind: Hashable, *batches: Tensor) -> None:
+        """A step on training images and labels and, once the architecture moves, on validation images too.
+
+        Everything that changes is a tensor on the device, so that a CUDA graph can hold it.
+        """
+        train, val = batches[:2], batches[2:]
+        if val and self.config.step_order == "arch-first":
+            self._arch_step(train, val)
+        self._weight_step(train)
+        if val and self.config.step_order == "weights-first":
+            self._arch_step(train, val)
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -136,15 +176,12 @@ class SearchRun(Run):
         )
 
     def _weight_step(self, batch: Batch) -> None:
-        logits = self.network(batch[0])
-        loss = F.cross_entropy(logits, batch[1])
+        loss, logits = self.architect.loss(batch)
         grads = gradients(loss, self.architect.weights)
         descend(self.weight_optimizer, self.architect.weights, grads, self.config.grad_clip)
         self.meter.add(loss, logits, batch[1])
 
-    def _arch_step(self, train: Batch) -> None:
-        val = next(self._val_stream)
-        self.val_position += 1
+    def _arch_step(self, train: Batch, val: Batch) -> None:
         grads, loss, logits = self.architect.gradients(train, val)
         descend(self.arch_optimizer, self.architect.arch, grads, self.config.arch_grad_clip)
         self.val_meter.add(loss, logits, val[1])
@@ -155,7 +192,7 @@ class SearchRun(Run):
             "train": self.meter.result(),
             "arch": self.val_meter.result(),
             "images_per_second": images / self.seconds if self.seconds else None,
-            "learning_rate": self.weight_optimizer.param_groups[0]["lr"],
+            "learning_rate": float(self.weight_optimizer.param_groups[0]["lr"]),
             "arch_learning_rate": self.arch_optimizer.param_groups[0]["lr"],
             **architecture_diagnostics(self.network),
             "gamma": gamma_diagnostics(self.network),
@@ -188,7 +225,9 @@ def search(config: SearchConfig) -> AnyGenotype:
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
-    choose_device(config.device)
+    device = choose_device(config.device)
+    on_gpu = device.type == "cuda"
+    require(config.cuda_graph != "on" or on_gpu, config, "cuda_graph", f"off or auto on device {device}")
     source = load_data(config)
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend

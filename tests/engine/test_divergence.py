@@ -8,7 +8,9 @@ from rfdarts_fast.search import PRESETS, SearchConfig, search
 
 
 def test_a_search_that_diverges_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr("rfdarts_fast.search.run.F.cross_entropy", lambda *_: torch.tensor(float("nan")))
+    monkeypatch.setattr(
+        "rfdarts_fast.search.architect.F.cross_entropy", lambda *_: torch.tensor(float("nan"))
+    )
     monkeypatch.setattr("rfdarts_fast.search.run.gradients", lambda _, ps: [torch.zeros_like(p) for p in ps])
     tiny = {
         "channels": 4,

@@ -142,7 +142,9 @@ def test_weights_train_on_one_half_and_the_architecture_on_the_other(start, monk
     for name in ("_weight_step", "_arch_step"):
         method = getattr(run, name)
         monkeypatch.setattr(
-            run, name, lambda batch, name=name, method=method: (seen.setdefault(name, batch), method(batch))
+            run,
+            name,
+            lambda *batches, name=name, method=method: (seen.setdefault(name, batches[0]), method(*batches)),
         )
     drawn = []
     gradients = run.architect.gradients
@@ -163,14 +165,14 @@ def test_warm_up_leaves_the_architecture_and_its_images_alone(start, monkeypatch
     first_step = []
 
     def note(step):
-        def wrapped(batch):
+        def wrapped(*batches):
             if not first_step:
                 first_step.append((run.epoch, run.step, run.val_position))
                 same = [
                     torch.equal(p, before[name]) for name, p in run.network.named_arch_parameters().items()
                 ]
                 assert all(same)
-            return step(batch)
+            return step(*batches)
 
         return wrapped
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rfdarts_fast.cli import parse_config
+from rfdarts_fast.engine.config import ConfigError
 from rfdarts_fast.engine.run import load_data
 from rfdarts_fast.engine.run_folder import RunFolder
 from rfdarts_fast.nn import MixedOp
@@ -301,6 +302,22 @@ def used(lab, **changes):
 
 def check_backend(lab):
     assert used(lab, backend="reference") == {("reference", "fast")}
+
+
+def check_amp(lab):
+    seen = []
+    run = lab.start(amp="bf16")
+    run.network.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    run.architect.loss(next(run.batches.epoch(0)))
+    assert seen == [True]
+
+
+def check_cuda_graph(lab):
+    cuda = torch.device("cuda")
+    for name in ("auto", "on", "off"):
+        assert search_module.uses_graph(lab.start(cuda_graph=name).config, cuda) == (name != "off")
+    with pytest.raises(ConfigError, match="cuda_graph: expected off or auto on device cpu, got 'on'"):
+        lab.finish(cuda_graph="on", device="cpu")
 
 
 def check_memory(lab):

@@ -1,0 +1,224 @@
+"""What each CUDA kernel needs: registers from nvcc, blocks and shared memory from the emulation, bytes and
+multiply-adds from the cell; and the least time on an H100 that follows. No GPU is used.
+
+    python -m benchmarks.cuda_predicted > benchmarks/results/cuda_predicted.md
+
+The prediction is a floor, the largest of three: bytes / 3.0 TB/s (a measured copy), multiply-adds on CUDA
+cores / 33 T/s (132 multiprocessors x 128 lanes x 1.98 GHz), those on tensor cores / 495 T/s (the data sheet's
+dense bfloat16). Tensor cores take the 1x1 products where the mixed op has a multiple of 16 channels. Nothing
+here was timed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rfdarts_fast.ops import native
+from rfdarts_fast.ops.native_plan import Plan, plan_of
+from tests.cuda import emulated
+
+BANDWIDTH = 3.0e12
+MULTIPLY_ADDS = 132 * 128 * 1.98e9
+TENSOR_MULTIPLY_ADDS = 989e12 / 2
+# what a launch costs inside a CUDA graph, roughly
+LAUNCH = 2e-6
+KERNELS = {
+    "ConvForward": "conv_forward_kernel",
+    "Moments": "merge_moments_kernel",
+    "Node": "node_forward_kernel",
+    "NodeSums": "node_backward_kernel",
+    "NodeFinish": "node_finish_kernel",
+    "InnerBackward": "inner_backward_kernel",
+    "InnerFinish": "inner_finish_kernel",
+    "StateBackward": "state_backward_kernel",
+    "bypass": "bypass_backward_kernel",
+    "RunningParams": "update_running_kernel",
+}
+# cells of the supernets: name, K, width, image, stride, batch
+CELLS = [
+    ("RF-DARTS, CIFAR, first cells", 1, 16, 32, 1, 64),
+    ("RF-DARTS, CIFAR, first cells", 1, 16, 32, 1, 1024),
+    ("RF-DARTS, CIFAR, first reduction", 1, 32, 32, 2, 1024),
+    ("RF-DARTS, CIFAR, last cells", 1, 64, 8, 1, 1024),
+    ("RF-PCDARTS, CIFAR, first cells", 4, 16, 32, 1, 64),
+    ("RF-PCDARTS, CIFAR, first cells", 4, 16, 32, 1, 1024),
+    ("RF-PCDARTS, CIFAR, last cells", 4, 64, 8, 1, 1024),
+    ("RF-PCDARTS, ImageNet, K=2, first cells", 2, 16, 28, 1, 256),
+    ("RF-PCDARTS, ImageNet, K=2, last cells", 2, 64, 7, 1, 256),
+    ("RF-PCDARTS, ImageNet, K=4, first cells", 4, 16, 28, 1, 256),
+]
+
+
+def registers(nvcc: str) -> dict[str, int]:
+    """Kernel -> registers for bfloat16 on sm_90, the most of its variants."""
+    csrc = emulated.CSRC
+    found: dict[str, int] = defaultdict(int)
+    for source in ("cell_bf16.cu", "cell.cu"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [nvcc, "-std=c++20", "-O3", "-arch=sm_90", "-Xptxas", "-v", f"-I{csrc}"]
+            command += [f"-I{csrc / 'include'}", "-cubin", str(csrc / "cuda" / source)]
+            command += ["-o", str(Path(folder) / "kernels.cubin")]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        pattern = r"Function properties for (\S+)\n.*?\n.*?Used (\d+) registers"
+        for symbol, count in re.findall(pattern, text):
+            for kernel in KERNELS.values():
+                if kernel in symbol:
+                    found[kernel] = max(found[kernel], int(count))
+    return found
+
+
+def launches(
+    name: str, K: int, channels: int, side: int, stride: int, batch: int
+) -> list[tuple[str, int, int]]:
+    """(kernel, blocks, bytes of shared memory) of a forward and backward, in order."""
+    edges = list(emulated.make_edges("darts", channels, stride, K, nodes=4))
+    plan = plan_of(edges, 2)
+    assert isinstance(plan, Plan)
+    # never touched, so these take no memory
+    shape = batch, channels, side, side
+    inputs = [
+        torch.empty(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last) for _ in range(2)
+    ]
+    inputs = [x.requires_grad_() for x in inputs]
+    weights = torch.rand(len(edges), 8, requires_grad=True)
+    edge_weights = torch.rand(len(edges), requires_grad=True) if K > 1 else None
+    torch.ops.rfdarts.record(True)
+    nodes = native.mixed_cell(edges, inputs, weights, edge_weights)
+    # one node's gradient suffices for the same launches, but for two that fill zeros
+    torch.autograd.backward(nodes, [torch.empty_like(node) for node in nodes])
+    text = torch.ops.rfdarts.recorded()
+    torch.ops.rfdarts.record(False)
+    found = []
+    for line in text.splitlines():
+        params, blocks, shared = line.split(" | ")
+        key = re.search(r"(\w+)(<\w+>)?\s*,?\s*(int)?", params.split("cuda::")[1])
+        assert key is not None
+        kind = "bypass" if "int" in params.split(">")[-1] else key[1]
+        found.append((KERNELS[kind], int(blocks), int(shared)))
+    return found
+
+
+class Work(NamedTuple):
+    """Of one launch; multiply-adds apart for what runs on CUDA cores and on tensor cores."""
+
+    kernel: str
+    bytes: float = 0.0
+    adds: float = 0.0
+    tensor_adds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The least that it can take."""
+        computing = self.adds / MULTIPLY_ADDS, self.tensor_adds / TENSOR_MULTIPLY_ADDS
+        return max(self.bytes / BANDWIDTH, *computing)
+
+
+def work(K: int, channels: int, side: int, stride: int, batch: int, item: int = 2) -> list[Work]:
+    """Every launch of a cell's forward and backward, in order: run_forward.h, run_backward.h."""
+    c, out = channels // K, side // stride
+    state, pixels = batch * side * side, batch * out * out
+    y = pixels * c * item
+    x = [state * c * item if j < 2 else y for j in range(6)]
+    whole = [state * channels * item if j < 2 else pixels * channels * item for j in range(6)]
+    taps = 9 + 25 + 9 + 25
+    reduces = [stride == 2 and j < 2 for j in range(6)]
+    leaving = [4, 4, 3, 2, 1, 0]
+    found: list[Work] = []
+
+    def launch(kernel: str, size: float = 0, depthwise: float = 0, products: float = 0) -> None:
+        """depthwise, products: multiply-adds for each pixel of the output."""
+        tensor = item == 2 and c % 16 == 0
+        cuda_cores = depthwise if tensor else depthwise + products
+        found.append(Work(kernel, size, pixels * cuda_cores, pixels * products if tensor else 0))
+
+    def stages(s: int) -> None:
+        edges = leaving[s]
+        if not edges:
+            return
+        count = edges * (4 + reduces[s])
+        launch("conv_forward_kernel", x[s] + count * y, edges * taps * c, count * c * c)
+        launch("merge_moments_kernel")
+        launch("conv_forward_kernel", 4 * edges * y, edges * (9 + 25) * c, edges * 2 * c * c)
+        launch("merge_moments_kernel")
+
+    def state_backward(s: int) -> None:
+        edges = leaving[s]
+        if not edges:
+            return
+        # per edge: G, and (y, d) of its two separable, y of its other convolutions
+        read = edges * (1 + 2 * 2 + 2 + reduces[s]) * y + x[s]
+        products = edges * (4 + reduces[s]) * c * c
+        launch("state_backward_kernel", read + 2 * x[s], edges * taps * c, products)
+        if K > 1:
+            launch("bypass_backward_kernel", (K - 1) * (edges * y + 2 * x[s]))
+
+    for s in range(6):
+        if s >= 2:
+            streams = sum(4 + reduces[j] for j in range(s))
+            launch("node_forward_kernel", streams * y + sum(whole[:s]) + whole[s], c * streams)
+        stages(s)
+    launch("update_running_kernel")
+    for s in range(5, 1, -1):
+        state_backward(s)
+        streams = sum(4 + reduces[j] for j in range(s))
+        dense = y if K > 1 else 0
+        launch("node_backward_kernel", streams * y + sum(whole[:s]) + whole[s] + dense, c * streams)
+        launch("node_finish_kernel")
+        # per separable convolution: G, y of both halves, du
+        launch("inner_backward_kernel", s * 2 * 4 * y, s * 34 * c, s * 2 * c * c)
+        launch("inner_finish_kernel")
+    for s in range(2):
+        state_backward(s)
+    return found
+
+
+def main() -> None:
+    nvcc = emulated.find_nvcc()
+    used = registers(str(nvcc)) if nvcc else {}
+    with tempfile.TemporaryDirectory() as folder:
+        emulated.load(emulated.build(Path(folder)))
+        print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
+        print(__doc__.split("\n\n")[2].strip() if __doc__ else "", "\n")
+        print(
+            "One cell, forward and backward, bfloat16; registers: the most of a kernel's variants on sm_90."
+        )
+        for cell in CELLS:
+            name, K, channels, side, stride, batch = cell
+            print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
+            rows: dict[str, list[float]] = {}
+            recorded, needed = launches(*cell), work(K, channels, side, stride, batch)
+            assert [kernel for kernel, *_ in recorded] == [one.kernel for one in needed]
+            for (kernel, blocks, shared), one in zip(recorded, needed, strict=True):
+                row = rows.setdefault(kernel, [0] * 7)
+                row[0] += 1
+                row[1] = max(row[1], blocks)
+                row[2] = max(row[2], shared)
+                for i, value in enumerate((one.bytes, one.adds, one.tensor_adds, one.seconds)):
+                    row[3 + i] += value
+            print(
+                "| kernel | launches | blocks (most) | registers | shared KiB | MB | M multiply-adds "
+                "| on tensor cores | floor µs |"
+            )
+            print("|---|---|---|---|---|---|---|---|---|")
+            for kernel, (count, blocks, shared, size, adds, tensor, seconds) in rows.items():
+                print(
+                    f"| {kernel} | {count:.0f} | {blocks:.0f} | {used.get(kernel, '')} | {shared / 1024:.1f} "
+                    f"| {size / 1e6:.1f} | {adds / 1e6:.0f} | {tensor / 1e6:.0f} | {seconds * 1e6:.1f} |"
+                )
+            total = [sum(row[i] for row in rows.values()) for i in range(7)]
+            print(
+                f"| **all** | {total[0]:.0f} | | | | {total[3] / 1e6:.1f} "
+                f"| {total[4] / 1e6:.0f} | {total[5] / 1e6:.0f} | {total[6] * 1e6:.1f} |"
+            )
+            print(f"\nLaunches add about {total[0] * LAUNCH * 1e6:.0f} µs inside a CUDA graph.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Times search steps and kernels on a GPU, for gpu_check; by hand, one engine at one batch:
+
+python -m benchmarks.gpu_steps "RF-PCDARTS" 256 compile [--mode max-autotune-no-cudagraphs] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfdarts_fast.bench.variants import compile_mixed_ops
+from rfdarts_fast.engine.graph import GraphedStep, Recorder
+from rfdarts_fast.nn import SearchNetwork, freeze_random_features
+from rfdarts_fast.ops import use_backend
+from rfdarts_fast.search.architect import descend, gradients
+from rfdarts_fast.spaces import get_space
+
+# K, stem, image side
+NETWORKS = {
+    "RF-DARTS": (1, "cifar", 32),
+    "RF-PCDARTS": (4, "cifar", 32),
+    "RF-PCDARTS ImageNet K=2": (2, "imagenet", 224),
+    "RF-PCDARTS ImageNet K=4": (4, "imagenet", 224),
+}
+ENGINES = {
+    "eager": "the reference, NCHW",
+    "eager channels_last": "the reference",
+    "native": "the kernels",
+    "native graph": "the kernels, the whole step in a CUDA graph",
+    "compile": "the reference, torch.compile of each mixed op, the whole step in a CUDA graph",
+}
+Step = Callable[[], object]
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(work: Step, device: str, least: float = 0.3) -> float:
+    """The median of repeated calls, at least three."""
+    work()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < least:
+        wait(device)
+        began = time.perf_counter()
+        work()
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
+
+
+def roofs(device: str, quick: bool = False) -> dict[str, float]:
+    """GB/s, read and written, of a large copy; TFLOP/s of large matrix products."""
+    size = 1 << (22 if quick else 28)
+    a, b = (torch.empty(size, device=device) for _ in range(2))
+    n = 256 if quick else 8192
+    found = {"copy_gb_s": 8 * size / seconds_of(lambda: b.copy_(a), device) / 1e9}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        x = torch.randn(n, n, device=device, dtype=dtype)
+        found[f"matmul_{name}_tflop_s"] = 2 * n**3 / seconds_of(lambda x=x: x @ x, device) / 1e12
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def make_step(
+    name: str, engine: str, batch: int, device: str, quick: bool = False, mode: str = "default"
+) -> Step:
+    """One gradient to all BatchNorm and architecture parameters, bfloat16 autocast, and the step along it."""
+    K, stem, side = NETWORKS[name]
+    torch.manual_seed(0)
+    layers, side = (2, 32) if quick else (8, side)
+    network = SearchNetwork(get_space("darts"), 16, 10, layers, stem, K, edge_norm=K > 1)  # type: ignore[arg-type]
+    freeze_random_features(network)
+    network.to(device)
+    images = torch.randn(batch, 3, side, side, device=device)
+    labels = torch.randint(10, (batch,), device=device)
+    if engine != "eager":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=torch.channels_last)
+    parameters = [*network.arch_parameters(), *(p for p in network.parameters() if p.requires_grad)]
+    if engine == "compile":
+        compile_mixed_ops(network, mode)
+    optimizer = torch.optim.SGD(parameters, lr=torch.tensor(0.025, device=device), momentum=0.9, fused=True)
+
+    def step(_: str, images: Tensor, labels: Tensor) -> None:
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            logits = network(images).float()
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        descend(optimizer, parameters, gradients(loss, parameters), 5.0)
+
+    if engine in ("native graph", "compile"):
+        record = Recorder() if device == "cuda" else lambda work: work
+        graphed = GraphedStep(step, record, required=True)
+        for _ in range(4):
+            graphed("step", images, labels)
+        return lambda: graphed("step", images, labels)
+    return lambda: step("step", images, labels)
+
+
+def time_step(
+    name: str, engine: str, batch: int, device: str, quick: bool = False, mode: str = "default"
+) -> dict[str, Any] | str:
+    """Milliseconds of a step and the most memory, GiB; or that it does not fit."""
+    began = time.perf_counter()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    backend = "native" if engine.startswith("native") else "reference"
+    try:
+        with use_backend(backend):  # type: ignore[arg-type]
+            step = make_step(name, engine, batch, device, quick, mode)
+            step()
+            wait(device)
+            first = time.perf_counter() - began
+            found = {"ms": round(1e3 * seconds_of(step, device), 3), "until_first_s": round(first, 1)}
+    except torch.cuda.OutOfMemoryError:
+        return "out of memory"
+    if device == "cuda":
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return found
+
+
+def time_steps(name: str, batch: int, device: str, quick: bool = False) -> dict[str, Any]:
+    """All engines but compile; and how many times faster the fastest is than the faster eager layout."""
+    found: dict[str, Any] = {}
+    for engine in ENGINES:
+        if engine != "compile":
+            found[engine] = time_step(name, engine, batch, device, quick)
+    times = {engine: row["ms"] for engine, row in found.items() if isinstance(row, dict)}
+    eager = [ms for engine, ms in times.items() if engine.startswith("eager")]
+    ours = [ms for engine, ms in times.items() if engine.startswith("native")]
+    if eager and ours:
+        found["times faster"] = round(min(eager) / min(ours), 2)
+    return found
+
+
+def largest_batch(name: str, device: str, least: int = 128, most: int = 1 << 15) -> dict[str, int]:
+    """The largest batch, to a sixth, of which one step fits in the device's memory."""
+    found = {}
+    for engine in ("eager channels_last", "native"):
+
+        def fits(batch: int, engine: str = engine) -> bool:
+            torch.cuda.empty_cache()
+            try:
+                with use_backend("native" if engine == "native" else "reference"):
+                    make_step(name, engine, batch, device)()
+                    wait(device)
+            except torch.cuda.OutOfMemoryError:
+                return False
+            return True
+
+        batch = least
+        while batch < most and fits(batch):
+            batch *= 2
+        # batch / 2 fits
+        found[engine] = next((part for part in (5 * batch // 6, 2 * batch // 3) if fits(part)), batch // 2)
+    return found
+
+
+def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, Any]:
+    """Of each kernel in the first cell's forward and backward: milliseconds, GB/s over the bytes it needs and
+    their share of `roof`'s copy, TFLOP/s."""
+    from benchmarks import cuda_predicted
+    from rfdarts_fast.ops import cuda
+    from tests.cuda import emulated
+
+    found: dict[str, Any] = {}
+    for name, (K, stem, _) in NETWORKS.items():
+        if stem == "imagenet":
+            continue
+        edges = list(emulated.make_edges("darts", 16, 1, K, nodes=4).to(device))
+        shape = batch, 16, 32, 32
+        inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2)]
+        inputs = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in inputs]
+        weights = torch.rand(len(edges), 8, device=device, requires_grad=True)
+        edge_weights = torch.rand(len(edges), device=device, requires_grad=True) if K > 1 else None
+
+        def step(edges=edges, inputs=inputs, weights=weights, edge_weights=edge_weights) -> None:
+            nodes = cuda.mixed_cell(edges, inputs, weights, edge_weights)
+            torch.autograd.backward(nodes, [torch.ones_like(node) for node in nodes])
+
+        for _ in range(2):
+            step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        needed: dict[str, list[float]] = {}
+        for one in cuda_predicted.work(K, 16, 32, 1, batch):
+            row = needed.setdefault(one.kernel, [0.0, 0.0])
+            row[0], row[1] = row[0] + one.bytes, row[1] + one.adds + one.tensor_adds
+        rows: dict[str, dict[str, float]] = {}
+        for kernel, (size, adds) in needed.items():
+            events = [event for event in profile.key_averages() if kernel in event.key]
+            ms = sum(event.device_time_total for event in events) / 1e3
+            if not ms:
+                continue
+            rows[kernel] = {"ms": round(ms, 4)}
+            if size:
+                speed = size / ms / 1e6
+                rows[kernel] |= {"gb_s": round(speed, 1), "of_copy": round(speed / roof["copy_gb_s"], 3)}
+                rows[kernel]["tflop_s"] = round(2 * adds / ms / 1e9, 2)
+        found[f"{name}, batch {batch}"] = rows
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=NETWORKS)
+    parser.add_argument("batch", type=int)
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("--mode", default="default", help="of torch.compile")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="two cells, 32x32")
+    options = parser.parse_args()
+    print(json.dumps(time_step(**vars(options))))
+
+
+if __name__ == "__main__":
+    main()

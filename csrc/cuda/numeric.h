@@ -1,0 +1,74 @@
+// Storage types and the type of arithmetic: float for all but double.
+#pragma once
+#include <cstdint>
+
+#include "cuda/port.h"
+
+namespace rfdarts::cuda {
+
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename Arithmetic<T>::type;
+
+// vectors of V elements; pointers must be aligned to the vector
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T v[V];
+};
+// 16 bytes, the widest access
+template <class T>
+constexpr int kWide = 16 / sizeof(T);
+
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T narrow(Acc<T> x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ __forceinline__ __half narrow<__half>(float x) {
+  return __float2half(x);
+}
+
+template <int V, class T>
+__device__ __forceinline__ void load(const T* from, Acc<T> (&to)[V]) {
+  Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(from);
+#pragma unroll
+  for (int i = 0; i < V; i++) to[i] = widen(p.v[i]);
+}
+template <int V, class T>
+__device__ __forceinline__ void store(T* to, const Acc<T> (&from)[V]) {
+  Pack<T, V> p;
+#pragma unroll
+  for (int i = 0; i < V; i++) p.v[i] = narrow<T>(from[i]);
+  *reinterpret_cast<Pack<T, V>*>(to) = p;
+}
+
+// a NaN is not <= 0 and passes, as in torch
+template <class A>
+__device__ __forceinline__ A relu(A x) {
+  return x <= A(0) ? A(0) : x;
+}
+__device__ __forceinline__ float inverse_root(float x) { return 1.0f / sqrtf(x); }
+__device__ __forceinline__ double inverse_root(double x) { return 1.0 / sqrt(x); }
+
+template <class I>
+__host__ __device__ constexpr I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace rfdarts::cuda

@@ -1,0 +1,227 @@
+#include "emulation/cuda.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#undef threadIdx
+#undef blockIdx
+#undef gridDim
+
+namespace emulation {
+
+Thread* thread;
+Block block;
+
+namespace {
+constexpr size_t kStack = 128 << 10;
+constexpr int kMaxThreads = 1024;
+bool shuffled = false, recording = false;
+std::string log;
+void (*body)(void*);
+void* context;
+
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+void* scheduler;
+// saves what a call must preserve, and changes stacks
+extern "C" void rfdarts_emulation_switch(void** save, void* to);
+asm(R"(
+.text
+.type rfdarts_emulation_switch,@function
+rfdarts_emulation_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp,(%rdi)
+  mov %rsi,%rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+void leave() { rfdarts_emulation_switch(&thread->stack, scheduler); }
+void enter(Thread& t) {
+  thread = &t;
+  rfdarts_emulation_switch(&scheduler, t.stack);
+}
+void entry() {
+  body(context);
+  thread->state = State::Returned;
+  leave();
+  std::abort();
+}
+void prepare(Thread& t, int, char* stack) {
+  auto top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + kStack) & ~uintptr_t(15));
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(&entry);
+  for (int i = 0; i < 6; i++) *--top = nullptr;
+  t.stack = top;
+}
+#else
+// slower, but any processor, and the sanitizer is told of every change of stacks
+ucontext_t home, contexts[kMaxThreads];
+#if defined(__SANITIZE_ADDRESS__)
+const void* home_stack;
+size_t home_size;
+void before(void** save, const void* stack, size_t size) { __sanitizer_start_switch_fiber(save, stack, size); }
+void after(void* saved, const void** stack, size_t* size) { __sanitizer_finish_switch_fiber(saved, stack, size); }
+#else
+const void* home_stack;
+size_t home_size;
+void before(void**, const void*, size_t) {}
+void after(void*, const void**, size_t*) {}
+#endif
+void leave() {
+  void* fake = nullptr;
+  before(thread->state == State::Returned ? nullptr : &fake, home_stack, home_size);
+  swapcontext(static_cast<ucontext_t*>(thread->stack), &home);
+  after(fake, &home_stack, &home_size);
+}
+void enter(Thread& t) {
+  thread = &t;
+  auto to = static_cast<ucontext_t*>(t.stack);
+  void* fake = nullptr;
+  before(&fake, to->uc_stack.ss_sp, to->uc_stack.ss_size);
+  swapcontext(&home, to);
+  after(fake, nullptr, nullptr);
+}
+void entry() {
+  after(nullptr, &home_stack, &home_size);
+  body(context);
+  thread->state = State::Returned;
+  leave();
+}
+void prepare(Thread& t, int i, char* stack) {
+  ucontext_t* c = &contexts[i];
+  getcontext(c);
+  c->uc_stack.ss_sp = stack;
+  c->uc_stack.ss_size = kStack;
+  c->uc_link = nullptr;
+  makecontext(c, entry, 0);
+  t.stack = c;
+}
+#endif
+
+[[noreturn]] void die(const char* what, const std::vector<Thread>& threads) {
+  int count[4] = {};
+  for (const Thread& t : threads) count[int(t.state)]++;
+  std::fprintf(stderr, "CUDA emulation: %s in block (%u, %u, %u): %d threads at a barrier, %d at a warp operation, %d "
+               "returned\n", what, block.id.x, block.id.y, block.id.z, count[1], count[2], count[3]);
+  std::abort();
+}
+
+// Lets the warp operations go on whose lanes have all arrived.
+bool complete_warps(std::vector<Thread>& threads) {
+  bool any = false;
+  int n = int(threads.size());
+  for (Thread& t : threads) {
+    if (t.state != State::Warp) continue;
+    int first = t.warp * 32, last = std::min(n, first + 32);
+    if (!(t.mask >> t.lane & 1)) die("a lane is not in its own mask", threads);
+    bool all = true;
+    for (int i = first; i < last; i++) {
+      if (!(t.mask >> threads[i].lane & 1)) continue;
+      if (threads[i].state == State::Returned) die("a lane of the mask has returned", threads);
+      all = all && threads[i].state == State::Warp && threads[i].mask == t.mask;
+      if (all && threads[i].operation != t.operation) die("lanes are at different warp operations", threads);
+    }
+    if (!all) continue;
+    any = true;
+    for (int i = first; i < last; i++)
+      if (t.mask >> threads[i].lane & 1) {
+        block.exchange[t.warp][threads[i].lane] = threads[i].slot;
+        threads[i].state = State::Running;
+      }
+  }
+  return any;
+}
+
+void run_block(std::vector<Thread>& threads, std::vector<int>& order, std::mt19937& random) {
+  for (;;) {
+    if (shuffled) std::shuffle(order.begin(), order.end(), random);
+    for (int i : order)
+      if (threads[i].state == State::Running) enter(threads[i]);
+    if (complete_warps(threads)) continue;
+    size_t waiting = 0, returned = 0;
+    for (const Thread& t : threads) waiting += t.state == State::Barrier, returned += t.state == State::Returned;
+    if (returned == threads.size()) return;
+    if (waiting + returned < threads.size()) die("deadlock", threads);
+    if (returned) die("a barrier that some threads never reach", threads);
+    for (Thread& t : threads) t.state = State::Running;
+  }
+}
+}  // namespace
+
+void shuffle(bool on) { shuffled = on; }
+void record(bool on) {
+  recording = on;
+  log.clear();
+}
+const std::string& recorded() { return log; }
+bool write_down(const char* function, dim3 grid, size_t shared) {
+  if (!recording) return false;
+  std::string name = function;
+  // ... [with Params = {...}; Args = ...]
+  name = name.substr(name.find("Params = "));
+  log += name.substr(0, name.find(';')) + " | " + std::to_string(grid.x * grid.y * grid.z) + " | " +
+         std::to_string(shared) + "\n";
+  return true;
+}
+void barrier() {
+  thread->state = State::Barrier;
+  leave();
+}
+void warp_operation(unsigned mask, int operation) {
+  thread->mask = mask;
+  thread->operation = operation;
+  thread->state = State::Warp;
+  leave();
+}
+
+void run(dim3 grid, dim3 size, size_t shared, void (*kernel)(void*), void* arguments) {
+  static char* stacks = static_cast<char*>(mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE,
+                                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  static std::mt19937 random(1);
+  int n = int(size.x * size.y * size.z);
+  std::vector<Thread> threads(n);
+  std::vector<uint64_t> exchange((n + 31) / 32 * 32);
+  std::vector<int> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  body = kernel;
+  context = arguments;
+  block.grid = grid;
+  block.exchange = reinterpret_cast<uint64_t(*)[32]>(exchange.data());
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned x = 0; x < grid.x; x++) {
+        block.id = dim3(x, y, z);
+        // exactly as much as was asked for, so that AddressSanitizer sees what lies beyond
+        block.shared = static_cast<unsigned char*>(std::malloc(shared));
+        std::memset(block.shared, 0xff, shared);
+        for (int i = 0; i < n; i++) {
+          threads[i] = {};
+          threads[i].id = {unsigned(i) % size.x, unsigned(i) / size.x % size.y, unsigned(i) / (size.x * size.y)};
+          threads[i].lane = i % 32;
+          threads[i].warp = i / 32;
+          prepare(threads[i], i, stacks + kStack * i);
+        }
+        run_block(threads, order, random);
+        std::free(block.shared);
+      }
+}
+
+}  // namespace emulation
