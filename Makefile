@@ -44,7 +44,7 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info rfdarts_fast/*.so
+	rm -rf $(VENV) build *.egg-info rfdarts_fast/ops/*.so
 
 # on a machine with a GPU: builds, tests, sanitizes and measures into benchmarks/results/gpu_check.json
 gpu-check:

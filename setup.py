@@ -84,8 +84,10 @@ def gencode() -> list[str]:
     return flags
 
 
-def compile_kernels(folder: Path) -> list[str]:
+def compile_kernels() -> list[str]:
     """Object files of all .cu files, compiled anew where a source or header has changed."""
+    # not pip's temporary folder: it would take minutes at every change of any other file
+    folder = Path("build/cuda").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     headers = [*CSRC.glob("cuda/*.h"), *CSRC.glob("include/rfdarts/*.h")]
     changed = max(path.stat().st_mtime for path in headers)
@@ -98,7 +100,9 @@ def compile_kernels(folder: Path) -> list[str]:
     def compile_one(line: str) -> str:
         source, target = CSRC / line, folder / (Path(line).stem + ".o")
         if not target.is_file() or target.stat().st_mtime < max(changed, source.stat().st_mtime):
-            subprocess.run([*common, "-c", str(source), "-o", str(target)], check=True)
+            part = target.with_suffix(".part")
+            subprocess.run([*common, "-c", str(source), "-o", str(part)], check=True)
+            part.replace(target)
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -133,7 +137,7 @@ def build_options() -> dict:
         def build_extension(self, ext) -> None:
             try:
                 if ext.name == CUDA:
-                    ext.extra_objects += compile_kernels(Path(self.build_temp).resolve() / "cuda")
+                    ext.extra_objects += compile_kernels()
                 super().build_extension(ext)
             except Exception as error:
                 if os.environ.get(VARIABLES[ext.name]) == "required":

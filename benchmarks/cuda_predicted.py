@@ -5,8 +5,9 @@ multiply-adds from the cell; and the least time on an H100 that follows. No GPU 
 
 The prediction is a floor, the largest of three: bytes / 3.0 TB/s (a measured copy), multiply-adds on CUDA
 cores / 33 T/s (132 multiprocessors x 128 lanes x 1.98 GHz), those on tensor cores / 495 T/s (the data sheet's
-dense bfloat16). Tensor cores take the 1x1 products where the mixed op has a multiple of 16 channels. Nothing
-here was timed.
+dense bfloat16). Tensor cores take the 1x1 products where the mixed op has a multiple of 16 channels. What
+tiles read and compute again for their halos is not in it: in the backward up to four times the 1x1 products.
+Nothing here was timed.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         emulated.load(emulated.build(Path(folder)))
         print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
-        print(__doc__.split("\n\n")[2].strip() if __doc__ else "", "\n")
+        print(__doc__.split("\n\n")[2].strip() if __doc__ else "")
+        print()
         print(
             "One cell, forward and backward, bfloat16; registers: the most of a kernel's variants on sm_90."
         )

@@ -44,14 +44,20 @@ __device__ __forceinline__ __half narrow<__half>(float x) {
   return __float2half(x);
 }
 
+// V elements in accesses of up to 16 bytes, to which the pointer must be aligned
 template <int V, class T>
 __device__ __forceinline__ void load(const T* from, Acc<T> (&to)[V]) {
-  Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(from);
+  constexpr int W = V < kWide<T> ? V : kWide<T>;
 #pragma unroll
-  for (int i = 0; i < V; i++) to[i] = widen(p.v[i]);
+  for (int i = 0; i < V; i += W) {
+    Pack<T, W> p = *reinterpret_cast<const Pack<T, W>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < W; j++) to[i + j] = widen(p.v[j]);
+  }
 }
 template <int V, class T>
 __device__ __forceinline__ void store(T* to, const Acc<T> (&from)[V]) {
+  static_assert(V <= kWide<T>);
   Pack<T, V> p;
 #pragma unroll
   for (int i = 0; i < V; i++) p.v[i] = narrow<T>(from[i]);
