@@ -22,7 +22,8 @@ CPU, CUDA = "rfdarts_fast.ops._C", "rfdarts_fast.ops._cuda"
 VARIABLES = {CPU: "RFDARTS_BUILD_CPU", CUDA: "RFDARTS_BUILD_CUDA"}
 # one binary for every torch from 2.11 and every Python from 3.10 on
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
-FLAGS = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+# no debugging symbols: they are most of what the compiler would write
+FLAGS = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"]
 CPU_FLAGS = ["-O2", "-fvect-cost-model=dynamic", "-ffp-contract=fast"]
 # A100, H100, B200 and, through PTX, what comes after
 ARCHS = "8.0;9.0;10.0+PTX"

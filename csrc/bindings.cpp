@@ -26,10 +26,11 @@ using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 
 // a tensor on pooled memory
-Tensor take(const Ints& sizes, const Ints& strides, ScalarType type, int64_t item) {
+Tensor take(const Ints& sizes, const Ints& strides, ScalarType type, int64_t item,
+            Lifetime lifetime = Lifetime::State) {
   int64_t count = 1;
   for (int64_t size : sizes) count *= size;
-  void* data = pool_take(count * item);
+  void* data = pool_take(count * item, lifetime);
   return torch::stable::from_blob(data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                   type, [](void* p) { pool_give(p); });
 }
@@ -65,6 +66,15 @@ void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
     for (int64_t at; (at = next.fetch_add(chunk)) < n;) f(at, std::min(at + chunk, n));
   });
 }
+
+// memory for one call
+struct Blocks {
+  std::vector<void*> blocks;
+  Allocate allocate = [this](int64_t bytes) { return blocks.emplace_back(pool_take(bytes)); };
+  ~Blocks() {
+    for (void* block : blocks) pool_give(block);
+  }
+};
 
 struct CellArguments {
   const Tensors &inputs, &noise;
@@ -123,9 +133,9 @@ void with_types(const Tensor& x, bool bfloat16, F&& f) {
 }
 
 Tensor take_kept(const Cell& cell, const Tensor& x, bool bfloat16) {
-  bool doubles = x.scalar_type() == ScalarType::Double;
-  if (bfloat16 && !doubles) return take_vector(cell.kept_size(), ScalarType::BFloat16, 2);
-  return take_vector(cell.kept_size(), x.scalar_type(), x.element_size());
+  bool half = bfloat16 && x.scalar_type() != ScalarType::Double;
+  ScalarType type = half ? ScalarType::BFloat16 : x.scalar_type();
+  return take({cell.kept_size()}, {1}, type, half ? 2 : x.element_size(), Lifetime::Kept);
 }
 
 std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(const Tensors& inputs, const Tensors& noise, const Tensor& weights,
@@ -151,7 +161,8 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(const Tensors& input
     auto data = arguments.forward<decltype(t), decltype(s)>(kept, used, {});
     for (const Tensor& node : nodes) data.nodes.push_back(static_cast<decltype(t)*>(node.data_ptr()));
     if (together) data.together = static_cast<decltype(t)*>(all.data_ptr());
-    cell_forward(cell, data, true, parallel);
+    Blocks blocks;
+    cell_forward(cell, data, true, parallel, blocks.allocate);
   });
   return {nodes, all, kept, used};
 }
@@ -166,7 +177,8 @@ Tensor cell_kept_op(const Tensors& inputs, const Tensors& nodes, const Tensor& w
   Tensor again = torch::stable::clone(moments);
   with_types(inputs[0], bfloat16, [&](auto t, auto s) {
     auto data = arguments.forward<decltype(t), decltype(s)>(kept, again, nodes);
-    cell_forward(cell, data, false, parallel);
+    Blocks blocks;
+    cell_forward(cell, data, false, parallel, blocks.allocate);
   });
   return kept;
 }
@@ -188,7 +200,6 @@ std::tuple<Tensors, Tensor, Tensor, Tensor, Tensor> cell_backward_op(
   int64_t edges = cell.edges.size();
   Tensor grad_mix = take_matrix(edges, cell.primitives, x);
   Tensor grad_edges = take_vector(edge_weights ? edges : 0, x.scalar_type(), x.element_size());
-  std::vector<void*> blocks;
   with_types(x, bfloat16, [&](auto t, auto s) {
     using T = decltype(t);
     CellBackward<T, decltype(s)> data;
@@ -202,12 +213,9 @@ std::tuple<Tensors, Tensor, Tensor, Tensor, Tensor> cell_backward_op(
     data.grad_beta = static_cast<T*>(grad_beta.data_ptr());
     data.grad_mix = static_cast<T*>(grad_mix.data_ptr());
     data.grad_edge_weights = edge_weights ? static_cast<T*>(grad_edges.data_ptr()) : nullptr;
-    cell_backward<T, decltype(s)>(cell, data, parallel, [&](int64_t bytes) {
-      blocks.push_back(pool_take(bytes));
-      return blocks.back();
-    });
+    Blocks blocks;
+    cell_backward(cell, data, parallel, blocks.allocate);
   });
-  for (void* p : blocks) pool_give(p);
   return {grad_inputs, grad_gamma, grad_beta, grad_mix, grad_edges};
 }
 

@@ -1,63 +1,184 @@
 // Partial channels: what bypasses the mixed op, and the shuffle with K groups. Planar order: channel g C/K + i;
 // shuffled: i K + g. Group 0 is the mixed op's.
-template <class T>
-RF_INLINE void unshuffle_pixel(const T* from, int64_t cm, int64_t K, T* to) {
-  for (int64_t g = 0; g < K; g++)
-    for (int64_t i = 0; i < cm; i++) to[g * cm + i] = from[i * K + g];
+
+// A vector of L shuffled channels is L / K consecutive ones of each group.
+template <class T, int K>
+constexpr bool kShuffles = K <= kLanes<T> && kLanes<T> % K == 0;
+
+template <class T, int S, int K>
+RF_INLINE auto concatenate(const Vec<T, S>* parts) {
+  if constexpr (K == 1)
+    return parts[0];
+  else
+    return consecutive_lanes<0>(concatenate<T, S, K / 2>(parts), concatenate<T, S, K / 2>(parts + K / 2),
+                                std::make_integer_sequence<int, S * K>{});
 }
-template <class T>
-RF_INLINE void shuffle_pixel(const T* mixed, const T* from, int64_t cm, int64_t K, T* to) {
-  for (int64_t i = 0; i < cm; i++) {
-    to[i * K] = mixed[i];
-    for (int64_t g = 1; g < K; g++) to[i * K + g] = from[g * cm + i];
+// lane l comes from lane l % Inner * Outer + l / Inner
+template <int Inner, int Outer, class V, int... l>
+RF_INLINE V transpose_lanes(V v, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(v, v, (l % Inner * Outer + l / Inner)...);
+}
+template <class T, int Inner, int Outer>
+RF_INLINE Vec<T, Inner * Outer> transpose_lanes(Vec<T, Inner * Outer> v) {
+  return transpose_lanes<Inner, Outer>(v, std::make_integer_sequence<int, Inner * Outer>{});
+}
+
+// f(K) with the K for which there are vectors, or 0
+template <class T, class F>
+RF_INLINE void with_groups(int64_t K, int64_t cm, F&& f) {
+  if constexpr (kShuffles<T, 2>)
+    if (K == 2 && cm % (kLanes<T> / 2) == 0) return f(std::integral_constant<int, 2>{});
+  if constexpr (kShuffles<T, 4>)
+    if (K == 4 && cm % (kLanes<T> / 4) == 0) return f(std::integral_constant<int, 4>{});
+  if constexpr (kShuffles<T, 8>)
+    if (K == 8 && cm % (kLanes<T> / 8) == 0) return f(std::integral_constant<int, 8>{});
+  f(std::integral_constant<int, 0>{});
+}
+
+template <class T, int K>
+RF_INLINE void shuffle_pixel(const T* mixed, const T* planar, int64_t cm, int64_t groups, T* to) {
+  if constexpr (K == 0) {
+    for (int64_t i = 0; i < cm; i++) {
+      to[i * groups] = mixed[i];
+      for (int64_t g = 1; g < groups; g++) to[i * groups + g] = planar[g * cm + i];
+    }
+  } else {
+    constexpr int L = kLanes<T>, S = L / K;
+    for (int64_t i = 0; i < cm; i += S) {
+      Vec<T, S> parts[K];
+      unroll<K>(RF_LAMBDA(g) { parts[g] = load<S>(g == 0 ? mixed + i : planar + g * cm + i); });
+      store<L>(to + i * K, transpose_lanes<T, K, S>(concatenate<T, S, K>(parts)));
+    }
   }
 }
-// f(K, C/K), constants where they are common
-template <class F>
-RF_INLINE void with_groups(int64_t K, int64_t cm, F&& f) {
-  using k4 = std::integral_constant<int64_t, 4>;
-  if (K == 4 && cm == 4) return f(k4{}, std::integral_constant<int64_t, 4>{});
-  if (K == 4 && cm == 8) return f(k4{}, std::integral_constant<int64_t, 8>{});
-  if (K == 4 && cm == 16) return f(k4{}, std::integral_constant<int64_t, 16>{});
-  f(K, cm);
+
+// planar gets 0 for group 0
+template <class T, int K>
+RF_INLINE void unshuffle_pixel(const T* from, int64_t cm, int64_t groups, T* mixed, T* planar) {
+  if constexpr (K == 0) {
+    for (int64_t i = 0; i < cm; i++) {
+      mixed[i] = from[i * groups];
+      planar[i] = 0;
+      for (int64_t g = 1; g < groups; g++) planar[g * cm + i] = from[i * groups + g];
+    }
+  } else {
+    constexpr int L = kLanes<T>, S = L / K;
+    for (int64_t i = 0; i < cm; i += S) {
+      Vec<T, L> v = transpose_lanes<T, S, K>(load<L>(from + i * K));
+      unroll<K>(RF_LAMBDA(g) {
+        Vec<T, S> part = consecutive_lanes<g * S>(v, v, std::make_integer_sequence<int, S>{});
+        store<S>(g == 0 ? mixed + i : planar + g * cm + i, part);
+      });
+      store<S>(planar + i, Vec<T, S>{});
+    }
+  }
 }
 
 template <class T>
-void unshuffle(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* planar, T* mixed) {
-  with_groups(K, c / K, [&](auto groups, auto cm) {
+void unshuffle(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed, T* planar) {
+  int64_t cm = c / K;
+  with_groups<T>(K, cm, [&](auto groups) {
     for (int64_t r = 0; r < h; r++)
-      for (int64_t q = 0; q < w; q++) {
-        T* to = planar + (r * w + q) * c;
-        unshuffle_pixel<T>(x.data + r * x.row + q * x.pixel, cm, groups, to);
-        for (int64_t i = 0; i < cm; i++) mixed[(r * w + q) * cm + i] = to[i];
+      for (int64_t q = 0; q < w; q++)
+        unshuffle_pixel<T, groups>(x.data + r * x.row + q * x.pixel, cm, K, mixed + (r * w + q) * cm,
+                                   planar + (r * w + q) * c);
+  });
+}
+
+// One row of sum_j scale[j] x[j] + start, dense; start may have no data.
+template <class T>
+RF_INLINE void sum_row(View<T> start, int n, const View<T>* x, const T* scale, int64_t row, int64_t w, int64_t c,
+                       T* to) {
+  with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+    constexpr int L = lanes;
+    const T* first = start.data ? start.data + row * start.row : nullptr;
+    for (int64_t q = 0; q < w; q++)
+      for (int64_t k = 0; k < c; k += L) {
+        Vec<T, L> acc = Vec<T, L>{};
+        if (first) acc = load<L>(first + q * start.pixel + k);
+        for (int j = 0; j < n; j++) acc += load<L>(x[j].data + row * x[j].row + q * x[j].pixel + k) * scale[j];
+        store<L>(to + q * c + k, acc);
       }
   });
 }
 
+// out = shuffle([mixed | sum_j scale[j] x[j]]); scratch of w c
 template <class T>
-void shuffle(const T* mixed, const T* planar, int64_t pixels, int64_t c, int64_t K, T* out) {
-  with_groups(K, c / K, [&](auto groups, auto cm) {
-    for (int64_t p = 0; p < pixels; p++) shuffle_pixel<T>(mixed + p * cm, planar + p * c, cm, groups, out + p * c);
+void bypass_forward(int n, const View<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c, int64_t K,
+                    T* out, T* scratch) {
+  int64_t cm = c / K;
+  for (int64_t r = 0; r < h; r++) {
+    sum_row<T>({nullptr, 0, 0}, n, x, scale, r, w, c, scratch);
+    with_groups<T>(K, cm, [&](auto groups) {
+      for (int64_t q = 0; q < w; q++)
+        shuffle_pixel<T, groups>(mixed + (r * w + q) * cm, scratch + q * c, cm, K, out + (r * w + q) * c);
+    });
+  }
+}
+
+// One row of to = start + sum_j scale[j] g[j], and dots[j] += sum g[j] x, for N streams. to may be where start is.
+template <class T, int N>
+RF_INLINE void join_row(View<T> start, const View<T>* g, const T* scale, View<T> x, int64_t row, int64_t w, int64_t c,
+                        T* to, double* dots) {
+  with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+    constexpr int L = lanes;
+    const T *first = start.data ? start.data + row * start.row : nullptr, *state = x.data ? x.data + row * x.row : nullptr;
+    const T* from[N];
+    Vec<T, L> dot[N];
+    unroll<N>(RF_LAMBDA(j) {
+      from[j] = g[j].data + row * g[j].row;
+      dot[j] = Vec<T, L>{};
+    });
+    for (int64_t q = 0; q < w; q++)
+      for (int64_t k = 0; k < c; k += L) {
+        Vec<T, L> acc = Vec<T, L>{}, here = acc;
+        if (first) acc = load<L>(first + q * start.pixel + k);
+        if (state) here = load<L>(state + q * x.pixel + k);
+        unroll<N>(RF_LAMBDA(j) {
+          Vec<T, L> v = load<L>(from[j] + q * g[j].pixel + k);
+          acc += v * scale[j];
+          dot[j] += v * here;
+        });
+        store<L>(to + q * c + k, acc);
+      }
+    if (!state) return;
+    unroll<N>(RF_LAMBDA(j) {
+      T sums[L];
+      store<L>(sums, dot[j]);
+      for (int l = 0; l < L; l++) dots[j] += sums[l];
+    });
   });
 }
 
-// dst [pixels][C] = [mixed | planar bypass] + outer, outer strided or null
 template <class T>
-void join(const T* mixed, const T* planar, View<T> outer, int64_t h, int64_t w, int64_t c, int64_t cm, T* dst) {
-  with_lanes<T>(cm, [&](auto lanes) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < h; r++)
-      for (int64_t q = 0; q < w; q++) {
-        int64_t p = r * w + q;
-        T* to = dst + p * c;
-        const T* add = outer.data ? outer.data + r * outer.row + q * outer.pixel : nullptr;
-        auto put = [&](const T* from, int64_t k) __attribute__((always_inline)) {
-          auto v = load<lanes>(from);
-          store<lanes>(to + k, add ? v + load<lanes>(add + k) : v);
-        };
-        for (int64_t k = 0; k < cm; k += lanes) put(mixed + p * cm + k, k);
-        for (int64_t k = cm; k < c; k += lanes) put(planar + p * c + k, k);
-      }
-  });
+void join(const T* mixed, int n, const View<T>* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
+          int64_t c, int64_t cm, T* dst, double* dots) {
+  View<T> inner{mixed, w * c, c};
+  const T one = 1;
+  bool whole = cm == c;
+  if (whole) n = 1, g = &inner, scale = &one;
+  if (x.data) fill(dots, n, 0.0);
+  for (int64_t r = 0; r < h; r++) {
+    T* to = dst + r * w * c;
+    View<T> start = outer;
+    int j = 0;
+    auto some = [&](auto count) {
+      join_row<T, count>(start, g + j, scale + j, x, r, w, c, to, dots + j);
+      start = {dst, w * c, c};
+      j += count;
+    };
+    while (j + 4 <= n) some(std::integral_constant<int, 4>{});
+    if (n - j == 3) some(std::integral_constant<int, 3>{});
+    if (n - j == 2) some(std::integral_constant<int, 2>{});
+    if (n - j == 1) some(std::integral_constant<int, 1>{});
+    if (n == 0) sum_row<T>(outer, 0, nullptr, nullptr, r, w, c, to);
+    if (whole) continue;
+    with_lanes<T>(cm, [&](auto lanes) __attribute__((always_inline)) {
+      for (int64_t q = 0; q < w; q++)
+        for (int64_t k = 0; k < cm; k += lanes)
+          store<lanes>(to + q * c + k, load<lanes>(to + q * c + k) + load<lanes>(mixed + (r * w + q) * cm + k));
+    });
+  }
 }
 
 // 2x2 max pool with stride 2

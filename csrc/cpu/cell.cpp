@@ -47,8 +47,12 @@ Cell::Cell(const std::vector<int64_t>& spec, int64_t images, int64_t channels, d
 }
 
 namespace {
-Phase phases[kPhases] = {{"stage 1", 0},        {"stage 2", 0},          {"nodes", 0},
-                         {"nodes backward", 0}, {"stage 2 backward", 0}, {"stage 1 backward", 0}};
+Phase phases[kPhases] = {{"preprocess", 0},
+                         {"node sums, stage 1", 0},
+                         {"stage 2", 0},
+                         {"stage 2 backward", 0},
+                         {"stage 1 backward, node sums", 0},
+                         {"preprocess backward", 0}};
 
 struct Block {
   char* data;

@@ -1,6 +1,7 @@
-// A cell backward, from the last state to the first. Per node one pass of dot products (BatchNorm, alpha and beta
-// gradients), one through the second halves of its edges; per state one pass that gathers the gradients of all
-// edges that leave it. The gradient at a BatchNorm's input is never stored: norm_backward in image_backward.h.
+// A cell backward, from the last state to the first. Per state two passes over the images: one gathers the gradients of
+// all edges that leave it (stage 1) and takes the dot products of its own edges with them (BatchNorm, alpha and beta
+// gradients); one goes through the second halves of its edges (stage 2). The gradient at a BatchNorm's input is never
+// stored: norm_backward in image_backward.h.
 #include <algorithm>
 
 #include "cell_parts.h"
@@ -16,23 +17,27 @@ struct Backward : CellContext<T, S> {
   using CellContext<T, S>::cm;
   using CellContext<T, S>::period;
   using CellContext<T, S>::states;
+  using CellContext<T, S>::bypass;
 
   CellBackward<T, S>& back;
-  const Allocate& allocate;
-  // per node: the gradient at the mixed op's output, dense; per state: the whole gradient
-  std::vector<const T*> mixed_grad;
+  // per node: the gradient at the mixed op's output, dense, and that of what bypasses it, planar; per state: the
+  // whole gradient
+  std::vector<const T*> mixed_grad, planar_grad;
   std::vector<Batch<T>> state_grad;
   // per BatchNorm: A, B, mean, C of its backward, see norm_backward
   std::vector<Coefficients<T>> norms;
+  std::vector<double> edge_gradients;
 
   Backward(const Cell& cell, CellBackward<T, S>& back, const Parallel& parallel, const Allocate& allocate)
-      : CellContext<T, S>(cell, back.forward, parallel), back(back), allocate(allocate), mixed_grad(cell.nodes),
-        state_grad(cell.inputs + cell.nodes), norms(cell.norms) {
+      : CellContext<T, S>(cell, back.forward, parallel, allocate), back(back), mixed_grad(cell.nodes),
+        planar_grad(cell.nodes), state_grad(cell.inputs + cell.nodes), norms(cell.norms),
+        edge_gradients(cell.edges.size()) {
+    for (int s = 0; s < cell.inputs + cell.nodes; s++)
+      if (!cell.sources[s].edges.empty()) this->plan_dense(s, cell.K > 1 && back.grad_edge_weights);
     for (int i = 0; i < cell.nodes; i++) state_grad[cell.inputs + i] = back.grad_nodes[i];
     std::fill_n(back.grad_gamma, cell.norms * cm, T(0));
     std::fill_n(back.grad_beta, cell.norms * cm, T(0));
     std::fill_n(back.grad_mix, cell.edges.size() * cell.primitives, T(0));
-    if (back.grad_edge_weights) std::fill_n(back.grad_edge_weights, cell.edges.size(), T(0));
   }
 
   // Gradients of a BatchNorm from sum g and sum g (y - mean) at its output, and what its input's gradient needs.
@@ -62,18 +67,22 @@ struct Backward : CellContext<T, S> {
     bool pools = false, identity = false;
   };
 
-  void node(int i) {
-    Timed timed(kNodesBackward);
-    int first = cell.first_edge(i), count = cell.inputs + i, s = cell.inputs + i;
-    int64_t pixels = cell.pixels(), size = pixels * cm, c = cell.channels, full = pixels * c;
-    bool partial = cell.K > 1;
-    std::vector<NodeTerms> all(count);
-    int sums = 1;
-    int64_t largest = 0;
-    for (int j = 0; j < count; j++) {
-      NodeTerms& t = all[j];
-      const auto& branches = cell.edges[first + j].branches;
-      t.first = sums;
+  struct Node {
+    int first = 0, count = 0, sums = 1;
+    std::vector<NodeTerms> edges;
+    int64_t largest = 0;  // pixels of an input
+    T *gathered = nullptr, *planar = nullptr;
+    double* partials = nullptr;  // [images][sums][C/K]
+  };
+  Node plan_node(int i) {
+    Node plan;
+    plan.first = cell.first_edge(i), plan.count = cell.inputs + i, plan.edges.resize(plan.count);
+    int s = cell.inputs + i;
+    int64_t size = cell.pixels() * cm, c = cell.channels, full = cell.pixels() * c;
+    for (int j = 0; j < plan.count; j++) {
+      NodeTerms& t = plan.edges[j];
+      const auto& branches = cell.edges[plan.first + j].branches;
+      t.first = plan.sums;
       t.kept_mean = t.states_mean = Coefficients<T>(cell.primitives, cm, period);
       auto centre = [&](Coefficients<T>& mean, int64_t row, const Branch& b) {
         for (int64_t ch = 0; ch < cm; ch++) mean.set(row, ch, b.norm < 0 ? 0 : this->mean(b.norm, ch));
@@ -87,81 +96,81 @@ struct Backward : CellContext<T, S> {
         t.pools |= b.pools();
         t.identity |= b.op == Op::Identity;
       }
-      sums += t.kept.size() + t.states.size();
-      largest = std::max(largest, cell.sources[j].h * cell.sources[j].w);
+      plan.sums += t.kept.size() + t.states.size();
+      plan.largest = std::max(plan.largest, cell.sources[j].h * cell.sources[j].w);
     }
-    std::vector<double> partials(cell.images * sums * cm), bypass(cell.images * count);
-    bool ready = !partial && state_grad[s].data && state_grad[s].pixel == c && state_grad[s].row == cell.ow * c &&
-                 state_grad[s].image == full;
-    T* gathered = ready ? nullptr : static_cast<T*>(allocate(cell.images * size * sizeof(T)));
-    mixed_grad[i] = ready ? state_grad[s].data : gathered;
-    std::vector<T> zero(k.repeat(c));
-    this->parallel(cell.images, [&](int64_t begin, int64_t end) {
-      Scratch room;
-      T* scratch = room.take<T>(4 * (largest + 16) * cm + 16 * (period + c));
-      T* dense = room.take<T>(largest * cm);
-      T* max = room.take<T>(size);
-      T* avg = room.take<T>(size);
-      T* planar = room.take<T>(partial ? full : 0);
-      T* around = room.take<T>(partial ? largest * c : 0);
-      std::vector<double> whole(c);
-      for (int64_t n = begin; n < end; n++) {
-        double* sum = partials.data() + n * sums * cm;
-        if (!ready) {
-          T* to = gathered + n * size;
-          View<T> g = state_grad[s][n];
-          if (!g.data)
-            std::fill_n(to, size, T(0)), std::fill_n(planar, partial ? full : 0, T(0));
-          else if (partial)
-            k.unshuffle(g, cell.oh, cell.ow, c, cell.K, planar, to);
-          else
-            k.pack(g, cell.oh, cell.ow, c, to);
-        }
-        const T* g = mixed_grad[i] + n * size;
-        k.dot_states(g, 0, nullptr, nullptr, nullptr, sum, size, cm, scratch);
-        for (int j = 0; j < count; j++) {
-          const NodeTerms& t = all[j];
-          const Source& source = cell.sources[j];
-          const auto& branches = cell.edges[first + j].branches;
-          View<T> view = states[j][n];
-          double* to = sum + t.first * cm;
-          std::vector<const S*> kept;
-          for (int p : t.kept) kept.push_back(this->slot(branches[p].slot, n));
-          k.dot_kept(g, kept.size(), kept.data(), t.kept_mean.row(0), to, size, cm, scratch);
-          const T* x = t.pools || t.identity ? this->dense(view, source.h, source.w, cm, dense) : nullptr;
-          if (t.pools) k.pool_forward(x, source.h, source.w, cm, source.stride, max, avg, scratch);
-          std::vector<const T*> from;
-          for (int p : t.states) {
-            Op op = branches[p].op;
-            from.push_back(op == Op::MaxPool   ? max
-                           : op == Op::AvgPool ? avg
-                           : op == Op::Noise   ? data.noise[branches[p].noise] + n * size
-                                               : x);
-          }
-          k.dot_states(g, from.size(), from.data(), t.states_mean.row(0), to + t.kept.size() * cm, nullptr, size, cm,
-                       scratch);
-          if (!partial || !back.grad_edge_weights) continue;
-          const T* outer = around;
-          if (source.stride == 2)
-            k.half_pool_forward(view, source.h, source.w, c, around);
-          else
-            outer = this->dense(view, source.h, source.w, c, around);
-          std::fill(whole.begin(), whole.end(), 0.0);
-          k.dot_states(planar, 1, &outer, zero.data(), whole.data(), nullptr, full, c, scratch);
-          double total = 0;
-          for (int64_t ch = cm; ch < c; ch++) total += whole[ch];
-          bypass[n * count + j] = total;
-        }
+    plan.partials = this->take_sums(cell.images * plan.sums * cm);
+    const Batch<T>& g = state_grad[s];
+    bool ready = cell.K == 1 && g.data && g.pixel == c && g.row == cell.ow * c && g.image == full;
+    if (!ready) plan.gathered = this->take(cell.images * size);
+    mixed_grad[i] = ready ? g.data : plan.gathered;
+    if (cell.K > 1) plan.planar = this->take(cell.images * full);
+    planar_grad[i] = plan.planar;
+    return plan;
+  }
+  struct NodeRoom {
+    T *scratch, *max, *avg;
+    std::vector<const S*> kept;
+    std::vector<const T*> from;
+    NodeRoom(Scratch& room, const Node& plan, const Cell& cell, int64_t period)
+        : scratch(room.take<T>(4 * (plan.largest + 16) * cell.mixed + 16 * (period + cell.channels))),
+          max(room.take<T>(cell.pixels() * cell.mixed)), avg(room.take<T>(cell.pixels() * cell.mixed)) {}
+  };
+  // what `node` reads of image n, as far as the cache holds it
+  void fetch_node(const Node& plan, int64_t n, Queue& queue) const {
+    int64_t size = cell.pixels() * cm;
+    for (int j = 0; j < plan.count && queue.bytes() < kFetchAtMost; j++) {
+      const auto& branches = cell.edges[plan.first + j].branches;
+      for (int p : plan.edges[j].kept) queue.add(this->slot(branches[p].slot, n), size * sizeof(S));
+      queue.add(this->mixed_image(j, n), size * sizeof(T));
+    }
+  }
+  void node(int i, int64_t n, Node& plan, NodeRoom& room) {
+    int64_t size = cell.pixels() * cm, c = cell.channels, full = cell.pixels() * c;
+    double* sum = plan.partials + n * plan.sums * cm;
+    std::fill_n(sum, plan.sums * cm, 0.0);
+    T* planar = cell.K > 1 ? plan.planar + n * full : nullptr;
+    if (plan.gathered) {
+      T* to = plan.gathered + n * size;
+      View<T> g = state_grad[cell.inputs + i][n];
+      if (!g.data)
+        std::fill_n(to, size, T(0)), std::fill_n(planar, planar ? full : 0, T(0));
+      else if (planar)
+        k.unshuffle(g, cell.oh, cell.ow, c, cell.K, to, planar);
+      else
+        k.pack(g, cell.oh, cell.ow, c, to);
+    }
+    const T* g = mixed_grad[i] + n * size;
+    k.dot_states(g, 0, nullptr, nullptr, nullptr, sum, size, cm, room.scratch);
+    for (int j = 0; j < plan.count; j++) {
+      const NodeTerms& t = plan.edges[j];
+      const Source& source = cell.sources[j];
+      const auto& branches = cell.edges[plan.first + j].branches;
+      double* to = sum + t.first * cm;
+      room.kept.clear(), room.from.clear();
+      for (int p : t.kept) room.kept.push_back(this->slot(branches[p].slot, n));
+      k.dot_kept(g, room.kept.size(), room.kept.data(), t.kept_mean.row(0), to, size, cm, room.scratch);
+      const T* x = this->mixed_image(j, n);
+      if (t.pools) k.pool_forward(x, source.h, source.w, cm, source.stride, room.max, room.avg, room.scratch);
+      for (int p : t.states) {
+        Op op = branches[p].op;
+        room.from.push_back(op == Op::MaxPool   ? room.max
+                            : op == Op::AvgPool ? room.avg
+                            : op == Op::Noise   ? data.noise[branches[p].noise] + n * size
+                                                : x);
       }
-    });
-    std::vector<double> sum(sums * cm, 0.0);
+      k.dot_states(g, room.from.size(), room.from.data(), t.states_mean.row(0), to + t.kept.size() * cm, nullptr, size,
+                   cm, room.scratch);
+    }
+  }
+  void finish_node(Node& plan) {
+    std::vector<double> sum(plan.sums * cm, 0.0);
     for (int64_t n = 0; n < cell.images; n++)
-      for (int64_t v = 0; v < sums * cm; v++) sum[v] += partials[n * sums * cm + v];
-    for (int j = 0; j < count; j++) {
-      int e = first + j;
-      const NodeTerms& t = all[j];
+      for (int64_t v = 0; v < plan.sums * cm; v++) sum[v] += plan.partials[n * plan.sums * cm + v];
+    for (int j = 0; j < plan.count; j++) {
+      int e = plan.first + j;
+      const NodeTerms& t = plan.edges[j];
       double edge_gradient = 0;
-      for (int64_t n = 0; n < cell.images; n++) edge_gradient += bypass[n * count + j];
       const double* at = sum.data() + t.first * cm;
       for (const auto* list : {&t.kept, &t.states})
         for (int p : *list) {
@@ -175,7 +184,7 @@ struct Backward : CellContext<T, S> {
           edge_gradient += this->mix(e, p) * gradient;
           at += cm;
         }
-      if (back.grad_edge_weights) back.grad_edge_weights[e] = T(edge_gradient);
+      edge_gradients[e] = edge_gradient;
     }
   }
 
@@ -184,10 +193,11 @@ struct Backward : CellContext<T, S> {
   void stage2(int i) {
     Timed timed(kStage2Backward);
     std::vector<const Branch*> branches;
+    int64_t work = 0;
     int first = cell.first_edge(i);
     for (int e = first; e < first + cell.inputs + i; e++)
       for (const Branch& b : cell.edges[e].branches)
-        if (b.op == Op::SepConv) branches.push_back(&b);
+        if (b.op == Op::SepConv) branches.push_back(&b), work += this->work(b);
     if (branches.empty()) return;
     int64_t count = branches.size(), h = cell.oh, w = cell.ow, size = h * w * cm;
     std::vector<Coefficients<T>> affine;
@@ -201,29 +211,39 @@ struct Backward : CellContext<T, S> {
       }
       affine.push_back(a);
     }
-    std::vector<double> partials(cell.images * count * 2 * cm);
+    double* partials = this->take_sums(cell.images * count * 2 * cm);
     Frame frame = k.frame(h, w, cm, 1);
     this->parallel(cell.images, [&](int64_t begin, int64_t end) {
       Scratch room;
       T* e = room.take<T>(frame.size, true);
       T* dx = room.take<T>(size);
       T* scratch = room.take<T>(w * cm + 8 * cm + 16384);
-      for (int64_t n = begin; n < end; n++)
+      Queue queue;
+      int64_t bytes = size * sizeof(S);
+      for (int64_t n = begin; n < end; n++) {
+        queue.clear();
+        for (int64_t j = 0; j < count; j++) {
+          queue.add(this->slot(branches[j]->inner_slot, n), bytes);
+          if (j + 1 < count) queue.add(this->slot(branches[j + 1]->slot, n), bytes);
+        }
+        if (n + 1 < end) {
+          queue.add(mixed_grad[i] + (n + 1) * size, size * sizeof(T));
+          queue.add(this->slot(branches[0]->slot, n + 1), bytes);
+        }
+        Ahead ahead = queue.over(work);
         for (int64_t j = 0; j < count; j++) {
           const Branch& b = *branches[j];
           auto p = this->pair(b, true, 1);
           S* y = this->slot(b.slot, n);
           std::fill_n(dx, size, T(0));
-          // next: this branch's inner output, and the next branch's outer one
-          bool last = j + 1 == count;
-          const S* next = last && n + 1 == end ? nullptr : this->slot(branches[last ? 0 : j + 1]->slot, n + last);
-          Ahead ahead = this->ahead(this->slot(b.inner_slot, n), size * sizeof(S), next, size * sizeof(S));
           k.conv_backward(mixed_grad[i] + n * size, y, norms[b.norm].row(0), h, w, cm, p.conv, p.dw, p.pw_t, frame,
                           e, dx, scratch, ahead);
-          double* sums = partials.data() + (n * count + j) * 2 * cm;
+          double* sums = partials + (n * count + j) * 2 * cm;
+          std::fill_n(sums, 2 * cm, 0.0);
           k.relu_backward_inner(dx, this->slot(b.inner_slot, n), affine[j].row(0), affine[j].row(1),
                                 affine[j].row(2), y, sums, sums + cm, size, cm, scratch);
         }
+      }
     });
     std::vector<double> sum(count * 2 * cm, 0.0);
     for (int64_t n = 0; n < cell.images; n++)
@@ -232,21 +252,36 @@ struct Backward : CellContext<T, S> {
       norm_gradients(branches[j]->inner_norm, 1, sum.data() + j * 2 * cm, sum.data() + (j * 2 + 1) * cm);
   }
 
-  // The gradient of state s: from every edge that leaves it, and from outside the cell.
-  void state(int s, T* dst) {
-    Timed timed(kStage1Backward);
-    const Source& source = cell.sources[s];
+  // Stage 1: the gradient of a state, from every edge that leaves it, and from outside the cell.
+  struct Stage1 {
     struct Term {
       const Branch* branch;
       int node;
     };
+    int count = 0;
+    int64_t work = 0;
     std::vector<Term> convs;
-    std::vector<const T*> grads;
-    int count = source.edges.size();
-    Coefficients<T> identity(count, cm, period), max_coef(count + 1, cm, period), avg_coef(count + 1, cm, period);
-    Coefficients<T> max_bias(1, cm, period), avg_bias(1, cm, period), bypass(count, cell.channels,
-                                                                            k.repeat(cell.channels));
+    std::vector<const T*> grads, planar;
+    std::vector<T> scale;
+    Coefficients<T> identity, max_coef, avg_coef, max_bias, avg_bias;
     bool has_identity = false;
+    Batch<T> outer;
+    T* whole = nullptr;
+    Frame frame{};
+    std::vector<double> dots;  // of each edge's gradient with what bypassed it, per image
+  };
+  Stage1 plan_stage1(int s, T* whole) {
+    const Source& source = cell.sources[s];
+    int count = source.edges.size();
+    Stage1 plan;
+    plan.count = count;
+    plan.identity = Coefficients<T>(count, cm, period);
+    plan.max_coef = plan.avg_coef = Coefficients<T>(count + 1, cm, period);
+    plan.max_bias = plan.avg_bias = Coefficients<T>(1, cm, period);
+    plan.outer = state_grad[s];
+    plan.whole = whole;
+    plan.frame = k.frame(cell.oh, cell.ow, cm, source.stride);
+    if (cell.K > 1 && back.grad_edge_weights) plan.dots.resize(cell.images * count);
     // pools of all edges share their input's statistics, so their gradients add up before the pool's backward
     auto pool = [&](int j, const Branch& b, Coefficients<T>& coef, std::vector<double>& slope,
                     std::vector<double>& constant) {
@@ -261,106 +296,167 @@ struct Backward : CellContext<T, S> {
     for (int m : {0, 1}) slopes[m].assign(cm, 0.0), constants[m].assign(cm, 0.0);
     for (int j = 0; j < count; j++) {
       int e = source.edges[j];
-      grads.push_back(mixed_grad[cell.edges[e].node]);
-      bypass.set(j, this->edge_weight(e));
+      plan.grads.push_back(mixed_grad[cell.edges[e].node]);
+      plan.planar.push_back(planar_grad[cell.edges[e].node]);
+      plan.scale.push_back(T(this->edge_weight(e)));
       double through = 0;
       for (int p = 0; p < cell.primitives; p++) {
         const Branch& b = cell.edges[e].branches[p];
-        if (b.convolves()) convs.push_back({&b, cell.edges[e].node});
-        if (b.op == Op::MaxPool) pool(j, b, max_coef, slopes[0], constants[0]);
-        if (b.op == Op::AvgPool) pool(j, b, avg_coef, slopes[1], constants[1]);
-        if (b.op == Op::Identity) through += this->strength(e, p), has_identity = true;
+        if (b.convolves()) plan.convs.push_back({&b, cell.edges[e].node}), plan.work += this->work(b);
+        if (b.op == Op::MaxPool) pool(j, b, plan.max_coef, slopes[0], constants[0]);
+        if (b.op == Op::AvgPool) pool(j, b, plan.avg_coef, slopes[1], constants[1]);
+        if (b.op == Op::Identity) through += this->strength(e, p), plan.has_identity = true;
       }
-      identity.set(j, through);
+      plan.identity.set(j, through);
     }
     for (int64_t ch = 0; ch < cm; ch++) {
-      max_coef.set(count, ch, slopes[0][ch]);
-      avg_coef.set(count, ch, slopes[1][ch]);
-      max_bias.set(0, ch, constants[0][ch]);
-      avg_bias.set(0, ch, constants[1][ch]);
+      plan.max_coef.set(count, ch, slopes[0][ch]);
+      plan.avg_coef.set(count, ch, slopes[1][ch]);
+      plan.max_bias.set(0, ch, constants[0][ch]);
+      plan.avg_bias.set(0, ch, constants[1][ch]);
     }
+    return plan;
+  }
+  struct Stage1Room {
+    T *e, *dx, *rest, *scratch, *max, *avg, *d_max, *d_avg, *summed, *around;
+    std::vector<const T*> from;
+    std::vector<View<T>> planar;
+    Queue extra;
+    Stage1Room(Scratch& room, const Stage1& plan, const Cell& cell, const Source& source) {
+      int64_t in = source.h * source.w * cell.mixed, size = cell.pixels() * cell.mixed;
+      bool halved = cell.K > 1 && source.stride == 2;
+      e = room.take<T>(plan.frame.size, true);
+      dx = room.take<T>(in);
+      rest = room.take<T>(in);
+      scratch = room.take<T>(4 * (source.w + 2) * cell.mixed + 16384);
+      for (T** p : {&max, &avg, &d_max, &d_avg}) *p = room.take<T>(source.pools ? size : 0);
+      summed = room.take<T>(halved ? cell.pixels() * cell.channels : 0);
+      around = room.take<T>(halved ? source.h * source.w * cell.channels : 0);
+    }
+  };
+  // `queue`: what follows the convolutions; returned with what they read themselves in between
+  void fetch_stage1(const Stage1& plan, int64_t n, bool last, Stage1Room& room, Queue& queue) {
+    int64_t size = cell.pixels() * cm, full = cell.pixels() * cell.channels;
+    room.extra.clear();
+    for (const T* p : plan.planar) room.extra.add(p ? p + n * full : nullptr, full * sizeof(T));
+    room.extra.append(queue);
+    queue.clear();
+    int node = -1;
+    auto conv = [&](const typename Stage1::Term& t, int64_t n) {
+      bool sep = t.branch->op == Op::SepConv;
+      queue.add(this->slot(sep ? t.branch->inner_slot : t.branch->slot, n), size * sizeof(S));
+      if (sep)
+        queue.add(this->slot(t.branch->slot, n), size * sizeof(S));
+      else if (t.node != node)
+        queue.add(mixed_grad[node = t.node] + n * size, size * sizeof(T));
+    };
+    int64_t count = plan.convs.size();
+    for (int64_t i = 0; i < count; i++) {
+      if (i + 1 < count) conv(plan.convs[i + 1], n);
+      queue.add_share(room.extra, i, count);
+    }
+    if (!last && count) conv(plan.convs[0], n + 1);
+  }
+  void stage1(int s, int64_t n, Stage1& plan, Stage1Room& room, Queue& queue) {
+    const Source& source = cell.sources[s];
     int64_t h = source.h, w = source.w, in = h * w * cm, size = cell.pixels() * cm, c = cell.channels;
     int64_t full = cell.pixels() * c;
-    bool partial = cell.K > 1;
-    Frame frame = k.frame(cell.oh, cell.ow, cm, source.stride);
+    const T* x = this->mixed_image(s, n);
+    std::fill_n(room.dx, in, T(0));
+    Ahead ahead = queue.over(plan.work);
+    for (const auto& t : plan.convs) {
+      const Branch& b = *t.branch;
+      auto p = this->pair(b, false, source.stride);
+      const T* g = mixed_grad[t.node] + n * size;
+      const T* coef = norms[b.op == Op::SepConv ? b.inner_norm : b.norm].row(0);
+      if (b.op == Op::Reduce)
+        k.reduce_backward(g, this->slot(b.slot, n), coef, h, w, cm, data.weights + b.weight + 2 * cm * cm, room.dx,
+                          room.scratch, ahead);
+      else if (b.op == Op::SepConv)
+        k.conv_backward_kept(this->slot(b.slot, n), this->slot(b.inner_slot, n), coef, h, w, cm, p.conv, p.dw, p.pw_t,
+                             plan.frame, room.e, room.dx, room.scratch, ahead);
+      else
+        k.conv_backward(g, this->slot(b.slot, n), coef, h, w, cm, p.conv, p.dw, p.pw_t, plan.frame, room.e, room.dx,
+                        room.scratch, ahead);
+    }
+    auto& from = room.from;
+    from.clear();
+    for (const T* g : plan.grads) from.push_back(g + n * size);
+    if (plan.has_identity)
+      k.sum_states(room.rest, true, plan.count, from.data(), plan.identity.row(0), nullptr, in, period);
+    else
+      std::fill_n(room.rest, in, T(0));
+    if (source.pools) {
+      k.pool_forward(x, h, w, cm, source.stride, room.max, room.avg, room.scratch);
+      from.push_back(room.max);
+      k.sum_states(room.d_max, true, plan.count + 1, from.data(), plan.max_coef.row(0), plan.max_bias.row(0), size,
+                   period);
+      from.back() = room.avg;
+      k.sum_states(room.d_avg, true, plan.count + 1, from.data(), plan.avg_coef.row(0), plan.avg_bias.row(0), size,
+                   period);
+      k.divide_by_window(room.d_avg, h, w, cm, source.stride);
+      k.pool_backward(x, room.max, room.d_max, room.d_avg, h, w, cm, source.stride, room.rest);
+    }
+    k.relu_backward_add(room.dx, x, room.rest, in, cm);
+    auto& planar = room.planar;
+    planar.clear();
+    for (const T* p : plan.planar)
+      if (p) planar.push_back({p + n * full, cell.ow * c, c});
+    const T *scale = plan.scale.data(), one = 1;
+    View<T> x_around = plan.dots.empty() ? View<T>{nullptr, 0, 0} : bypass[s][n], none{nullptr, 0, 0};
+    double* dots = plan.dots.data() + n * plan.count;
+    if (cell.K > 1 && source.stride == 2) {
+      // no outer gradient yet: it has the size of the input
+      k.join(nullptr, planar.size(), planar.data(), scale, none, x_around, cell.oh, cell.ow, c, 0, room.summed, dots);
+      k.half_pool_backward(states[s][n], room.summed, h, w, c, room.around);
+      planar = {{room.around, w * c, c}};
+      scale = &one;
+      x_around = none;
+    }
+    k.join(room.rest, planar.size(), planar.data(), scale, plan.outer[n], x_around, h, w, c, cm,
+           plan.whole + n * h * w * c, dots);
+  }
+  void finish_stage1(int s, const Stage1& plan) {
+    if (plan.dots.empty()) return;
+    for (int64_t n = 0; n < cell.images; n++)
+      for (int j = 0; j < plan.count; j++) edge_gradients[cell.sources[s].edges[j]] += plan.dots[n * plan.count + j];
+  }
+
+  // The gradient of state s, and the dot products of the edges that enter it.
+  void state(int s) {
+    Timed timed(kStage1Backward);
+    int i = s - cell.inputs;
+    bool leaves = !cell.sources[s].edges.empty();
+    Stage1 stage;
+    Node plan;
+    if (leaves) {
+      int64_t row = cell.ow * cell.channels, full = cell.oh * row;
+      T* given = i < 0 ? back.grad_inputs[s] : nullptr;
+      const Source& source = cell.sources[s];
+      stage = plan_stage1(s, given ? given : this->take(cell.images * source.h * source.w * cell.channels));
+      if (i >= 0) state_grad[s] = {stage.whole, full, row, cell.channels};
+    }
+    if (i >= 0) plan = plan_node(i);
     this->parallel(cell.images, [&](int64_t begin, int64_t end) {
       Scratch room;
-      T* e = room.take<T>(frame.size, true);
-      T* dx = room.take<T>(in);
-      T* rest = room.take<T>(in);
-      T* scratch = room.take<T>(4 * (w + 2) * cm + 16384);
-      T* dense = room.take<T>(in);
-      T* max = room.take<T>(source.pools ? size : 0);
-      T* avg = room.take<T>(source.pools ? size : 0);
-      T* d_max = room.take<T>(source.pools ? size : 0);
-      T* d_avg = room.take<T>(source.pools ? size : 0);
-      T* shuffled = room.take<T>(partial ? full : 0);
-      T* planar = room.take<T>(partial ? full : 0);
-      T* around = room.take<T>(partial ? h * w * c : 0);
-      T* unused = room.take<T>(partial ? size : 0);
+      Stage1Room stage_room(room, stage, cell, cell.sources[s]);
+      NodeRoom node_room(room, plan, cell, period);
+      Queue queue;
       for (int64_t n = begin; n < end; n++) {
-        View<T> view = states[s][n];
-        const T* x = this->dense(view, h, w, cm, dense);
-        std::fill_n(dx, in, T(0));
-        for (size_t i = 0; i < convs.size(); i++) {
-          const Term& t = convs[i];
-          const Branch& b = *t.branch;
-          Ahead ahead;
-          if (i + 1 < convs.size() || n + 1 < end) {
-            bool last = i + 1 == convs.size();
-            const Term& next = convs[last ? 0 : i + 1];
-            bool sep = next.branch->op == Op::SepConv;
-            const S* y = this->slot(sep ? next.branch->inner_slot : next.branch->slot, n + last);
-            const void* g = sep ? static_cast<const void*>(this->slot(next.branch->slot, n + last))
-                                : mixed_grad[next.node] + (n + last) * size;
-            ahead = this->ahead(y, size * sizeof(S), g, size * (sep ? sizeof(S) : sizeof(T)));
-          }
-          auto p = this->pair(b, false, source.stride);
-          const T* g = mixed_grad[t.node] + n * size;
-          if (b.op == Op::Reduce)
-            k.reduce_backward(g, this->slot(b.slot, n), norms[b.norm].row(0), h, w, cm,
-                              data.weights + b.weight + 2 * cm * cm, dx, scratch);
-          else if (b.op == Op::SepConv)
-            k.conv_backward_kept(this->slot(b.slot, n), this->slot(b.inner_slot, n), norms[b.inner_norm].row(0), h,
-                                 w, cm, p.conv, p.dw, p.pw_t, frame, e, dx, scratch, ahead);
-          else
-            k.conv_backward(g, this->slot(b.slot, n), norms[b.norm].row(0), h, w, cm, p.conv, p.dw, p.pw_t, frame, e,
-                            dx, scratch, ahead);
+        queue.clear();
+        // the first pass reads all states
+        if (i == cell.nodes - 1)
+          for (int j = 0; j < plan.count; j++) this->make_dense(j, n);
+        if (leaves) {
+          if (i >= 0) fetch_node(plan, n, queue);
+          fetch_stage1(stage, n, n + 1 == end, stage_room, queue);
+          stage1(s, n, stage, stage_room, queue);
         }
-        std::vector<const T*> from;
-        for (const T* g : grads) from.push_back(g + n * size);
-        if (has_identity)
-          k.sum_states(rest, true, count, from.data(), identity.row(0), nullptr, in, period);
-        else
-          std::fill_n(rest, in, T(0));
-        if (source.pools) {
-          k.pool_forward(x, h, w, cm, source.stride, max, avg, scratch);
-          from.push_back(max);
-          k.sum_states(d_max, true, count + 1, from.data(), max_coef.row(0), max_bias.row(0), size, period);
-          from.back() = avg;
-          k.sum_states(d_avg, true, count + 1, from.data(), avg_coef.row(0), avg_bias.row(0), size, period);
-          k.divide_by_window(d_avg, h, w, cm, source.stride);
-          k.pool_backward(x, max, d_max, d_avg, h, w, cm, source.stride, rest);
-        }
-        k.relu_backward_add(dx, x, rest, in, cm);
-        const T* outer = nullptr;
-        if (partial) {
-          for (int j = 0; j < count; j++) {
-            View<T> g = state_grad[cell.inputs + cell.edges[source.edges[j]].node][n];
-            if (!g.data) {
-              if (j == 0) std::fill_n(shuffled, full, T(0));
-              continue;
-            }
-            const T* whole = this->dense(g, cell.oh, cell.ow, c, around);
-            k.sum_states(shuffled, j == 0, 1, &whole, bypass.row(j), nullptr, full, k.repeat(c));
-          }
-          k.unshuffle({shuffled, cell.ow * c, c}, cell.oh, cell.ow, c, cell.K, planar, unused);
-          outer = planar;
-          if (source.stride == 2) k.half_pool_backward(view, planar, h, w, c, around), outer = around;
-        }
-        k.join(rest, outer, state_grad[s][n], h, w, c, cm, dst + n * h * w * c);
+        if (i >= 0) node(i, n, plan, node_room);
       }
     });
+    if (leaves) finish_stage1(s, stage);
+    if (i >= 0) finish_node(plan);
   }
 };
 }  // namespace
@@ -368,19 +464,14 @@ struct Backward : CellContext<T, S> {
 template <class T, class S>
 void cell_backward(const Cell& cell, CellBackward<T, S>& data, const Parallel& parallel, const Allocate& allocate) {
   Backward<T, S> run(cell, data, parallel, allocate);
-  int64_t row = cell.ow * cell.channels, full = cell.oh * row;
   for (int i = cell.nodes - 1; i >= 0; i--) {
-    int s = cell.inputs + i;
-    if (!cell.sources[s].edges.empty()) {
-      T* whole = static_cast<T*>(allocate(cell.images * full * sizeof(T)));
-      run.state(s, whole);
-      run.state_grad[s] = {whole, full, row, cell.channels};
-    }
-    run.node(i);
+    run.state(cell.inputs + i);
     run.stage2(i);
   }
   for (int s = 0; s < cell.inputs; s++)
-    if (data.grad_inputs[s]) run.state(s, data.grad_inputs[s]);
+    if (data.grad_inputs[s] || data.grad_edge_weights) run.state(s);
+  if (data.grad_edge_weights)
+    for (size_t e = 0; e < cell.edges.size(); e++) data.grad_edge_weights[e] = T(run.edge_gradients[e]);
 }
 template void cell_backward(const Cell&, CellBackward<float, float>&, const Parallel&, const Allocate&);
 template void cell_backward(const Cell&, CellBackward<float, bf16>&, const Parallel&, const Allocate&);

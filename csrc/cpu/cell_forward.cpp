@@ -1,5 +1,6 @@
-// A cell forward: per state one pass of all first halves (stage 1), one of all second halves (stage 2); per node
-// one pass that sums its edges. Threads split the images; statistics are summed in the images' order.
+// A cell forward. Per state two passes over the images: one makes the state, summing the edges that enter it, and runs
+// all first halves of the edges that leave it (stage 1); one runs their second halves (stage 2). In between lie the
+// batch statistics. Threads split the images; statistics are summed in the images' order.
 #include <algorithm>
 
 #include "cell_parts.h"
@@ -8,7 +9,7 @@ namespace rfdarts {
 namespace {
 
 // beyond this a stage's outputs are gone from the caches before they are read
-constexpr int64_t kBypassCache = 24 << 20;
+constexpr int64_t kBypassCache = 4 << 20;
 
 template <class T, class S>
 struct Forward : CellContext<T, S> {
@@ -19,8 +20,10 @@ struct Forward : CellContext<T, S> {
   using CellContext<T, S>::cm;
   using CellContext<T, S>::period;
   using CellContext<T, S>::states;
+  using CellContext<T, S>::mixed;
+  using CellContext<T, S>::bypass;
 
-  void merge(Moments& moments, int64_t i, const std::vector<int>& norms) {
+  void merge(const Moments& moments, int64_t i, const std::vector<int>& norms) {
     double *mean = data.moments + norms[0] * cm, *variance = data.moments + (cell.norms + norms[0]) * cm;
     moments.merge(i, cell.images, cell.pixels(), mean, variance);
     for (int norm : norms) {
@@ -28,87 +31,108 @@ struct Forward : CellContext<T, S> {
       std::copy_n(variance, cm, data.moments + (cell.norms + norm) * cm);
     }
   }
+  bool bypasses(int64_t branches) const {
+    return branches * cell.images * cell.image() * int64_t(sizeof(S)) > kBypassCache;
+  }
 
-  void stage1(int s) {
-    Timed timed(kStage1);
-    const Source& source = cell.sources[s];
+  struct Stage1 {
     std::vector<const Branch*> branches;
     std::vector<int> max_norms, avg_norms;
+    bool pools;
+    int64_t work;
+    Moments moments;
+    Frame frame;
+  };
+  Stage1 plan_stage1(int s) const {
+    const Source& source = cell.sources[s];
+    Stage1 plan{{}, {}, {}, cell.training && source.pools, 0, {}, k.frame(source.h, source.w, cm, source.stride)};
     for (int e : source.edges)
       for (const Branch& b : cell.edges[e].branches) {
-        if (b.convolves()) branches.push_back(&b);
-        if (b.pools()) (b.op == Op::MaxPool ? max_norms : avg_norms).push_back(b.norm);
+        if (b.convolves()) plan.branches.push_back(&b), plan.work += this->work(b);
+        if (b.pools()) (b.op == Op::MaxPool ? plan.max_norms : plan.avg_norms).push_back(b.norm);
       }
-    bool pools = cell.training && source.pools;
-    if (branches.empty() && !pools) return;
-    int64_t count = branches.size(), h = source.h, w = source.w;
-    Moments moments(cell.images, count + 2, cm);
-    Frame frame = k.frame(h, w, cm, source.stride);
-    bool bypass = count * cell.images * cell.image() * int64_t(sizeof(S)) > kBypassCache;
-    this->parallel(cell.images, [&](int64_t begin, int64_t end) {
-      Scratch room;
-      T* x = room.take<T>(frame.size, true);
-      T* scratch = room.take<T>(2 * w * cm + 4 * cm + 16384);
-      T* dense = room.take<T>(pools ? h * w * cm : 0);
-      T* max = room.take<T>(pools ? cell.pixels() * cm : 0);
-      T* avg = room.take<T>(pools ? cell.pixels() * cm : 0);
-      for (int64_t n = begin; n < end; n++) {
-        View<T> in = states[s][n];
-        if (pools) {
-          k.pool_forward(this->dense(in, h, w, cm, dense), h, w, cm, source.stride, max, avg, scratch);
-          k.moments(max, cell.pixels(), cm, moments.mean_of(n, count), moments.deviation_of(n, count));
-          k.moments(avg, cell.pixels(), cm, moments.mean_of(n, count + 1), moments.deviation_of(n, count + 1));
-        }
-        if (count) k.frame_relu(in, h, w, cm, frame, x);
-        for (int64_t i = 0; i < count; i++) {
-          const Branch& b = *branches[i];
-          S* y = this->slot(b.op == Op::SepConv ? b.inner_slot : b.slot, n);
-          double *mean = moments.mean_of(n, i), *deviation = moments.deviation_of(n, i);
-          if (b.op == Op::Reduce) {
-            k.reduce_forward(x, frame, h, w, cm, data.weights + b.weight, y, mean, deviation, scratch);
-          } else {
-            auto p = this->pair(b, false, source.stride);
-            k.conv_forward(x, frame, h, w, cm, p.conv, p.dw, p.pw, y, bypass, mean, deviation, scratch, Ahead());
-          }
-        }
+    plan.moments = this->take_moments(plan.branches.size() + 2);
+    return plan;
+  }
+  struct Stage1Room {
+    T *x, *scratch, *max, *avg;
+    Stage1Room(Scratch& room, const Stage1& plan, const Source& source, int64_t size, int64_t cm)
+        : x(room.take<T>(plan.frame.size, true)), scratch(room.take<T>(3 * (source.w + 2) * cm + 16384)),
+          max(room.take<T>(plan.pools ? size : 0)), avg(room.take<T>(plan.pools ? size : 0)) {}
+  };
+  void stage1(int s, int64_t n, Stage1& plan, const Stage1Room& room, Queue& queue) {
+    const Source& source = cell.sources[s];
+    int64_t h = source.h, w = source.w, count = plan.branches.size();
+    const T* in = this->mixed_image(s, n);
+    auto moments = [&](T* y, int64_t i) {
+      k.moments(y, cell.pixels(), cm, plan.moments.mean_of(n, i), plan.moments.deviation_of(n, i));
+    };
+    if (plan.pools) {
+      k.pool_forward(in, h, w, cm, source.stride, room.max, room.avg, room.scratch);
+      moments(room.max, count);
+      moments(room.avg, count + 1);
+    }
+    if (!count) return;
+    k.frame_relu({in, w * cm, cm}, h, w, cm, plan.frame, room.x);
+    Ahead ahead = queue.over(plan.work);
+    bool bypass_cache = bypasses(count);
+    for (int64_t i = 0; i < count; i++) {
+      const Branch& b = *plan.branches[i];
+      S* y = this->slot(b.op == Op::SepConv ? b.inner_slot : b.slot, n);
+      double *mean = plan.moments.mean_of(n, i), *deviation = plan.moments.deviation_of(n, i);
+      if (b.op == Op::Reduce) {
+        k.reduce_forward(room.x, plan.frame, h, w, cm, data.weights + b.weight, y, mean, deviation, room.scratch,
+                         ahead);
+      } else {
+        auto p = this->pair(b, false, source.stride);
+        k.conv_forward(room.x, plan.frame, h, w, cm, p.conv, p.dw, p.pw, y, bypass_cache, mean, deviation,
+                       room.scratch, ahead);
       }
-    });
+    }
+  }
+  void finish_stage1(Stage1& plan) {
     if (!cell.training) return;
-    for (int64_t i = 0; i < count; i++)
-      merge(moments, i, {branches[i]->op == Op::SepConv ? branches[i]->inner_norm : branches[i]->norm});
-    if (!max_norms.empty()) merge(moments, count, max_norms);
-    if (!avg_norms.empty()) merge(moments, count + 1, avg_norms);
+    int64_t count = plan.branches.size();
+    for (int64_t i = 0; i < count; i++) {
+      const Branch& b = *plan.branches[i];
+      merge(plan.moments, i, {b.op == Op::SepConv ? b.inner_norm : b.norm});
+    }
+    if (!plan.max_norms.empty()) merge(plan.moments, count, plan.max_norms);
+    if (!plan.avg_norms.empty()) merge(plan.moments, count + 1, plan.avg_norms);
   }
 
   void stage2(int s) {
     Timed timed(kStage2);
     std::vector<const Branch*> branches;
+    int64_t work = 0;
     for (int e : cell.sources[s].edges)
       for (const Branch& b : cell.edges[e].branches)
-        if (b.op == Op::SepConv) branches.push_back(&b);
+        if (b.op == Op::SepConv) branches.push_back(&b), work += this->work(b);
     if (branches.empty()) return;
-    int64_t count = branches.size(), h = cell.oh, w = cell.ow;
+    int64_t count = branches.size(), h = cell.oh, w = cell.ow, bytes = h * w * cm * sizeof(S);
     std::vector<Coefficients<T>> affine;
     for (const Branch* b : branches) affine.push_back(this->affine(b->inner_norm));
-    Moments moments(cell.images, count, cm);
+    Moments moments = this->take_moments(count);
     Frame frame = k.frame(h, w, cm, 1);
-    bool bypass = count * cell.images * cell.image() * int64_t(sizeof(S)) > kBypassCache;
+    bool bypass_cache = bypasses(count);
     this->parallel(cell.images, [&](int64_t begin, int64_t end) {
       Scratch room;
       T* u = room.take<T>(frame.size, true);
       T* scratch = room.take<T>(w * cm + 4 * cm + 16384);
-      for (int64_t n = begin; n < end; n++)
+      Queue queue;
+      for (int64_t n = begin; n < end; n++) {
+        queue.clear();
+        for (int64_t i = 1; i < count; i++) queue.add(this->slot(branches[i]->inner_slot, n), bytes);
+        if (n + 1 < end) queue.add(this->slot(branches[0]->inner_slot, n + 1), bytes);
+        Ahead ahead = queue.over(work);
         for (int64_t i = 0; i < count; i++) {
           const Branch& b = *branches[i];
           k.frame_affine_relu(this->slot(b.inner_slot, n), affine[i].row(0), affine[i].row(1), h, w, cm, frame, u);
           auto p = this->pair(b, true, 1);
-          bool last = i + 1 == count;
-          Ahead ahead;
-          if (!last || n + 1 < end)
-            ahead = this->ahead(this->slot(branches[last ? 0 : i + 1]->inner_slot, n + last), h * w * cm * sizeof(S));
-          k.conv_forward(u, frame, h, w, cm, p.conv, p.dw, p.pw, this->slot(b.slot, n), bypass,
+          k.conv_forward(u, frame, h, w, cm, p.conv, p.dw, p.pw, this->slot(b.slot, n), bypass_cache,
                          moments.mean_of(n, i), moments.deviation_of(n, i), scratch, ahead);
         }
+      }
     });
     if (cell.training)
       for (int64_t i = 0; i < count; i++) merge(moments, i, {branches[i]->norm});
@@ -158,62 +182,105 @@ struct Forward : CellContext<T, S> {
     return t;
   }
 
-  void node(int i) {
-    Timed timed(kNodes);
-    int first = cell.first_edge(i), count = cell.inputs + i;
-    int64_t size = cell.pixels() * cm, c = cell.channels, full = cell.pixels() * c;
-    bool partial = cell.K > 1;
-    std::vector<Terms> all;
-    int64_t largest = 0;
+  struct Node {
+    int first = 0, count = 0;
+    std::vector<Terms> edges;
+    Coefficients<T> bias;
+    std::vector<T> scale;
+    int64_t largest = 0;  // pixels of an input
+  };
+  Node plan_node(int i) {
+    Node plan;
+    plan.first = cell.first_edge(i), plan.count = cell.inputs + i;
     std::vector<double> constant(cm, 0.0);
-    for (int e = first; e < first + count; e++) all.push_back(terms(e, constant));
-    Coefficients<T> bias(1, cm, period);
-    for (int64_t i = 0; i < cm; i++) bias.set(0, i, constant[i]);
-    for (int j = 0; j < count; j++) largest = std::max(largest, cell.sources[j].h * cell.sources[j].w);
-    int64_t wide = k.repeat(c);
-    Coefficients<T> bypass(count, c, wide);
-    for (int j = 0; j < count; j++) bypass.set(j, this->edge_weight(first + j));
+    for (int j = 0; j < plan.count; j++) {
+      plan.edges.push_back(terms(plan.first + j, constant));
+      plan.scale.push_back(T(this->edge_weight(plan.first + j)));
+      plan.largest = std::max(plan.largest, cell.sources[j].h * cell.sources[j].w);
+    }
+    plan.bias = Coefficients<T>(1, cm, period);
+    for (int64_t i = 0; i < cm; i++) plan.bias.set(0, i, constant[i]);
+    int s = cell.inputs + i;
+    if (cell.sources[s].edges.empty())
+      mixed[s] = states[s].data;
+    else
+      this->plan_dense(s, false);
+    return plan;
+  }
+  struct NodeRoom {
+    T *scratch, *max, *avg, *inner;
+    std::vector<View<T>> around;
+    std::vector<const S*> kept;
+    std::vector<const T*> from;
+    NodeRoom(Scratch& room, const Node& plan, const Cell& cell)
+        : scratch(room.take<T>(4 * (plan.largest + 16) * cell.mixed + cell.ow * cell.channels)),
+          max(room.take<T>(cell.pixels() * cell.mixed)), avg(room.take<T>(cell.pixels() * cell.mixed)),
+          inner(room.take<T>(cell.K > 1 ? cell.pixels() * cell.mixed : 0)) {}
+  };
+  // what `node` reads of image n, as far as the cache holds it
+  void fetch_node(const Node& plan, int64_t n, Queue& queue) const {
+    int64_t size = cell.pixels() * cm, full = cell.pixels() * cell.channels;
+    for (int j = 0; j < plan.count && queue.bytes() < kFetchAtMost; j++) {
+      for (int s : plan.edges[j].slots) queue.add(this->slot(s, n), size * sizeof(S));
+      queue.add(this->mixed_image(j, n), size * sizeof(T));
+      if (cell.K > 1) queue.add(bypass[j][n].data, full * sizeof(T));
+    }
+  }
+  void node(int i, int64_t n, const Node& plan, NodeRoom& room) {
+    int64_t size = cell.pixels() * cm, c = cell.channels, full = cell.pixels() * c;
+    T* out = data.nodes[i] + n * full;
+    T* sum = cell.K > 1 ? room.inner : out;
+    for (int j = 0; j < plan.count; j++) {
+      const Source& source = cell.sources[j];
+      const Terms& t = plan.edges[j];
+      room.kept.clear(), room.from.clear();
+      for (int s : t.slots) room.kept.push_back(this->slot(s, n));
+      k.sum_kept(sum, j == 0, room.kept.size(), room.kept.data(), t.kept.row(0), plan.bias.row(0), size, period);
+      const T* x = this->mixed_image(j, n);
+      if (t.max || t.avg) k.pool_forward(x, source.h, source.w, cm, source.stride, room.max, room.avg, room.scratch);
+      if (t.max) room.from.push_back(room.max);
+      if (t.avg) room.from.push_back(room.avg);
+      if (t.identity) room.from.push_back(x);
+      for (int z : t.noise) room.from.push_back(data.noise[z] + n * size);
+      k.sum_states(sum, false, room.from.size(), room.from.data(), t.states.row(0), nullptr, size, period);
+    }
+    room.around.clear();
+    for (int j = 0; j < plan.count; j++) room.around.push_back(bypass[j][n]);
+    if (cell.K > 1)
+      k.bypass_forward(plan.count, room.around.data(), plan.scale.data(), sum, cell.oh, cell.ow, c, cell.K, out,
+                       room.scratch);
+    if (data.together)
+      k.spread(out, cell.pixels(), c, data.together + (n * cell.pixels() * cell.nodes + i) * c, cell.nodes * c);
+  }
+
+  // Makes state s, if it is a node and wanted, and runs stage 1 of the edges that leave it.
+  void state(int s, bool nodes) {
+    Timed timed(kStage1);
+    bool sums = nodes && s >= cell.inputs, leaves = !cell.sources[s].edges.empty();
+    if (!sums && !leaves) return;
+    Node plan;
+    if (sums)
+      plan = plan_node(s - cell.inputs);
+    else
+      this->plan_dense(s, nodes && cell.K > 1);
+    Stage1 stage = plan_stage1(s);
     this->parallel(cell.images, [&](int64_t begin, int64_t end) {
       Scratch room;
-      T* scratch = room.take<T>(4 * (largest + 16) * cm);
-      T* dense = room.take<T>(largest * cm);
-      T* max = room.take<T>(size);
-      T* avg = room.take<T>(size);
-      T* mixed = room.take<T>(partial ? size : 0);
-      T* planar = room.take<T>(partial ? full : 0);
-      T* around = room.take<T>(partial ? largest * c : 0);
+      NodeRoom node_room(room, plan, cell);
+      Stage1Room stage_room(room, stage, cell.sources[s], cell.pixels() * cm, cm);
+      Queue queue;
       for (int64_t n = begin; n < end; n++) {
-        T* out = data.nodes[i] + n * full;
-        T* sum = partial ? mixed : out;
-        for (int j = 0; j < count; j++) {
-          const Source& source = cell.sources[j];
-          const Terms& t = all[j];
-          View<T> view = states[j][n];
-          std::vector<const S*> kept;
-          for (int s : t.slots) kept.push_back(this->slot(s, n));
-          k.sum_kept(sum, j == 0, kept.size(), kept.data(), t.kept.row(0), bias.row(0), size, period);
-          std::vector<const T*> from;
-          const T* x = nullptr;
-          if (t.max || t.avg || t.identity) x = this->dense(view, source.h, source.w, cm, dense);
-          if (t.max || t.avg) k.pool_forward(x, source.h, source.w, cm, source.stride, max, avg, scratch);
-          if (t.max) from.push_back(max);
-          if (t.avg) from.push_back(avg);
-          if (t.identity) from.push_back(x);
-          for (int z : t.noise) from.push_back(data.noise[z] + n * size);
-          k.sum_states(sum, false, from.size(), from.data(), t.states.row(0), nullptr, size, period);
-          if (!partial) continue;
-          const T* whole = around;
-          if (source.stride == 2)
-            k.half_pool_forward(view, source.h, source.w, c, around);
-          else
-            whole = this->dense(view, source.h, source.w, c, around);
-          k.sum_states(planar, j == 0, 1, &whole, bypass.row(j), nullptr, full, wide);
+        queue.clear();
+        if (sums) {
+          node(s - cell.inputs, n, plan, node_room);
+          if (n + 1 < end) fetch_node(plan, n + 1, queue);
         }
-        if (partial) k.shuffle(mixed, planar, cell.pixels(), c, cell.K, out);
-        if (data.together)
-          k.spread(out, cell.pixels(), c, data.together + (n * cell.pixels() * cell.nodes + i) * c, cell.nodes * c);
+        if (!leaves) continue;
+        this->make_dense(s, n);
+        stage1(s, n, stage, stage_room, queue);
       }
     });
+    finish_stage1(stage);
   }
 
   Coefficients<T> affine(int norm) {
@@ -229,16 +296,15 @@ struct Forward : CellContext<T, S> {
 }  // namespace
 
 template <class T, class S>
-void cell_forward(const Cell& cell, CellForward<T, S>& data, bool nodes, const Parallel& parallel) {
-  Forward<T, S> run(cell, data, parallel);
+void cell_forward(const Cell& cell, CellForward<T, S>& data, bool nodes, const Parallel& parallel,
+                  const Allocate& allocate) {
+  Forward<T, S> run(cell, data, parallel, allocate);
   for (int s = 0; s < cell.inputs + cell.nodes; s++) {
-    if (nodes && s >= cell.inputs) run.node(s - cell.inputs);
-    if (cell.sources[s].edges.empty()) continue;
-    run.stage1(s);
+    run.state(s, nodes);
     run.stage2(s);
   }
 }
-template void cell_forward(const Cell&, CellForward<float, float>&, bool, const Parallel&);
-template void cell_forward(const Cell&, CellForward<float, bf16>&, bool, const Parallel&);
-template void cell_forward(const Cell&, CellForward<double, double>&, bool, const Parallel&);
+template void cell_forward(const Cell&, CellForward<float, float>&, bool, const Parallel&, const Allocate&);
+template void cell_forward(const Cell&, CellForward<float, bf16>&, bool, const Parallel&, const Allocate&);
+template void cell_forward(const Cell&, CellForward<double, double>&, bool, const Parallel&, const Allocate&);
 }  // namespace rfdarts

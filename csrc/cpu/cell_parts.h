@@ -10,7 +10,7 @@
 
 namespace rfdarts {
 
-enum PhaseId { kStage1, kStage2, kNodes, kNodesBackward, kStage2Backward, kStage1Backward, kPhases };
+enum PhaseId { kPreprocess, kStage1, kStage2, kStage2Backward, kStage1Backward, kPreprocessBackward, kPhases };
 struct Timed {
   explicit Timed(PhaseId phase);
   ~Timed();
@@ -59,15 +59,14 @@ class Coefficients {
 
 // Mean and squared deviations of each image, for each BatchNorm that a pass feeds.
 struct Moments {
-  int64_t c, count;
-  std::vector<double> mean, deviation;
-  Moments(int64_t images, int64_t count, int64_t c)
-      : c(c), count(count), mean(images * count * c), deviation(images * count * c) {}
-  double* mean_of(int64_t n, int64_t i) { return mean.data() + (n * count + i) * c; }
-  double* deviation_of(int64_t n, int64_t i) { return deviation.data() + (n * count + i) * c; }
+  int64_t count = 0, c = 0;
+  double* room = nullptr;  // [images][count][2][c]
+  static int64_t size(int64_t images, int64_t count, int64_t c) { return images * count * 2 * c; }
+  double* mean_of(int64_t n, int64_t i) const { return room + (n * count + i) * 2 * c; }
+  double* deviation_of(int64_t n, int64_t i) const { return mean_of(n, i) + c; }
 
   // images of equal size: the mean of means, and Chan's merge of the deviations
-  void merge(int64_t i, int64_t images, int64_t pixels, double* mean_out, double* variance_out) {
+  void merge(int64_t i, int64_t images, int64_t pixels, double* mean_out, double* variance_out) const {
     std::fill_n(mean_out, c, 0.0);
     for (int64_t n = 0; n < images; n++)
       for (int64_t j = 0; j < c; j++) mean_out[j] += mean_of(n, i)[j];
@@ -81,18 +80,57 @@ struct Moments {
   }
 };
 
+// What an image's convolutions should fetch meanwhile, in the order in which it is needed.
+class Queue {
+ public:
+  void clear() { ranges_.clear(), bytes_ = 0; }
+  void add(const void* p, int64_t bytes) {
+    if (!p) return;
+    ranges_.push_back({static_cast<const char*>(p), bytes});
+    bytes_ += bytes;
+  }
+  int64_t bytes() const { return bytes_; }
+  // over so many multiply-adds of 16 lanes
+  Ahead over(int64_t work) {
+    if (ranges_.empty()) return {};
+    int64_t lines = bytes_ / 64 + ranges_.size();
+    return {ranges_.data(), ranges_.data() + ranges_.size(), (lines << 16) / std::max<int64_t>(work, 1) + 1, 0};
+  }
+  void append(const Queue& other) {
+    for (const auto& range : other.ranges_) add(range.at, range.bytes);
+  }
+  // another queue's ranges, a share of them after each of `count` steps
+  void add_share(const Queue& other, int64_t step, int64_t count) {
+    int64_t size = other.ranges_.size();
+    for (int64_t i = step * size / count; i < (step + 1) * size / count; i++)
+      add(other.ranges_[i].at, other.ranges_[i].bytes);
+  }
+
+ private:
+  std::vector<Ahead::Range> ranges_;
+  int64_t bytes_ = 0;
+};
+// more than this would push out what is being computed
+constexpr int64_t kFetchAtMost = 384 << 10;
+
 template <class T, class S>
 struct CellContext {
   const Cell& cell;
   CellForward<T, S>& data;
   const Parallel& parallel;
+  const Allocate& allocate;
   const Kernels<T, S>& k = kernels<T, S>();
   int64_t cm = cell.mixed, period = k.repeat(cm);
   std::vector<T> repeated;  // packed weights, rows repeated to `period`
   std::vector<Batch<T>> states;
+  // per state: the mixed op's channels, dense; what bypasses the mixed op, at the size of the cell's output
+  std::vector<const T*> mixed;
+  std::vector<Batch<T>> bypass;
+  std::vector<T*> packed, pooled;
 
-  CellContext(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel)
-      : cell(cell), data(data), parallel(parallel), states(data.inputs) {
+  CellContext(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate)
+      : cell(cell), data(data), parallel(parallel), allocate(allocate), states(data.inputs),
+        mixed(cell.inputs + cell.nodes), bypass(mixed.size()), packed(mixed.size()), pooled(mixed.size()) {
     for (T* node : data.nodes)
       states.push_back({node, cell.pixels() * cell.channels, cell.ow * cell.channels, cell.channels});
     states.insert(states.end(), data.node_states.begin(), data.node_states.end());
@@ -115,10 +153,12 @@ struct CellContext {
     const T* dw = base + (b.weight / cm + (second ? taps + 2 * cm : 0)) * row;
     return {dw, dw + taps * row, dw + (taps + cm) * row, {b.kernel, b.dilation, stride}};
   }
-  S* slot(int s, int64_t n) const { return data.kept + (s * cell.images + n) * cell.image(); }
-  Ahead ahead(const void* one, int64_t bytes, const void* two = nullptr, int64_t two_bytes = 0) const {
-    return {{static_cast<const char*>(one), static_cast<const char*>(two)}, {one ? bytes : 0, two ? two_bytes : 0}};
+  // multiply-adds of 16 lanes that one of its convolutions costs an image; see Queue
+  int64_t work(const Branch& b) const {
+    int64_t taps = b.op == Op::Reduce ? 2 * cm : b.kernel * b.kernel + cm;
+    return cell.pixels() * cm / 16 * taps;
   }
+  S* slot(int s, int64_t n) const { return data.kept + (s * cell.images + n) * cell.image(); }
   double mean(int norm, int64_t i) const { return data.moments[norm * cm + i]; }
   double variance(int norm, int64_t i) const { return data.moments[(cell.norms + norm) * cm + i]; }
   double rstd(int norm, int64_t i) const { return 1 / std::sqrt(variance(norm, i) + cell.eps); }
@@ -128,11 +168,31 @@ struct CellContext {
   double edge_weight(int edge) const { return data.edge_weights ? data.edge_weights[edge] : 1; }
   double strength(int edge, int primitive) const { return mix(edge, primitive) * edge_weight(edge); }
 
-  // x without its strides: itself where it has none
-  const T* dense(View<T> x, int64_t h, int64_t w, int64_t c, T* room) const {
-    if (x.pixel == c && x.row == w * c) return x.data;
-    k.pack(x, h, w, c, room);
-    return room;
+  T* take(int64_t n) const { return static_cast<T*>(allocate(n * int64_t(sizeof(T)))); }
+  double* take_sums(int64_t n) const { return static_cast<double*>(allocate(n * int64_t(sizeof(double)))); }
+  Moments take_moments(int64_t count) const {
+    return {count, cm, take_sums(Moments::size(cell.images, count, cm))};
+  }
+
+  // Where `mixed` and `bypass` of state s will be: both are read once per edge. `make_dense` fills them.
+  void plan_dense(int s, bool bypassed) {
+    const Source& source = cell.sources[s];
+    const Batch<T>& x = states[s];
+    int64_t h = source.h, w = source.w, c = cell.channels, row = cell.ow * c, full = cell.oh * row;
+    mixed[s] = x.data;
+    bypass[s] = x;
+    if (cell.K > 1 || x.pixel != c || x.row != w * c || x.image != h * w * c)
+      mixed[s] = packed[s] = take(cell.images * h * w * cm);
+    if (bypassed && source.stride == 2) bypass[s] = {pooled[s] = take(cell.images * full), full, row, c};
+  }
+  void make_dense(int s, int64_t n) const {
+    const Source& source = cell.sources[s];
+    int64_t h = source.h, w = source.w, c = cell.channels;
+    if (packed[s]) k.pack(states[s][n], h, w, cm, packed[s] + n * h * w * cm);
+    if (pooled[s]) k.half_pool_forward(states[s][n], h, w, c, pooled[s] + n * cell.pixels() * c);
+  }
+  const T* mixed_image(int s, int64_t n) const {
+    return mixed[s] + n * cell.sources[s].h * cell.sources[s].w * cm;
   }
 };
 

@@ -8,15 +8,22 @@ namespace rfdarts {
 
 template <class T>
 void conv_norm_forward(const ConvNorm<T>& a, const Parallel& parallel) {
+  Timed timed(kPreprocess);
   const auto& k = kernels<T, T>();
   int64_t pixels = a.oh() * a.ow(), size = pixels * a.co, period = k.repeat(a.co);
-  Moments moments(a.images, 1, a.co);
+  std::vector<double> room(Moments::size(a.images, 1, a.co));
+  Moments moments{1, a.co, room.data()};
   parallel(a.images, [&](int64_t begin, int64_t end) {
     Scratch room;
     T* scratch = room.take<T>(3 * a.co + 64 + 2 * a.ci * (a.ow() + 1) + 16384);
-    for (int64_t n = begin; n < end; n++)
+    Queue queue;
+    for (int64_t n = begin; n < end; n++) {
+      queue.clear();
+      if (n + 1 < end) queue.add(a.x[n + 1].data, a.image_bytes());
+      Ahead ahead = queue.over(a.work());
       k.conv1x1_forward(a.x[n], a.oh(), a.ow(), a.ci, a.co, a.reduce, a.weights, a.y + n * size,
-                        moments.mean_of(n, 0), moments.deviation_of(n, 0), scratch);
+                        moments.mean_of(n, 0), moments.deviation_of(n, 0), scratch, ahead);
+    }
   });
   if (a.training) moments.merge(0, a.images, pixels, a.moments, a.moments + a.co);
   Coefficients<T> affine(2, a.co, period);
@@ -34,6 +41,7 @@ void conv_norm_forward(const ConvNorm<T>& a, const Parallel& parallel) {
 template <class T>
 void conv_norm_backward(const ConvNorm<T>& a, const T* g, T* dx, T* grad_gamma, T* grad_beta,
                         const Parallel& parallel) {
+  Timed timed(kPreprocessBackward);
   const auto& k = kernels<T, T>();
   int64_t pixels = a.oh() * a.ow(), size = pixels * a.co, period = k.repeat(a.co);
   Coefficients<T> mean(1, a.co, period), coef(4, a.co, period);
@@ -67,9 +75,18 @@ void conv_norm_backward(const ConvNorm<T>& a, const T* g, T* dx, T* grad_gamma, 
   parallel(a.images, [&](int64_t begin, int64_t end) {
     Scratch room;
     T* scratch = room.take<T>((2 * a.ci + a.co) * (a.ow() + 1) + 32768);
-    for (int64_t n = begin; n < end; n++)
+    Queue queue;
+    for (int64_t n = begin; n < end; n++) {
+      queue.clear();
+      if (n + 1 < end) {
+        queue.add(g + (n + 1) * size, size * sizeof(T));
+        queue.add(a.y + (n + 1) * size, size * sizeof(T));
+        queue.add(a.x[n + 1].data, a.image_bytes());
+      }
+      Ahead ahead = queue.over(a.work());
       k.conv1x1_backward(g + n * size, a.y + n * size, coef.row(0), a.x[n], a.oh(), a.ow(), a.ci, a.co, a.reduce,
-                         a.weights + (a.reduce ? 2 : 1) * a.ci * a.co, dx + n * a.h * a.w * a.ci, scratch);
+                         a.weights + (a.reduce ? 2 : 1) * a.ci * a.co, dx + n * a.h * a.w * a.ci, scratch, ahead);
+    }
   });
 }
 

@@ -5,19 +5,21 @@ constexpr int kBlock = 8;
 // the widest reach of a 5x5 kernel with dilation 2
 constexpr int kReach = 4;
 
-// one block's worth of either stream
-RF_INLINE void fetch(Ahead& ahead) {
-  unroll<2>(RF_LAMBDA(i) {
-    if (ahead.bytes[i] <= 0) return;
-    unroll<kBlock>(RF_LAMBDA(j) { __builtin_prefetch(ahead.next[i] + j * 64); });
-    ahead.next[i] += kBlock * 64;
-    ahead.bytes[i] -= kBlock * 64;
-  });
-}
-
 template <class T>
 RF_INLINE bool is_flat(int64_t c, int stride) {
   return stride == 1 && c < kLanes<T> && kLanes<T> % c == 0;
+}
+// f(C) with the C < lanes that divide a vector as a constant
+template <class T, class F>
+RF_INLINE void with_flat_channels(int64_t c, F&& f) {
+  if constexpr (kLanes<T> > 1)
+    if (c == 1) return f(std::integral_constant<int, 1>{});
+  if constexpr (kLanes<T> > 2)
+    if (c == 2) return f(std::integral_constant<int, 2>{});
+  if constexpr (kLanes<T> > 4)
+    if (c == 4) return f(std::integral_constant<int, 4>{});
+  if constexpr (kLanes<T> > 8)
+    if (c == 8) return f(std::integral_constant<int, 8>{});
 }
 // whole blocks of full vectors clip their columns at compile time and need no border
 template <class T>
@@ -41,11 +43,12 @@ Frame make_frame(int64_t h, int64_t w, int64_t c, int stride) {
 // acc[o] += sum over taps of x[row * S + u D - P][x0 S + o S + v D - P] w[u][v]; x points at column x0 S of row 0.
 template <class T, int L, int K, int D, int S, bool Flip, bool ClipLeft, bool ClipRight>
 RF_INLINE void depthwise_block(const T* x, int64_t pitch, const T* w, int64_t c, int64_t row, int64_t h,
-                               Vec<T, L>* acc) {
+                               Vec<T, L>* acc, Ahead& ahead) {
   constexpr int P = (K - 1) * D / 2;
   for (int u = 0; u < K; u++) {
     int64_t y = row * S + u * D - P;
     if (uint64_t(y) >= uint64_t(h)) continue;
+    fetch<L>(ahead, kBlock * K);
     const T* taps = w + (Flip ? K - 1 - u : u) * K * c;
     Vec<T, L> tap[K];
     unroll<K>(RF_LAMBDA(v) { tap[v] = load<L>(taps + (Flip ? K - 1 - v : v) * c); });
@@ -68,12 +71,13 @@ RF_INLINE void depthwise_block(const T* x, int64_t pitch, const T* w, int64_t c,
 // 2p - P + v D = i, columns relative to an even x0; e points at column x0 / 2 of row 0.
 template <class T, int L, int K, int D>
 RF_INLINE void depthwise_transposed_block(const T* e, int64_t pitch, const T* w, int64_t c, int64_t row, int64_t oh,
-                                          Vec<T, L>* acc) {
+                                          Vec<T, L>* acc, Ahead& ahead) {
   constexpr int P = (K - 1) * D / 2;
   constexpr int first = P / 2;
   for (int u = 0; u < K; u++) {
     int64_t twice = row + P - u * D;
     if (twice % 2 || uint64_t(twice / 2) >= uint64_t(oh)) continue;
+    fetch<L>(ahead, kBlock * K / 2);
     Vec<T, L> tap[K];
     unroll<K>(RF_LAMBDA(v) { tap[v] = load<L>(w + (u * K + v) * c); });
     const T* in = e + twice / 2 * pitch - first * c;
@@ -97,7 +101,6 @@ RF_INLINE void depthwise_columns(const T* x, int64_t pitch, const T* w, int64_t 
                                  int64_t x0, int64_t valid, T* out, Ahead& ahead) {
   constexpr bool whole = ClipLeft || ClipRight;
   for (int64_t cb = 0; cb < c; cb += L) {
-    fetch(ahead);
     Vec<T, L> acc[kBlock];
     T* to = out + x0 * c + cb;
     unroll<kBlock>(RF_LAMBDA(o) {
@@ -107,10 +110,10 @@ RF_INLINE void depthwise_columns(const T* x, int64_t pitch, const T* w, int64_t 
         acc[o] = load<L>(to + o * c);
     });
     if constexpr (pass == Pass::Backward && S == 2)
-      depthwise_transposed_block<T, L, K, D>(x + x0 / 2 * c + cb, pitch, w + cb, c, row, h, acc);
+      depthwise_transposed_block<T, L, K, D>(x + x0 / 2 * c + cb, pitch, w + cb, c, row, h, acc, ahead);
     else
       depthwise_block<T, L, K, D, S, pass == Pass::Backward, ClipLeft, ClipRight>(x + x0 * S * c + cb, pitch, w + cb,
-                                                                                   c, row, h, acc);
+                                                                                   c, row, h, acc, ahead);
     unroll<kBlock>(RF_LAMBDA(o) {
       if (whole || o < valid) store<L>(to + o * c, acc[o]);
     });
@@ -154,9 +157,10 @@ DepthwiseRow<T> depthwise_row_for(Conv conv) {
 // Flat, stride 1: acc[i] is row i of kBlock; x points at the block's first row and vector; taps are [K][K][lanes].
 template <class T, int K, int D, bool Flip>
 RF_INLINE void depthwise_flat_block(const T* x, int64_t pitch, const T* taps, int64_t c,
-                                    Vec<T, kLanes<T>>* acc) {
+                                    Vec<T, kLanes<T>>* acc, Ahead& ahead) {
   constexpr int L = kLanes<T>, P = (K - 1) * D / 2;
   for (int v = 0; v < K; v++) {
+    fetch<L>(ahead, kBlock * K);
     const T* in = x + (v * D - P) * c - P * pitch;
     Vec<T, L> tap[K];
     unroll<K>(RF_LAMBDA(u) {

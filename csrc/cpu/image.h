@@ -56,19 +56,21 @@ struct KeptRows {
   bool bypass_cache;
   double *mean, *deviation;
   T *shift, *sum, *square;
+  Ahead& ahead;
 
-  KeptRows(int64_t ci, int64_t c, const T* pw, S* y, bool bypass_cache, double* mean, double* deviation, T* scratch)
+  KeptRows(int64_t ci, int64_t c, const T* pw, S* y, bool bypass_cache, double* mean, double* deviation, T* scratch,
+           Ahead& ahead)
       : ci(ci), c(c), pw(pw), y(y), bypass_cache(bypass_cache), mean(mean), deviation(deviation), shift(scratch),
-        sum(scratch + c), square(scratch + 2 * c) {
+        sum(scratch + c), square(scratch + 2 * c), ahead(ahead) {
     fill(mean, c, 0.0);
     fill(deviation, c, 0.0);
   }
   void strip(const T* d, int64_t first, int64_t pixels) {
     // moments about the image's first pixel: no cancellation where the mean is far from zero
-    if (first == 0) pointwise<T, L>(d, 1, ci, pw, c, shift);
+    if (first == 0) pointwise<T, L>(d, 1, ci, pw, c, shift, ahead);
     for_column_groups<L>(c, [&](auto blocks, int64_t o) {
       constexpr int P = kTilePixels<blocks>;
-      auto run = [&](auto kernel) { kernel(d, pixels, ci, pw + o, c, y + first * c + o, shift + o, sum + o, square + o); };
+      auto run = [&](auto kernel) { kernel(d, pixels, ci, pw + o, c, y + first * c + o, shift + o, sum + o, square + o, ahead); };
       if (bypass_cache)
         run(pointwise_moments<T, S, L, P, blocks, true>);
       else
@@ -83,11 +85,11 @@ struct KeptRows {
 
 template <class T, class S, int L>
 void conv_forward_wide(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw,
-                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead ahead) {
+                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead& ahead) {
   int64_t oh = pooled(h, conv.stride), ow = pooled(w, conv.stride), rows = strip_rows<T>(oh, ow * c);
   auto depthwise = depthwise_row_for<T, L, Pass::Forward>(conv);
   T* d = scratch + 3 * round_up(c, kLanes<T>);
-  KeptRows<T, S, L> kept(c, c, pw, y, bypass_cache && L == kLanes<T>, mean, deviation, scratch);
+  KeptRows<T, S, L> kept(c, c, pw, y, bypass_cache && L == kLanes<T>, mean, deviation, scratch, ahead);
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
     for (int64_t r = 0; r < n; r++) depthwise(x + f.origin, f.pitch, dw, c, r0 + r, h, ow, d + r * ow * c, ahead);
@@ -112,7 +114,7 @@ RF_INLINE Vec<T, kLanes<T>> load_some(const S* p, int64_t count) {
 
 template <class T, class S, int C, int K, int D>
 void conv_forward_flat(const T* x, Frame f, int64_t h, int64_t w, const T* dw, const T* pw, S* y, bool bypass_cache,
-                       double* mean, double* deviation, Ahead ahead) {
+                       double* mean, double* deviation, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   int64_t row = w * C;
   alignas(64) T shift[L], sums[2 * L];
@@ -122,10 +124,10 @@ void conv_forward_flat(const T* x, Frame f, int64_t h, int64_t w, const T* dw, c
     Vec<T, L> s = Vec<T, L>{}, q = s, about = s;
     if (r0) about = load<L>(shift);
     for (int64_t i = 0; i < row; i += L) {
-      fetch(ahead);
       Vec<T, L> acc[kBlock];
       unroll<kBlock>(RF_LAMBDA(o) { acc[o] = Vec<T, L>{}; });
-      depthwise_flat_block<T, K, D, false>(x + f.origin + r0 * f.pitch + i, f.pitch, dw, C, acc);
+      depthwise_flat_block<T, K, D, false>(x + f.origin + r0 * f.pitch + i, f.pitch, dw, C, acc, ahead);
+      fetch<L>(ahead, kBlock * C);
       Vec<T, L> weights[C];
       unroll<C>(RF_LAMBDA(j) { weights[j] = load<L>(pw + j * L); });
       if (r0 == 0 && i == 0) {
@@ -167,18 +169,6 @@ void conv_forward_flat(const T* x, Frame f, int64_t h, int64_t w, const T* dw, c
   finish_moments(shift, h * w, C, mean, deviation);
 }
 
-// f(C) with the C < lanes that divide a vector as a constant
-template <class T, class F>
-RF_INLINE void with_flat_channels(int64_t c, F&& f) {
-  if constexpr (kLanes<T> > 1)
-    if (c == 1) return f(std::integral_constant<int, 1>{});
-  if constexpr (kLanes<T> > 2)
-    if (c == 2) return f(std::integral_constant<int, 2>{});
-  if constexpr (kLanes<T> > 4)
-    if (c == 4) return f(std::integral_constant<int, 4>{});
-  if constexpr (kLanes<T> > 8)
-    if (c == 8) return f(std::integral_constant<int, 8>{});
-}
 template <class F>
 RF_INLINE void with_kernel(Conv conv, F&& f) {
   auto k3 = std::integral_constant<int, 3>{};
@@ -193,7 +183,7 @@ RF_INLINE void with_kernel(Conv conv, F&& f) {
 
 template <class T, class S>
 void conv_forward(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw, S* y,
-                  bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead ahead) {
+                  bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead& ahead) {
   if (is_flat<T>(c, conv.stride))
     return with_flat_channels<T>(c, [&](auto channels) {
       with_kernel(conv, [&](auto k, auto d) {
@@ -209,11 +199,11 @@ void conv_forward(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv con
 
 template <class T, class S>
 void reduce_forward(const T* x, Frame f, int64_t h, int64_t w, int64_t c, const T* pw, S* y, double* mean,
-                    double* deviation, T* scratch) {
+                    double* deviation, T* scratch, Ahead& ahead) {
   with_lanes<T>(c, [&](auto lanes) {
     constexpr int L = lanes;
     T* d = scratch + 3 * round_up(c, kLanes<T>);
-    KeptRows<T, S, L> kept(2 * c, c, pw, y, false, mean, deviation, scratch);
+    KeptRows<T, S, L> kept(2 * c, c, pw, y, false, mean, deviation, scratch, ahead);
     for (int64_t r = 0; r < h / 2; r++) {
       const T *even = x + f.origin + 2 * r * f.pitch, *odd = even + f.pitch + c;
       for (int64_t q = 0; q < w / 2; q++) {

@@ -11,12 +11,12 @@ RF_INLINE void relu_pixels(const T* from, int64_t pixels, int64_t step, int64_t 
 
 template <class T>
 void conv1x1_forward(View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co, bool reduce, const T* pw, T* y,
-                     double* mean, double* deviation, T* scratch) {
+                     double* mean, double* deviation, T* scratch, Ahead& ahead) {
   int64_t wide = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * wide);
   with_lanes<T>(co, [&](auto lanes) {
     constexpr int L = lanes;
     T* d = scratch + 3 * round_up(co, kLanes<T>);
-    KeptRows<T, T, L> kept(wide, co, pw, y, false, mean, deviation, scratch);
+    KeptRows<T, T, L> kept(wide, co, pw, y, false, mean, deviation, scratch, ahead);
     for (int64_t r0 = 0; r0 < oh; r0 += rows) {
       int64_t n = least(rows, oh - r0);
       for (int64_t r = r0; r < r0 + n; r++) {
@@ -35,7 +35,7 @@ void conv1x1_forward(View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co, 
   });
 }
 
-template <class T>
+template <class T, bool NonTemporal = false>
 RF_INLINE void masked_pixels(const T* d, const T* x, int64_t pixels, int64_t d_step, int64_t x_step, int64_t c,
                              int64_t to_step, T* to) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
@@ -43,25 +43,28 @@ RF_INLINE void masked_pixels(const T* d, const T* x, int64_t pixels, int64_t d_s
     for (int64_t p = 0; p < pixels; p++)
       for (int64_t k = 0; k < c; k += L) {
         Vec<T, L> masked = load<L>(x + p * x_step + k) <= 0 ? Vec<T, L>{} : load<L>(d + p * d_step + k);
-        store<L>(to + p * to_step + k, masked);
+        if constexpr (NonTemporal && L == kLanes<T>)
+          stream<L>(to + p * to_step + k, masked);
+        else
+          store<L>(to + p * to_step + k, masked);
       }
   });
 }
 
-// dx dense; coef as of norm_backward
+// dx dense, and too large to be in the caches when it is read; coef as of norm_backward
 template <class T>
 void conv1x1_backward(const T* g, const T* y, const T* coef, View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co,
-                      bool reduce, const T* pw_t, T* dx, T* scratch) {
+                      bool reduce, const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
   int64_t wide = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * wide);
   T* back = scratch + rows * ow * co;
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
     norm_backward_dense(g + r0 * ow * co, y + r0 * ow * co, coef, n * ow * co, co, scratch);
-    with_lanes<T>(wide, [&](auto lanes) { pointwise<T, lanes>(scratch, n * ow, co, pw_t, wide, back); });
+    with_lanes<T>(wide, [&](auto lanes) { pointwise<T, lanes>(scratch, n * ow, co, pw_t, wide, back, ahead); });
     for (int64_t r = r0; r < r0 + n; r++) {
       const T* d = back + (r - r0) * ow * wide;
       if (!reduce) {
-        masked_pixels(d, x.data + r * x.row, ow, wide, x.pixel, ci, ci, dx + r * ow * ci);
+        masked_pixels<T, true>(d, x.data + r * x.row, ow, wide, x.pixel, ci, ci, dx + r * ow * ci);
         continue;
       }
       const T *in = x.data + 2 * r * x.row, *in_odd = in + x.row + x.pixel;

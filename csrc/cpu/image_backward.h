@@ -15,7 +15,7 @@ RF_INLINE void norm_backward_dense(const G* g, const S* y, const T* coef, int64_
 
 template <class T, class G, class S, int L>
 void conv_backward_wide(const G* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                        const T* dw, const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead ahead) {
+                        const T* dw, const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead& ahead) {
   int64_t oh = pooled(h, conv.stride), ow = pooled(w, conv.stride);
   bool dense = f.pitch == ow * c;
   int64_t rows = dense ? strip_rows<T>(oh, ow * c) : 1;
@@ -24,7 +24,7 @@ void conv_backward_wide(const G* g, const S* y, const T* coef, int64_t h, int64_
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
     norm_backward_dense(g + r0 * ow * c, y + r0 * ow * c, coef, n * ow * c, c, scratch);
-    pointwise<T, L>(scratch, n * ow, c, pw_t, c, e + f.origin + r0 * f.pitch);
+    pointwise<T, L>(scratch, n * ow, c, pw_t, c, e + f.origin + r0 * f.pitch, ahead);
     // rows of dx follow as soon as the rows of e that they need are there, still in the first-level cache
     int64_t ready = r0 + n == oh ? h : conv.stride * (r0 + n) - reach;
     for (; done < ready; done++) depthwise(e + f.origin, f.pitch, dw, c, done, oh, w, dx + done * w * c, ahead);
@@ -33,24 +33,23 @@ void conv_backward_wide(const G* g, const S* y, const T* coef, int64_t h, int64_
 
 template <class T, int K, int D>
 void depthwise_flat_backward(const T* e, Frame f, int64_t h, int64_t w, int64_t c, const T* dw, T* dx,
-                             Ahead ahead) {
+                             Ahead& ahead) {
   constexpr int L = kLanes<T>;
   int64_t row = w * c;
   for (int64_t r0 = 0; r0 < h; r0 += kBlock)
     for (int64_t i = 0; i < row; i += L) {
       int64_t rows = least<int64_t>(kBlock, h - r0), count = least<int64_t>(L, row - i);
       T* to = dx + r0 * row + i;
-      fetch(ahead);
       const T* from = e + f.origin + r0 * f.pitch + i;
       Vec<T, L> acc[kBlock];
       if (rows == kBlock && count == L) {
         unroll<kBlock>(RF_LAMBDA(o) { acc[o] = load<L>(to + o * row); });
-        depthwise_flat_block<T, K, D, true>(from, f.pitch, dw, c, acc);
+        depthwise_flat_block<T, K, D, true>(from, f.pitch, dw, c, acc, ahead);
         unroll<kBlock>(RF_LAMBDA(o) { store<L>(to + o * row, acc[o]); });
         continue;
       }
       unroll<kBlock>(RF_LAMBDA(o) { acc[o] = o < rows ? load_some<T>(to + o * row, count) : Vec<T, L>{}; });
-      depthwise_flat_block<T, K, D, true>(from, f.pitch, dw, c, acc);
+      depthwise_flat_block<T, K, D, true>(from, f.pitch, dw, c, acc, ahead);
       unroll<kBlock>(RF_LAMBDA(o) {
         if (o < rows) store_some<T>(to + o * row, acc[o], count);
       });
@@ -81,7 +80,7 @@ void pointwise_flat_backward(const G* g, const S* y, const T* coef, int64_t h, i
 
 template <class T, class G, class S>
 void conv_backward(const G* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw,
-                   const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead ahead) {
+                   const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead& ahead) {
   if (is_flat<T>(c, conv.stride)) {
     with_flat_channels<T>(
         c, [&](auto channels) { pointwise_flat_backward<T, G, S, channels>(g, y, coef, h, w, pw_t, f, e); });
@@ -94,12 +93,12 @@ void conv_backward(const G* g, const S* y, const T* coef, int64_t h, int64_t w, 
 
 template <class T, class S>
 void reduce_backward(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, const T* pw_t, T* dx,
-                     T* scratch) {
+                     T* scratch, Ahead& ahead) {
   int64_t ow = w / 2;
   T* both = scratch + ow * c;
   for (int64_t r = 0; r < h / 2; r++) {
     norm_backward_dense(g + r * ow * c, y + r * ow * c, coef, ow * c, c, scratch);
-    with_lanes<T>(c, [&](auto lanes) { pointwise<T, lanes>(scratch, ow, c, pw_t, 2 * c, both); });
+    with_lanes<T>(c, [&](auto lanes) { pointwise<T, lanes>(scratch, ow, c, pw_t, 2 * c, both, ahead); });
     T *even = dx + 2 * r * w * c, *odd = even + (w + 1) * c;
     for (int64_t q = 0; q < ow; q++)
       for (int64_t k = 0; k < c; k++) {

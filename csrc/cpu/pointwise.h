@@ -19,12 +19,15 @@ RF_INLINE void pointwise_tile(const T* d, int64_t ci, const T* w, int64_t co, Ou
 
 // out(pixel, channel, value) for `pixels` pixels and the Blocks * L channels from `channel` on
 template <class T, int L, int Pixels, int Blocks, class Out>
-RF_INLINE void pointwise_columns(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co, Out&& out) {
+RF_INLINE void pointwise_columns(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co, Ahead& ahead,
+                                 Out&& out) {
   int64_t p = 0;
-  for (; p + Pixels <= pixels; p += Pixels)
+  for (; p + Pixels <= pixels; p += Pixels) {
+    fetch<L>(ahead, Pixels * Blocks * ci);
     pointwise_tile<T, L, Pixels, Blocks>(d + p * ci, ci, w, co,
                                          [&](int64_t m, int64_t n, Vec<T, L> v)
                                              __attribute__((always_inline)) { out(p + m, n, v); });
+  }
   for (; p < pixels; p++)
     pointwise_tile<T, L, 1, Blocks>(d + p * ci, ci, w, co,
                                     [&](int64_t m, int64_t n, Vec<T, L> v)
@@ -34,8 +37,8 @@ RF_INLINE void pointwise_columns(const T* d, int64_t pixels, int64_t ci, const T
 // Where the tiles of a strip go: into a framed row or dense rows, plain.
 template <class T, int L, int Pixels, int Blocks>
 __attribute__((noinline)) void pointwise_plain(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
-                                               T* out) {
-  pointwise_columns<T, L, Pixels, Blocks>(d, pixels, ci, w, co,
+                                               T* out, Ahead& ahead) {
+  pointwise_columns<T, L, Pixels, Blocks>(d, pixels, ci, w, co, ahead,
                                           [&](int64_t p, int64_t n, Vec<T, L> v)
                                               __attribute__((always_inline)) { store<L>(out + p * co + n, v); });
 }
@@ -43,14 +46,15 @@ __attribute__((noinline)) void pointwise_plain(const T* d, int64_t pixels, int64
 // Kept as S, with sums of (y - shift) and its square over the strip.
 template <class T, class S, int L, int Pixels, int Blocks, bool NonTemporal>
 __attribute__((noinline)) void pointwise_moments(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
-                                                 S* y, const T* shift, T* sum, T* square) {
+                                                 S* y, const T* shift, T* sum, T* square,
+                                                 Ahead& ahead) {
   Vec<T, L> about[Blocks], s[Blocks], q[Blocks];
   unroll<Blocks>(RF_LAMBDA(n) {
     about[n] = load<L>(shift + n * L);
     s[n] = q[n] = Vec<T, L>{};
   });
   pointwise_columns<T, L, Pixels, Blocks>(
-      d, pixels, ci, w, co, [&](int64_t p, int64_t n, Vec<T, L> v) __attribute__((always_inline)) {
+      d, pixels, ci, w, co, ahead, [&](int64_t p, int64_t n, Vec<T, L> v) __attribute__((always_inline)) {
         if constexpr (NonTemporal)
           stream<L>(y + p * co + n, v);
         else
@@ -80,9 +84,9 @@ RF_INLINE void for_column_groups(int64_t co, F&& f) {
 }
 
 template <class T, int L>
-void pointwise(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co, T* out) {
+void pointwise(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co, T* out, Ahead& ahead) {
   for_column_groups<L>(co, [&](auto blocks, int64_t o) {
-    pointwise_plain<T, L, kTilePixels<blocks>, blocks>(d, pixels, ci, w + o, co, out + o);
+    pointwise_plain<T, L, kTilePixels<blocks>, blocks>(d, pixels, ci, w + o, co, out + o, ahead);
   });
 }
 

@@ -43,11 +43,42 @@ RF_INLINE void pool_row(const T* up, const T* mid, const T* down, bool has_up, b
   }
 }
 
+// The same where C divides a vector, which holds several columns; share: one over the sizes of the row's windows.
+template <class T, int C>
+RF_INLINE void pool_row_flat(const T* up, const T* mid, const T* down, bool has_up, bool has_down, int64_t row,
+                             const T* share, T* max, T* avg) {
+  constexpr int L = kLanes<T>;
+  using V = Vec<T, L>;
+  V upper = splat<L>(T(has_up)), lower = splat<L>(T(has_down));
+  V nothing = splat<L>(-std::numeric_limits<T>::infinity());
+  auto lanes = std::make_integer_sequence<int, L>{};
+  V top[3] = {nothing, nothing, nothing}, sum[3] = {V{}, V{}, V{}};
+  auto columns = [&](int64_t i, V& top, V& sum) __attribute__((always_inline)) {
+    V a = load<L>(up + i), b = load<L>(mid + i), d = load<L>(down + i);
+    top = max_or_second<T, L>(max_or_second<T, L>(a, b), d);
+    sum = a * upper + (d * lower + b);
+  };
+  columns(0, top[1], sum[1]);
+  for (int64_t i = 0; i < row; i += L) {
+    if (i + L < row)
+      columns(i + L, top[2], sum[2]);
+    else
+      top[2] = nothing, sum[2] = V{};
+    V left = consecutive_lanes<L - C>(top[0], top[1], lanes), right = consecutive_lanes<C>(top[1], top[2], lanes);
+    V all = consecutive_lanes<L - C>(sum[0], sum[1], lanes) + sum[1] + consecutive_lanes<C>(sum[1], sum[2], lanes);
+    V most = max_or_second<T, L>(max_or_second<T, L>(left, top[1]), right);
+    store<L>(max + i, keep_nan<T, L>(most, all));
+    store<L>(avg + i, all * load<L>(share + i));
+    top[0] = top[1], sum[0] = sum[1];
+    top[1] = top[2], sum[1] = sum[2];
+  }
+}
+
 template <class T>
 void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* max, T* avg, T* scratch) {
   int64_t oh = pooled(h, stride), ow = pooled(w, stride), row = w * c;
-  // one row's maxima and sums over its three rows, with one pixel of border
-  T *tall_max = scratch + c, *tall_sum = tall_max + row + 2 * c;
+  // one row's maxima and sums over its three rows, with one pixel of border; one over the sizes of its windows
+  T *tall_max = scratch + c, *tall_sum = tall_max + row + 2 * c, *share = tall_sum + row + c, shared = 0;
   constexpr T lowest = -std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < c; i++) {
     tall_max[i - c] = tall_max[row + i] = lowest;
@@ -61,6 +92,18 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* ma
       pool_row(up, mid, down, has_up, has_down, w, c, max + r * row, avg + r * row);
       continue;
     }
+    T tall = window(y, h);
+    if (stride == 1 && tall != shared) {
+      shared = tall;
+      fill(share, row, 1 / (tall * window(1, least<int64_t>(w, 3))));
+      for (int64_t q : {int64_t(0), w - 1}) fill(share + q * c, c, 1 / (tall * window(q, w)));
+    }
+    if (is_flat<T>(c, stride) && row % kLanes<T> == 0) {
+      with_flat_channels<T>(c, [&](auto channels) {
+        pool_row_flat<T, channels>(up, mid, down, has_up, has_down, row, share, max + r * row, avg + r * row);
+      });
+      continue;
+    }
     sweep<T>(row, repeated<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
       constexpr int L = lanes;
       Vec<T, L> a = load<L>(up + i), b = load<L>(mid + i), d = load<L>(down + i);
@@ -69,9 +112,8 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* ma
       Vec<T, L> zero = Vec<T, L>{};
       store<L>(tall_sum + i, b + (has_up ? a : zero) + (has_down ? d : zero));
     });
-    T tall = window(y, h);
     T *to_max = max + r * ow * c, *to_avg = avg + r * ow * c;
-    auto pixel = [&](auto lanes, int64_t at, int64_t i, T scale) __attribute__((always_inline)) {
+    auto pixel = [&](auto lanes, int64_t at, int64_t i, auto scale) __attribute__((always_inline)) {
       constexpr int L = lanes;
       Vec<T, L> left = load<L>(tall_max + i - c), mid = load<L>(tall_max + i), right = load<L>(tall_max + i + c);
       Vec<T, L> sum = load<L>(tall_sum + i - c) + load<L>(tall_sum + i) + load<L>(tall_sum + i + c);
@@ -79,16 +121,17 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* ma
       store<L>(to_max + at, keep_nan<T, L>(most, sum));
       store<L>(to_avg + at, sum * scale);
     };
-    T inner = 1 / (3 * tall);
     if (stride == 1) {
-      sweep<T>(row, repeated<T>(c),
-               [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) { pixel(lanes, i, i, inner); });
-    } else {
-      with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
-        for (int64_t q = 0; q < ow; q++)
-          for (int64_t k = 0; k < c; k += lanes) pixel(lanes, q * c + k, q * stride * c + k, inner);
+      sweep<T>(row, repeated<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+        pixel(lanes, i, i, load<lanes>(share + i));
       });
+      continue;
     }
+    T inner = 1 / (3 * tall);
+    with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+      for (int64_t q = 0; q < ow; q++)
+        for (int64_t k = 0; k < c; k += lanes) pixel(lanes, q * c + k, q * stride * c + k, inner);
+    });
     for (int64_t q : {int64_t(0), ow - 1}) {
       T scale = 1 / (tall * window(q * stride, w));
       for (int64_t k = 0; k < c; k++)

@@ -32,6 +32,21 @@ RF_INLINE void copy(const T* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; i++) to[i] = from[i];
 }
 
+// after `count` multiply-adds of L lanes; see Ahead
+template <int L>
+RF_INLINE void fetch(Ahead& ahead, int64_t count) {
+  ahead.due += count * L / 16 * ahead.rate;
+  if (ahead.due < 1 << 16) return;
+  Ahead::Range& range = *ahead.next;
+  int64_t lines = ahead.due >> 16;
+  ahead.due &= (1 << 16) - 1;
+  // addresses past the end do no harm
+  for (int64_t j = 0; j < lines; j++) __builtin_prefetch(range.at + j * 64, 0, 2);
+  range.at += lines * 64;
+  range.bytes -= lines * 64;
+  if (range.bytes <= 0 && ++ahead.next == ahead.end) ahead.rate = ahead.due = 0;
+}
+
 template <class F, int... I>
 RF_INLINE void unroll_impl(F&& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -115,6 +130,12 @@ RF_INLINE Vec<T, L> relu_vec(Vec<T, L> v) {
 template <class T, int L>
 RF_INLINE Vec<T, L> max_vec(Vec<T, L> a, Vec<T, L> b) {
   return a != a ? a : max_or_second<T, L>(a, b);
+}
+
+// lanes First, First + 1, ... of [a | b]
+template <int First, class V, int... l>
+RF_INLINE auto consecutive_lanes(V a, V b, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(a, b, (First + l)...);
 }
 
 // A vector that divides C channels, as a constant handed to f: full, or 4 lanes, or one. (More would only make

@@ -24,8 +24,9 @@ double worst_error(int64_t h, int64_t w, int64_t c, rfdarts::Conv conv) {
   for (int64_t i = 0; i < taps * wide; i++) dw_wide[i] = dw[i / wide * c + i % wide % c];
   for (int64_t i = 0; i < c * wide; i++) pw_wide[i] = pw[i / wide * c + i % wide % c];
   std::vector<double> mean(c), deviation(c);
+  rfdarts::Ahead ahead;
   k.conv_forward(framed.data(), frame, h, w, c, conv, dw_wide.data(), pw_wide.data(), y.data(), false, mean.data(),
-                 deviation.data(), scratch.data(), {});
+                 deviation.data(), scratch.data(), ahead);
   double worst = 0;
   std::vector<double> d(c);
   for (int64_t r = 0; r < oh; r++)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -76,12 +77,18 @@ def run(
         start = time.perf_counter()
         losses[variant] = steps[variant]()
         first[variant] = time.perf_counter() - start
-    for _ in range(rounds):
-        for variant in variants:
-            start, start_cpu = time.perf_counter(), time.process_time()
-            steps[variant]()
-            times[variant].append(time.perf_counter() - start)
-            cpu[variant].append(time.process_time() - start_cpu)
+    # as timeit: a collection would scan the networks of all variants, and fall on any of them
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for variant in variants:
+                start, start_cpu = time.perf_counter(), time.process_time()
+                steps[variant]()
+                times[variant].append(time.perf_counter() - start)
+                cpu[variant].append(time.process_time() - start_cpu)
+    finally:
+        gc.enable()
     results = []
     for variant in variants:
         median = statistics.median(times[variant])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
@@ -182,11 +183,15 @@ class Run(ABC):
         progress = Progress(self.epochs * steps, self.epoch * steps + self.step, self.label)
         if self.epoch or self.step:
             progress.line(f"resuming at epoch {self.epoch}, step {self.step} of {steps}")
+        # what exists by now lives to the end; the collector would scan thousands of modules again and again
+        gc.collect()
+        gc.freeze()
         try:
             with StopRequest() as stop:
                 while self.epoch < self.epochs:
                     self._run_epoch(stop, progress)
         finally:
+            gc.unfreeze()
             progress.close()
             self._events.close()
 

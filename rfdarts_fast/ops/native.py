@@ -70,19 +70,7 @@ def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor], parameters: tor
         return f"no kernels for {plan}"
     if plan.stride == 2 and any(x.shape[2] % 2 or x.shape[3] % 2 for x in inputs):
         return "a reduction of an odd image size"
-    for conv in plan.convs:
-        weight = conv._parameters["weight"]
-        assert weight is not None
-        if weight.requires_grad:
-            return "a convolution is trained; the kernels have no weight gradients"
-        if weight.dtype != parameters:
-            return "convolutions and inputs of different dtypes"
-    for norm in plan.norms:
-        weight = norm._parameters["weight"]
-        if weight is not None and weight.dtype != parameters:
-            return "BatchNorms and inputs of different dtypes"
-    mode = training_mode(plan)
-    return mode if isinstance(mode, str) else None
+    return plan.objection(parameters)
 
 
 class CellFunction(torch.autograd.Function):

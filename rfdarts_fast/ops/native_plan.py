@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,15 @@ class Unsupported(Exception):
     """The compiled engine has no kernel for this; the message says for what."""
 
 
+# mapped over lists, for hundreds of modules are looked at in each call
+_weight, _bias, _mean, _variance, _batches = map(
+    itemgetter, ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+)
+_version, _dtype, _requires_grad, _training = map(
+    attrgetter, ("_version", "dtype", "requires_grad", "training")
+)
+
+
 @dataclass
 class Plan:
     """A cell in the terms of the kernels.
@@ -39,13 +49,15 @@ class Plan:
         spec: the flat description that the ops take; `training` is written into it at each call.
         norms: all BatchNorms, in the order of the rows of gamma, beta and the moments.
         convs: groups of convolutions whose weights are packed together, in packing order.
-        slots: where each module was found, so that a replaced one is noticed.
+        parents, names, modules: where each module was found, so that a replaced one is noticed.
     """
 
     spec: list[int] = field(default_factory=list)
     norms: list[nn.BatchNorm2d] = field(default_factory=list)
     convs: list[nn.Conv2d] = field(default_factory=list)
-    slots: list[tuple[dict, str, nn.Module | None]] = field(default_factory=list)
+    parents: list[dict] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    modules: list[nn.Module | None] = field(default_factory=list)
     noises: int = 0
     channels: int = 0
     K: int = 1
@@ -56,12 +68,40 @@ class Plan:
     size: int = 0
 
     def current(self) -> bool:
-        return all(modules.get(name) is module for modules, name, module in self.slots)
+        return [*map(dict.get, self.parents, self.names)] == self.modules
+
+    def conv_weights(self) -> list[Tensor]:
+        return [*map(_weight, (conv._parameters for conv in self.convs))]
+
+    def gammas(self) -> list[Tensor | None]:
+        return [*map(_weight, (norm._parameters for norm in self.norms))]
+
+    def betas(self) -> list[Tensor | None]:
+        return [*map(_bias, (norm._parameters for norm in self.norms))]
+
+    def running(self) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+        """Running means, variances and counts of batches of all BatchNorms; None where not tracked."""
+        buffers = [norm._buffers for norm in self.norms]
+        return [*map(_mean, buffers)], [*map(_variance, buffers)], [*map(_batches, buffers)]
+
+    def objection(self, dtype: torch.dtype) -> str | None:
+        """What about the parameters keeps the kernels from computing in `dtype`, or None."""
+        weights = self.conv_weights()
+        if any(map(_requires_grad, weights)):
+            return "a convolution is trained; the kernels have no weight gradients"
+        if not {*map(_dtype, weights)} <= {dtype}:
+            return "convolutions and inputs of different dtypes"
+        if not {gamma.dtype for gamma in self.gammas() if gamma is not None} <= {dtype}:
+            return "BatchNorms and inputs of different dtypes"
+        mode = training_mode(self)
+        return mode if isinstance(mode, str) else None
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """All frozen convolutions in one vector of their dtype, packed again when one has changed."""
-        tensors = [conv._parameters["weight"] for conv in self.convs]
-        state = tuple((_address(t), t._version, t.dtype) for t in tensors)  # type: ignore[arg-type, union-attr]
+        tensors = self.conv_weights()
+        # tensors without data, for tracing, have no address
+        address = id if any(isinstance(t, FakeTensor) for t in tensors[:1]) else Tensor.data_ptr
+        state = [*map(address, tensors)], [*map(_version, tensors)], [*map(_dtype, tensors)]
         if self.packed is None or state != self.packed_from:
             with torch.no_grad():
                 parts = [part.reshape(-1) for pack in self.packers for part in pack()]
@@ -69,11 +109,6 @@ class Plan:
             self.packed_from = state
         # only a cell without convolutions has another one
         return self.packed.to(dtype)
-
-
-def _address(x: Tensor) -> int:
-    # tensors without data, for tracing, have no address
-    return id(x) if isinstance(x, FakeTensor) else x.data_ptr()
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Plan | str]] = weakref.WeakKeyDictionary()
@@ -127,7 +162,10 @@ def _make(edges: Sequence[Edge], inputs: int) -> Plan:
 
 
 def _watch(plan: Plan, parent: nn.Module, *names: str) -> None:
-    plan.slots += [(parent._modules, name, parent._modules[name]) for name in names]
+    for name in names:
+        plan.parents.append(parent._modules)
+        plan.names.append(name)
+        plan.modules.append(parent._modules[name])
 
 
 def _norm(plan: Plan, module: nn.Module, channels: int) -> int:
@@ -244,7 +282,10 @@ def _branch(plan: Plan, name: str, op: nn.Module, edge: Edge) -> list[int]:
 
 def training_mode(plan: Plan) -> bool | str:
     """Whether BatchNorms use batch statistics, or the reason why that has no single answer."""
-    modes = {norm.training or norm.running_mean is None for norm in plan.norms}
+    modes = {*map(_training, plan.norms)}
+    if modes != {True}:
+        means = plan.running()[0]
+        modes = {norm.training or mean is None for norm, mean in zip(plan.norms, means, strict=True)}
     if len(modes) > 1:
         return "BatchNorms in training and in evaluation mode in one cell"
     return modes.pop() if modes else True
@@ -252,37 +293,34 @@ def training_mode(plan: Plan) -> bool | str:
 
 def gamma_beta(plan: Plan, like: Tensor) -> tuple[Tensor, Tensor]:
     """gamma and beta [norms, C/K] of all BatchNorms; autograd leads back to the parameters."""
-    if not plan.norms:
-        empty = like.new_empty(0, plan.channels // plan.K)
-        return empty, empty
     width = plan.channels // plan.K
-    gammas = [norm._parameters["weight"] for norm in plan.norms]
-    betas = [norm._parameters["bias"] for norm in plan.norms]
-    if any(g is None for g in gammas):
+    if not plan.norms:
+        empty = like.new_empty(0, width)
+        return empty, empty
+    gammas, betas = plan.gammas(), plan.betas()
+    if any(gamma is None for gamma in gammas):
         one, zero = like.new_ones(width), like.new_zeros(width)
-        gammas = [one if g is None else g for g in gammas]  # type: ignore[misc]
-        betas = [zero if b is None else b for b in betas]  # type: ignore[misc]
+        gammas = [one if g is None else g for g in gammas]
+        betas = [zero if b is None else b for b in betas]
     return torch.stack(gammas), torch.stack(betas)  # type: ignore[arg-type]
 
 
 def running_moments(plan: Plan) -> Tensor:
     """Running mean and variance [2, norms, C/K] in double."""
-    means = torch.stack([norm.running_mean for norm in plan.norms])  # type: ignore[misc]
-    return torch.stack([means, torch.stack([norm.running_var for norm in plan.norms])]).double()  # type: ignore[misc]
+    means, variances, _ = plan.running()
+    return torch.stack([torch.stack(means), torch.stack(variances)]).double()  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def update_running(plan: Plan, moments: Tensor, count: int) -> None:
     """Running statistics as BatchNorm2d in training mode updates them; the variance unbiased."""
-    tracked = [i for i, norm in enumerate(plan.norms) if norm.training and norm.running_mean is not None]
+    means, variances, batches = plan.running()
+    norms = plan.norms
+    tracked = [i for i, mean in enumerate(means) if mean is not None and norms[i].training]
     if not tracked:
         return
-    norms = [plan.norms[i] for i in tracked]
-    torch.ops.rfdarts.update_running(
-        [norm.running_mean for norm in norms],
-        [norm.running_var for norm in norms],
-        [norm.num_batches_tracked for norm in norms],
-        moments if len(tracked) == len(plan.norms) else moments[:, tracked].contiguous(),
-        float(norms[0].momentum or 0.0),
-        count,
-    )
+    if len(tracked) < len(norms):
+        means, variances, batches = ([list_[i] for i in tracked] for list_ in (means, variances, batches))
+        moments = moments[:, tracked].contiguous()
+    momentum = float(norms[0].momentum or 0.0)
+    torch.ops.rfdarts.update_running(means, variances, batches, moments, momentum, count)

@@ -96,9 +96,11 @@ struct CellBackward {
   T *grad_mix, *grad_edge_weights;   // [edges][primitives], [edges]
 };
 
-// nodes: false leaves the node passes out, which fills `kept` again.
+// `allocate` gives memory for as long as the call lasts. nodes: false leaves the node passes out, which fills `kept`
+// again.
 template <class T, class S>
-void cell_forward(const Cell& cell, CellForward<T, S>& data, bool nodes, const Parallel& parallel);
+void cell_forward(const Cell& cell, CellForward<T, S>& data, bool nodes, const Parallel& parallel,
+                  const Allocate& allocate);
 template <class T, class S>
 void cell_backward(const Cell& cell, CellBackward<T, S>& data, const Parallel& parallel, const Allocate& allocate);
 

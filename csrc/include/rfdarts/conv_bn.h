@@ -17,6 +17,9 @@ struct ConvNorm {
 
   int64_t oh() const { return reduce ? h / 2 : h; }
   int64_t ow() const { return reduce ? w / 2 : w; }
+  int64_t image_bytes() const { return h * x.row * int64_t(sizeof(T)); }
+  // multiply-adds of 16 lanes that an image costs
+  int64_t work() const { return oh() * ow() * co / 16 * (reduce ? 2 * ci : ci); }
 };
 
 template <class T>

@@ -29,11 +29,17 @@ struct Frame {
   int64_t size;
 };
 
-// What is read next, fetched into the caches while the convolutions compute: memory and arithmetic would
-// otherwise take turns.
+// What will be read soon, fetched into the second-level cache while the convolutions compute: memory and arithmetic
+// would otherwise take turns.
 struct Ahead {
-  const char* next[2] = {nullptr, nullptr};
-  int64_t bytes[2] = {0, 0};
+  struct Range {
+    const char* at;
+    int64_t bytes;
+  };
+  Range *next = nullptr, *end = nullptr;
+  // cache lines per 2^16 multiply-adds of 16 lanes, and what is due: a few at a time, for a burst would hold up the
+  // loads that the arithmetic waits for
+  int64_t rate = 0, due = 0;
 };
 
 // Per-channel coefficients, repeated until they fill whole vectors: see `repeat`.
@@ -53,13 +59,13 @@ struct Kernels {
 
   // y = pointwise(depthwise(x frame)); mean and sum of squared deviations of y per channel.
   void (*conv_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw,
-                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead ahead);
+                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead& ahead);
   // FactorizedReduce: y = [w1 x(2r, 2q) | w2 x(2r+1, 2q+1)], both as one [2C, C] matrix.
   void (*reduce_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, const T* pw, S* y, double* mean,
-                         double* deviation, T* scratch);
+                         double* deviation, T* scratch, Ahead& ahead);
   // dense = x without its strides
   void (*pack)(View<T> x, int64_t h, int64_t w, int64_t c, T* dense);
-  // 3x3 pools of a dense image; scratch of 2 (w + 2) c
+  // 3x3 pools of a dense image; scratch of 3 (w + 2) c
   void (*pool_forward)(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* max, T* avg, T* scratch);
   void (*moments)(const T* y, int64_t pixels, int64_t c, double* mean, double* deviation);
   // dx += gradients of both pools; d_avg already divided by its window's size
@@ -79,11 +85,11 @@ struct Kernels {
 
   // d = coef0 g + coef1 (y - coef2) + coef3, coef [4][repeat]; then dx += depthwise^T(pointwise^T(d)).
   void (*conv_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                        const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead ahead);
+                        const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead& ahead);
   void (*conv_backward_kept)(const S* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                             const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead ahead);
+                             const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead& ahead);
   void (*reduce_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, const T* pw_t,
-                          T* dx, T* scratch);
+                          T* dx, T* scratch, Ahead& ahead);
   // du = dx where scale y + shift > 0; sums of du and du (y - mean). du may be where y2 was.
   void (*relu_backward_inner)(const T* dx, const S* y, const T* scale, const T* shift, const T* mean, S* du,
                               double* sum, double* dot, int64_t size, int64_t c, T* scratch);
@@ -92,17 +98,21 @@ struct Kernels {
 
   // One image through ReLU and a 1x1 convolution; see image_1x1.h.
   void (*conv1x1_forward)(View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co, bool reduce, const T* pw, T* y,
-                          double* mean, double* deviation, T* scratch);
+                          double* mean, double* deviation, T* scratch, Ahead& ahead);
   void (*conv1x1_backward)(const T* g, const T* y, const T* coef, View<T> x, int64_t oh, int64_t ow, int64_t ci,
-                           int64_t co, bool reduce, const T* pw_t, T* dx, T* scratch);
+                           int64_t co, bool reduce, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
   // dense pixels to pixels `step` apart, past the caches
   void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
   void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out);
 
-  // Partial channels. planar [pixels][C]: group after group; its first C/K channels are the mixed op's.
-  void (*unshuffle)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* planar, T* mixed);
-  void (*shuffle)(const T* mixed, const T* planar, int64_t pixels, int64_t c, int64_t K, T* out);
-  void (*join)(const T* mixed, const T* planar, View<T> outer, int64_t h, int64_t w, int64_t c, int64_t cm, T* dst);
+  // Partial channels; planar: group after group, the mixed op's first, which holds zeros there. See bypass.h.
+  void (*unshuffle)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed, T* planar);
+  // out = shuffle([mixed | sum_j scale[j] x[j]]); scratch of w c
+  void (*bypass_forward)(int n, const View<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c,
+                         int64_t K, T* out, T* scratch);
+  // dst = [mixed | 0] + sum_j scale[j] g[j] + outer; outer may have no data. dots[j] = sum g[j] x, if x has data.
+  void (*join)(const T* mixed, int n, const View<T>* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
+               int64_t c, int64_t cm, T* dst, double* dots);
   void (*half_pool_forward)(View<T> x, int64_t h, int64_t w, int64_t c, T* out);
   void (*half_pool_backward)(View<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx);
 };

@@ -5,7 +5,9 @@
 
 namespace rfdarts {
 
-void* pool_take(int64_t bytes);  // 64-byte aligned
+// Kept: all branch outputs of a cell, far larger than anything else.
+enum class Lifetime { State, Kept };
+void* pool_take(int64_t bytes, Lifetime lifetime = Lifetime::State);  // 64-byte aligned
 void pool_give(void* p);
 void pool_release();             // give what is cached back to the system
 int64_t pool_cached();
