@@ -263,7 +263,8 @@ struct Backward : CellContext<T, S> {
     std::vector<Term> convs;
     std::vector<const T*> grads, planar;
     std::vector<T> scale;
-    Coefficients<T> identity, max_coef, avg_coef, max_bias, avg_bias;
+    // a pool is the stream after the gradients
+    Coefficients<T> identity, max_coef, avg_coef, max_bias, avg_bias, max_mean, avg_mean, zero;
     bool has_identity = false;
     Batch<T> outer;
     T* whole = nullptr;
@@ -278,18 +279,20 @@ struct Backward : CellContext<T, S> {
     plan.identity = Coefficients<T>(count, cm, period);
     plan.max_coef = plan.avg_coef = Coefficients<T>(count + 1, cm, period);
     plan.max_bias = plan.avg_bias = Coefficients<T>(1, cm, period);
+    plan.max_mean = plan.avg_mean = plan.zero = Coefficients<T>(count + 1, cm, period);
     plan.outer = state_grad[s];
     plan.whole = whole;
     plan.frame = k.frame(cell.oh, cell.ow, cm, source.stride);
     if (cell.K > 1 && back.grad_edge_weights) plan.dots.resize(cell.images * count);
     // pools of all edges share their input's statistics, so their gradients add up before the pool's backward
-    auto pool = [&](int j, const Branch& b, Coefficients<T>& coef, std::vector<double>& slope,
+    auto pool = [&](int j, const Branch& b, Coefficients<T>& coef, Coefficients<T>& mean, std::vector<double>& slope,
                     std::vector<double>& constant) {
       const Coefficients<T>& norm = norms[b.norm];
       for (int64_t ch = 0; ch < cm; ch++) {
         coef.set(j, ch, norm.row(0)[ch]);
         slope[ch] += norm.row(1)[ch];
-        constant[ch] += double(norm.row(3)[ch]) - double(norm.row(1)[ch]) * this->mean(b.norm, ch);
+        constant[ch] += norm.row(3)[ch];
+        mean.set(count, ch, this->mean(b.norm, ch));
       }
     };
     std::vector<double> slopes[2], constants[2];
@@ -303,8 +306,8 @@ struct Backward : CellContext<T, S> {
       for (int p = 0; p < cell.primitives; p++) {
         const Branch& b = cell.edges[e].branches[p];
         if (b.convolves()) plan.convs.push_back({&b, cell.edges[e].node}), plan.work += this->work(b);
-        if (b.op == Op::MaxPool) pool(j, b, plan.max_coef, slopes[0], constants[0]);
-        if (b.op == Op::AvgPool) pool(j, b, plan.avg_coef, slopes[1], constants[1]);
+        if (b.op == Op::MaxPool) pool(j, b, plan.max_coef, plan.max_mean, slopes[0], constants[0]);
+        if (b.op == Op::AvgPool) pool(j, b, plan.avg_coef, plan.avg_mean, slopes[1], constants[1]);
         if (b.op == Op::Identity) through += this->strength(e, p), plan.has_identity = true;
       }
       plan.identity.set(j, through);
@@ -383,17 +386,18 @@ struct Backward : CellContext<T, S> {
     from.clear();
     for (const T* g : plan.grads) from.push_back(g + n * size);
     if (plan.has_identity)
-      k.sum_states(room.rest, true, plan.count, from.data(), plan.identity.row(0), nullptr, in, period);
+      k.sum_states(room.rest, true, plan.count, from.data(), plan.identity.row(0), plan.zero.row(0), nullptr, in,
+                   period);
     else
       std::fill_n(room.rest, in, T(0));
     if (source.pools) {
       k.pool_forward(x, h, w, cm, source.stride, room.max, room.avg, room.scratch);
       from.push_back(room.max);
-      k.sum_states(room.d_max, true, plan.count + 1, from.data(), plan.max_coef.row(0), plan.max_bias.row(0), size,
-                   period);
+      k.sum_states(room.d_max, true, plan.count + 1, from.data(), plan.max_coef.row(0), plan.max_mean.row(0),
+                   plan.max_bias.row(0), size, period);
       from.back() = room.avg;
-      k.sum_states(room.d_avg, true, plan.count + 1, from.data(), plan.avg_coef.row(0), plan.avg_bias.row(0), size,
-                   period);
+      k.sum_states(room.d_avg, true, plan.count + 1, from.data(), plan.avg_coef.row(0), plan.avg_mean.row(0),
+                   plan.avg_bias.row(0), size, period);
       k.divide_by_window(room.d_avg, h, w, cm, source.stride);
       k.pool_backward(x, room.max, room.d_max, room.d_avg, h, w, cm, source.stride, room.rest);
     }

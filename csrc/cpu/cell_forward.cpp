@@ -138,11 +138,11 @@ struct Forward : CellContext<T, S> {
       for (int64_t i = 0; i < count; i++) merge(moments, i, {branches[i]->norm});
   }
 
-  // What one edge adds to its node: streams with a coefficient per channel each. Its constant
-  // goes to the node's bias.
+  // What one edge adds to its node: streams with a mean and a coefficient per channel each. The BatchNorms' betas go to
+  // the node's bias.
   struct Terms {
     std::vector<int> slots;
-    Coefficients<T> kept, states;
+    Coefficients<T> kept, states, kept_mean, states_mean;
     bool max = false, avg = false, identity = false;
     std::vector<int> noise;
     int64_t rows = 0;
@@ -150,12 +150,12 @@ struct Forward : CellContext<T, S> {
   Terms terms(int e, std::vector<double>& bias) {
     const Edge& edge = cell.edges[e];
     Terms t;
-    t.kept = t.states = Coefficients<T>(cell.primitives, cm, period);
-    auto normalised = [&](Coefficients<T>& to, int64_t row, const Branch& b, double strength) {
+    t.kept = t.states = t.kept_mean = t.states_mean = Coefficients<T>(cell.primitives, cm, period);
+    auto normalised = [&](Coefficients<T>& to, Coefficients<T>& mean, int64_t row, const Branch& b, double strength) {
       for (int64_t i = 0; i < cm; i++) {
-        double scale = this->gamma(b.norm, i) * this->rstd(b.norm, i);
-        to.set(row, i, strength * scale);
-        bias[i] += strength * (this->beta(b.norm, i) - this->mean(b.norm, i) * scale);
+        to.set(row, i, strength * this->gamma(b.norm, i) * this->rstd(b.norm, i));
+        mean.set(row, i, this->mean(b.norm, i));
+        bias[i] += strength * this->beta(b.norm, i);
       }
     };
     auto each = [&](auto&& wanted, auto&& add) {
@@ -163,15 +163,15 @@ struct Forward : CellContext<T, S> {
         if (wanted(edge.branches[p])) add(edge.branches[p], this->strength(e, p));
     };
     each([](const Branch& b) { return b.convolves(); }, [&](const Branch& b, double strength) {
-      normalised(t.kept, t.slots.size(), b, strength);
+      normalised(t.kept, t.kept_mean, t.slots.size(), b, strength);
       t.slots.push_back(b.slot);
     });
     // the order in which `node` lists the streams
     each([](const Branch& b) { return b.op == Op::MaxPool; }, [&](const Branch& b, double strength) {
-      normalised(t.states, t.rows++, b, strength), t.max = true;
+      normalised(t.states, t.states_mean, t.rows++, b, strength), t.max = true;
     });
     each([](const Branch& b) { return b.op == Op::AvgPool; }, [&](const Branch& b, double strength) {
-      normalised(t.states, t.rows++, b, strength), t.avg = true;
+      normalised(t.states, t.states_mean, t.rows++, b, strength), t.avg = true;
     });
     each([](const Branch& b) { return b.op == Op::Identity; }, [&](const Branch&, double strength) {
       t.states.set(t.rows++, strength), t.identity = true;
@@ -235,14 +235,16 @@ struct Forward : CellContext<T, S> {
       const Terms& t = plan.edges[j];
       room.kept.clear(), room.from.clear();
       for (int s : t.slots) room.kept.push_back(this->slot(s, n));
-      k.sum_kept(sum, j == 0, room.kept.size(), room.kept.data(), t.kept.row(0), plan.bias.row(0), size, period);
+      k.sum_kept(sum, j == 0, room.kept.size(), room.kept.data(), t.kept.row(0), t.kept_mean.row(0),
+                 plan.bias.row(0), size, period);
       const T* x = this->mixed_image(j, n);
       if (t.max || t.avg) k.pool_forward(x, source.h, source.w, cm, source.stride, room.max, room.avg, room.scratch);
       if (t.max) room.from.push_back(room.max);
       if (t.avg) room.from.push_back(room.avg);
       if (t.identity) room.from.push_back(x);
       for (int z : t.noise) room.from.push_back(data.noise[z] + n * size);
-      k.sum_states(sum, false, room.from.size(), room.from.data(), t.states.row(0), nullptr, size, period);
+      k.sum_states(sum, false, room.from.size(), room.from.data(), t.states.row(0), t.states_mean.row(0),
+                   nullptr, size, period);
     }
     room.around.clear();
     for (int j = 0; j < plan.count; j++) room.around.push_back(bypass[j][n]);

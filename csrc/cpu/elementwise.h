@@ -63,8 +63,8 @@ RF_INLINE void fold(const T* lanes, int64_t period, int64_t c, double* out) {
 inline int64_t chunk_size(int64_t period) { return most<int64_t>(1, 2048 / period) * period; }
 
 template <class T, class Src>
-void sum_streams(T* dst, bool first, int n, const Src* const* src, const T* coef, const T* bias, int64_t size,
-                 int64_t period) {
+void sum_streams(T* dst, bool first, int n, const Src* const* src, const T* coef, const T* mean, const T* bias,
+                 int64_t size, int64_t period) {
   int64_t chunk = chunk_size(period);
   for (int64_t at = 0; at < size; at += chunk) {
     int64_t len = least(chunk, size - at);
@@ -77,7 +77,8 @@ void sum_streams(T* dst, bool first, int n, const Src* const* src, const T* coef
       sweep<T>(len, period, [&](auto lanes, int64_t i, int64_t k) __attribute__((always_inline)) {
         auto acc = load<lanes>(to + i);
         unroll<count>(RF_LAMBDA(j) {
-          acc += load<lanes>(coef + (k0 + j) * period + k) * load<lanes>(src[k0 + j] + at + i);
+          int64_t row = (k0 + j) * period + k;
+          acc += load<lanes>(coef + row) * (load<lanes>(src[k0 + j] + at + i) - load<lanes>(mean + row));
         });
         store<lanes>(to + i, acc);
       });
@@ -148,7 +149,12 @@ template <class T>
 void moments(const T* y, int64_t pixels, int64_t c, double* mean, double* deviation) {
   int64_t period = repeated<T>(c), chunk = chunk_size(period), size = pixels * c;
   alignas(64) T shift[512], sums[1024];
-  for (int64_t k = 0; k < period; k++) shift[k] = y[k % c];
+  // about a few pixels' mean: one alone may lie far from the others, and the squares would cancel
+  int64_t count = least<int64_t>(pixels, 8);
+  for (int64_t k = 0; k < period; k++) {
+    shift[k] = 0;
+    for (int64_t j = 0; j < count; j++) shift[k] += y[j * pixels / count * c + k % c] / count;
+  }
   fill(mean, c, 0.0);
   fill(deviation, c, 0.0);
   for (int64_t at = 0; at < size; at += chunk) {

@@ -55,19 +55,31 @@ struct KeptRows {
   S* y;
   bool bypass_cache;
   double *mean, *deviation;
-  T *shift, *sum, *square;
+  T *shift, *sum, *square, *few;
   Ahead& ahead;
 
   KeptRows(int64_t ci, int64_t c, const T* pw, S* y, bool bypass_cache, double* mean, double* deviation, T* scratch,
            Ahead& ahead)
       : ci(ci), c(c), pw(pw), y(y), bypass_cache(bypass_cache), mean(mean), deviation(deviation), shift(scratch),
-        sum(scratch + c), square(scratch + 2 * c), ahead(ahead) {
+        sum(scratch + c), square(scratch + 2 * c), few(scratch + 3 * c), ahead(ahead) {
     fill(mean, c, 0.0);
     fill(deviation, c, 0.0);
   }
+  // Moments are taken about the mean of a few pixels: no cancellation where the mean is far from zero. The 1x1
+  // convolution of their mean is the mean of theirs.
+  void find_shift(const T* d, int64_t pixels) {
+    int64_t count = least<int64_t>(pixels, 16);
+    T part = T(1) / count;
+    fill(few, ci, T(0));
+    with_lanes<T>(ci, [&](auto lanes) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < count; j++)
+        for (int64_t k = 0; k < ci; k += lanes)
+          store<lanes>(few + k, load<lanes>(few + k) + load<lanes>(d + j * pixels / count * ci + k) * part);
+    });
+    pointwise<T, L>(few, 1, ci, pw, c, shift, ahead);
+  }
   void strip(const T* d, int64_t first, int64_t pixels) {
-    // moments about the image's first pixel: no cancellation where the mean is far from zero
-    if (first == 0) pointwise<T, L>(d, 1, ci, pw, c, shift, ahead);
+    if (first == 0) find_shift(d, pixels);
     for_column_groups<L>(c, [&](auto blocks, int64_t o) {
       constexpr int P = kTilePixels<blocks>;
       auto run = [&](auto kernel) { kernel(d, pixels, ci, pw + o, c, y + first * c + o, shift + o, sum + o, square + o, ahead); };
@@ -88,7 +100,7 @@ void conv_forward_wide(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Con
                        S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead& ahead) {
   int64_t oh = pooled(h, conv.stride), ow = pooled(w, conv.stride), rows = strip_rows<T>(oh, ow * c);
   auto depthwise = depthwise_row_for<T, L, Pass::Forward>(conv);
-  T* d = scratch + 3 * round_up(c, kLanes<T>);
+  T* d = scratch + 4 * round_up(c, kLanes<T>);
   KeptRows<T, S, L> kept(c, c, pw, y, bypass_cache && L == kLanes<T>, mean, deviation, scratch, ahead);
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
@@ -131,9 +143,18 @@ void conv_forward_flat(const T* x, Frame f, int64_t h, int64_t w, const T* dw, c
       Vec<T, L> weights[C];
       unroll<C>(RF_LAMBDA(j) { weights[j] = load<L>(pw + j * L); });
       if (r0 == 0 && i == 0) {
-        alignas(64) T first[L];
-        store<L>(first, pointwise_flat<T, C>(acc[0], weights));
-        for (int l = 0; l < L; l++) shift[l] = first[l % C];
+        // the mean of the pixels at hand, as in KeptRows
+        int64_t rows = least<int64_t>(kBlock, h), columns = least<int64_t>(L, row) / C;
+        Vec<T, L> few = Vec<T, L>{};
+        unroll<kBlock>(RF_LAMBDA(o) {
+          if (o < rows) few += acc[o];
+        });
+        alignas(64) T sum[L];
+        store<L>(sum, pointwise_flat<T, C>(few, weights));
+        for (int l = 0; l < L; l++) {
+          shift[l] = 0;
+          for (int64_t q = 0; q < columns; q++) shift[l] += sum[q * C + l % C] / (rows * columns);
+        }
         about = load<L>(shift);
       }
       int64_t rows = least<int64_t>(kBlock, h - r0), count = least<int64_t>(L, row - i);
@@ -202,7 +223,7 @@ void reduce_forward(const T* x, Frame f, int64_t h, int64_t w, int64_t c, const 
                     double* deviation, T* scratch, Ahead& ahead) {
   with_lanes<T>(c, [&](auto lanes) {
     constexpr int L = lanes;
-    T* d = scratch + 3 * round_up(c, kLanes<T>);
+    T* d = scratch + 3 * round_up(c, kLanes<T>) + round_up(2 * c, kLanes<T>);
     KeptRows<T, S, L> kept(2 * c, c, pw, y, false, mean, deviation, scratch, ahead);
     for (int64_t r = 0; r < h / 2; r++) {
       const T *even = x + f.origin + 2 * r * f.pitch, *odd = even + f.pitch + c;

@@ -15,7 +15,7 @@ void conv1x1_forward(View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co, 
   int64_t wide = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * wide);
   with_lanes<T>(co, [&](auto lanes) {
     constexpr int L = lanes;
-    T* d = scratch + 3 * round_up(co, kLanes<T>);
+    T* d = scratch + 3 * round_up(co, kLanes<T>) + round_up(wide, kLanes<T>);
     KeptRows<T, T, L> kept(wide, co, pw, y, false, mean, deviation, scratch, ahead);
     for (int64_t r0 = 0; r0 < oh; r0 += rows) {
       int64_t n = least(rows, oh - r0);

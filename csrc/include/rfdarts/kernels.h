@@ -72,11 +72,12 @@ struct Kernels {
   void (*pool_backward)(const T* x, const T* max, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c,
                         int stride, T* dx);
 
-  // dst = (first ? bias : dst) + sum_k coef[k] src[k]; coef [n][repeat], bias [repeat] or null
-  void (*sum_kept)(T* dst, bool first, int n, const S* const* src, const T* coef, const T* bias, int64_t size,
-                   int64_t period);
-  void (*sum_states)(T* dst, bool first, int n, const T* const* src, const T* coef, const T* bias, int64_t size,
-                     int64_t period);
+  // dst = (first ? bias : dst) + sum_k coef[k] (src[k] - mean[k]); coef, mean [n][repeat], bias [repeat] or null.
+  // Each stream is centred before it is added: all constants at once would be larger than the sum that is left.
+  void (*sum_kept)(T* dst, bool first, int n, const S* const* src, const T* coef, const T* mean, const T* bias,
+                   int64_t size, int64_t period);
+  void (*sum_states)(T* dst, bool first, int n, const T* const* src, const T* coef, const T* mean, const T* bias,
+                     int64_t size, int64_t period);
   // out[k][c] += sum g (src[k] - mean[k]); out [n][C], mean [n][repeat]. g_sum[c] += sum g.
   void (*dot_kept)(const T* g, int n, const S* const* src, const T* mean, double* out, int64_t size, int64_t c,
                    T* scratch);
