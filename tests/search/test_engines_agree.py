@@ -1,4 +1,4 @@
-"""A search on the kernels is the search on the reference: the same losses over 20 steps, the same genotype."""
+"""A search on the kernels is one on the reference: the same losses over 20 steps, the same genotype."""
 
 import itertools
 
@@ -44,6 +44,9 @@ def test_twenty_steps(tiny_search, tmp_path, method):
                     losses.append(loss.item()),
                     add(loss.float(), *rest),
                 )
+                    losses.append(loss.item()),
+                    add(loss.float(), *rest),
+                )
             for images, labels in itertools.islice(run.batches.epoch(0), STEPS):
                 run.train_step(images.to(dtype), labels)
         assert len(losses) == 2 * STEPS
@@ -53,8 +56,8 @@ def test_twenty_steps(tiny_search, tmp_path, method):
     losses, found = losses_and_genotype("native", torch.float64)
     assert losses == pytest.approx(truth, rel=1e-9)
     assert found == genotype
-    # Adam turns the signs of gradients of no size into steps, so that rounding decides between equal operations,
-    # in the reference too: only the losses can be told
+    # Adam turns the signs of gradients of no size into steps, so that rounding decides between equal
+    # operations, in the reference too: only the losses can be told
     losses, _ = losses_and_genotype("native", torch.float32)
     assert losses[:2] == pytest.approx(truth[:2], rel=1e-5)
     assert losses == pytest.approx(truth, rel=2e-3)
