@@ -44,9 +44,6 @@ def test_twenty_steps(tiny_search, tmp_path, method):
                     losses.append(loss.item()),
                     add(loss.float(), *rest),
                 )
-                    losses.append(loss.item()),
-                    add(loss.float(), *rest),
-                )
             for images, labels in itertools.islice(run.batches.epoch(0), STEPS):
                 run.train_step(images.to(dtype), labels)
         assert len(losses) == 2 * STEPS
