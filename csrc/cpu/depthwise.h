@@ -46,9 +46,9 @@ RF_INLINE void depthwise_block(const T* x, int64_t pitch, const T* w, int64_t c,
                                Vec<T, L>* acc, Ahead& ahead) {
   constexpr int P = (K - 1) * D / 2;
   for (int u = 0; u < K; u++) {
+    fetch<L>(ahead, kBlock * K);
     int64_t y = row * S + u * D - P;
     if (uint64_t(y) >= uint64_t(h)) continue;
-    fetch<L>(ahead, kBlock * K);
     const T* taps = w + (Flip ? K - 1 - u : u) * K * c;
     Vec<T, L> tap[K];
     unroll<K>(RF_LAMBDA(v) { tap[v] = load<L>(taps + (Flip ? K - 1 - v : v) * c); });
@@ -75,9 +75,9 @@ RF_INLINE void depthwise_transposed_block(const T* e, int64_t pitch, const T* w,
   constexpr int P = (K - 1) * D / 2;
   constexpr int first = P / 2;
   for (int u = 0; u < K; u++) {
+    fetch<L>(ahead, kBlock * K / 4);
     int64_t twice = row + P - u * D;
     if (twice % 2 || uint64_t(twice / 2) >= uint64_t(oh)) continue;
-    fetch<L>(ahead, kBlock * K / 2);
     Vec<T, L> tap[K];
     unroll<K>(RF_LAMBDA(v) { tap[v] = load<L>(w + (u * K + v) * c); });
     const T* in = e + twice / 2 * pitch - first * c;

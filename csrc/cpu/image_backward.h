@@ -58,7 +58,7 @@ void depthwise_flat_backward(const T* e, Frame f, int64_t h, int64_t w, int64_t 
 
 template <class T, class G, class S, int C>
 void pointwise_flat_backward(const G* g, const S* y, const T* coef, int64_t h, int64_t w, const T* pw_t, Frame f,
-                             T* e) {
+                             T* e, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   Vec<T, L> weights[C];
   unroll<C>(RF_LAMBDA(j) { weights[j] = load<L>(pw_t + j * L); });
@@ -66,6 +66,7 @@ void pointwise_flat_backward(const G* g, const S* y, const T* coef, int64_t h, i
     for (int64_t i = 0; i < w * C; i += L) {
       int64_t at = r * w * C + i, count = w * C - i;
       T* to = e + f.origin + r * f.pitch + i;
+      fetch<L>(ahead, C);
       if (count >= L) {
         store<L>(to, pointwise_flat<T, C>(norm_backward<T, L>(g + at, y + at, coef, L), weights));
       } else {
@@ -83,7 +84,7 @@ void conv_backward(const G* g, const S* y, const T* coef, int64_t h, int64_t w, 
                    const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead& ahead) {
   if (is_flat<T>(c, conv.stride)) {
     with_flat_channels<T>(
-        c, [&](auto channels) { pointwise_flat_backward<T, G, S, channels>(g, y, coef, h, w, pw_t, f, e); });
+        c, [&](auto channels) { pointwise_flat_backward<T, G, S, channels>(g, y, coef, h, w, pw_t, f, e, ahead); });
     return with_kernel(conv, [&](auto k, auto d) { depthwise_flat_backward<T, k, d>(e, f, h, w, c, dw, dx, ahead); });
   }
   with_lanes<T>(c, [&](auto lanes) {
