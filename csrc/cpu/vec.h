@@ -74,12 +74,16 @@ RF_INLINE void store(T* p, Vec<T, L> v) {
   *reinterpret_cast<Vec<T, L>*>(p) = v;
 }
 template <int L>
-RF_INLINE void store(bf16* p, Vec<float, L> v) {
+RF_INLINE Vec<uint16_t, L> to_bf16(Vec<float, L> v) {
   auto bits = reinterpret_cast<Vec<uint32_t, L>&>(v);
   // round to nearest even; a NaN keeps its upper half, with the quiet bit set so that it stays one
   auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   auto kept = (v != v) ? (bits | 0x400000u) : rounded;
-  *reinterpret_cast<Vec<uint16_t, L>*>(p) = __builtin_convertvector(kept >> 16, Vec<uint16_t, L>);
+  return __builtin_convertvector(kept >> 16, Vec<uint16_t, L>);
+}
+template <int L>
+RF_INLINE void store(bf16* p, Vec<float, L> v) {
+  *reinterpret_cast<Vec<uint16_t, L>*>(p) = to_bf16<L>(v);
 }
 // past the caches, for results that are next read after they would have been evicted
 template <int L, class T>
@@ -98,6 +102,12 @@ RF_INLINE void stream(T* p, Vec<T, L> v) {
 }
 template <int L>
 RF_INLINE void stream(bf16* p, Vec<float, L> v) {
+#if RFDARTS_VECTOR_BYTES == 64
+  if constexpr (L == 16) {
+    auto half = to_bf16<L>(v);
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i&>(half));
+  }
+#endif
   store<L>(p, v);
 }
 
