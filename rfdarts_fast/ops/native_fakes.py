@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from rfdarts_fast.ops.native_plan import Op
 
@@ -81,4 +81,4 @@ def register() -> None:
         "conv_bn_backward": _conv_bn_backward,
         "update_running": lambda *arguments: None,
     }.items():
-        torch.library.register_fake(f"rfdarts::{name}", fake)  # type: ignore[arg-type]
+        library.register_fake(f"rfdarts::{name}", fake)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import library
 
 from rfdarts_fast.engine.graph import GraphedStep, Recorder
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
@@ -106,7 +107,7 @@ def test_opcheck():
     finally:
         torch.ops.rfdarts.cell_forward = original
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(original.default, found[0], test_utils=tests)
+    library.opcheck(original.default, found[0], test_utils=tests)
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cells import Problem, make_cell, needs_kernels
-from torch import nn
+from torch import library, nn
 
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
 from rfdarts_fast.ops import native
@@ -69,10 +69,10 @@ def test_opcheck():
     # aliases, shapes and dtypes; autograd lives in Python
     tests = ("test_schema", "test_faketensor")
     forward = (x, [], *common, edge_weights, None, spec, 1e-5, False, True)
-    torch.library.opcheck(ops.cell_forward, forward, test_utils=tests)
+    library.opcheck(ops.cell_forward, forward, test_utils=tests)
     nodes, _, kept, moments = ops.cell_forward(*forward)
     again = [*spec[:5], 0, *spec[6:]]
-    torch.library.opcheck(ops.cell_kept, (x, nodes, *common, moments, again, 1e-5, False), test_utils=tests)
+    library.opcheck(ops.cell_kept, (x, nodes, *common, moments, again, 1e-5, False), test_utils=tests)
     backward = (
         [nodes[0]],
         [0],
@@ -88,17 +88,17 @@ def test_opcheck():
         False,
         [0, 1],
     )
-    torch.library.opcheck(ops.cell_backward, backward, test_utils=tests)
+    library.opcheck(ops.cell_backward, backward, test_utils=tests)
     for reduce in (False, True):
         weights = torch.rand((4 if reduce else 2) * 8 * 4)
-        torch.library.opcheck(
+        library.opcheck(
             ops.conv_bn_forward, (x[0], weights, gamma[0], beta[0], None, 1e-5, reduce), test_utils=tests
         )
         out, y, used = ops.conv_bn_forward(x[0], weights, gamma[0], beta[0], None, 1e-5, reduce)
         backward = (out, x[0], y, weights, gamma[0], beta[0], used, 1e-5, True, reduce, True)
-        torch.library.opcheck(ops.conv_bn_backward, backward, test_utils=tests)
+        library.opcheck(ops.conv_bn_backward, backward, test_utils=tests)
     running = ([torch.zeros(4)], [torch.ones(4)], [torch.tensor(0)], moments[:, :1].contiguous(), 0.1, 32)
-    torch.library.opcheck(ops.update_running, running, test_utils=tests)
+    library.opcheck(ops.update_running, running, test_utils=tests)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
