@@ -96,12 +96,16 @@ class Plan:
         mode = training_mode(self)
         return mode if isinstance(mode, str) else None
 
-    def weights(self, dtype: torch.dtype) -> Tensor:
-        """All frozen convolutions in one vector of their dtype, packed again when one has changed."""
+    def conv_state(self) -> tuple[list, ...]:
+        """What differs when a convolution has changed."""
         tensors = self.conv_weights()
         # tensors without data, for tracing, have no address
         address = id if any(isinstance(t, FakeTensor) for t in tensors[:1]) else Tensor.data_ptr
-        state = [*map(address, tensors)], [*map(_version, tensors)], [*map(_dtype, tensors)]
+        return [*map(address, tensors)], [*map(_version, tensors)], [*map(_dtype, tensors)]
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """All frozen convolutions in one vector of their dtype, packed again when one has changed."""
+        state = self.conv_state()
         if self.packed is None or state != self.packed_from:
             with torch.no_grad():
                 parts = [part.reshape(-1) for pack in self.packers for part in pack()]

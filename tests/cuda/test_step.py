@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfdarts_fast import ops
 from rfdarts_fast.engine.graph import GraphedStep
@@ -16,6 +15,7 @@ from rfdarts_fast.search import run as search_run
 from rfdarts_fast.search import search
 from rfdarts_fast.search.architect import gradients
 from rfdarts_fast.spaces import get_space
+from tests.asked import Asked
 from tests.cuda.emulated import make_edges
 
 needs_schemas = pytest.mark.skipif(not native.status()["built"], reason="needs the compiled ops' schemas")
@@ -86,21 +86,6 @@ def test_why_not_names_the_reason():
     assert "dtype" in cuda.unsupported(edges, [x.to(torch.int32)] * 2)
     wide = list(make_edges(channels=512, nodes=1, inputs=1))
     assert "512" in cuda.unsupported(wide, [torch.empty(1, 512, 2, 2)])
-
-
-class Asked(TorchDispatchMode):
-    """Operations that make the host wait for a value, or whose shapes depend on one."""
-
-    NAMES = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function.overloadpacket.__name__ in self.NAMES:
-            self.found.append(str(function))
-        return function(*arguments, **(options or {}))
 
 
 def test_a_step_never_asks_for_a_value(emulation, monkeypatch):

@@ -5,14 +5,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfdarts_fast import ops
 from rfdarts_fast.nn import MixedOp
 from rfdarts_fast.ops import BackendError, cuda, native, triton, use_backend
 from rfdarts_fast.ops.triton.layout import layout_of
+from tests.asked import Asked
 from tests.triton_kernels.cases import ALL, FEW, Cell
 from tests.triton_kernels.device import DEVICE, SWITCH
+
+
+@pytest.fixture(autouse=True)
+def found_anew():
+    """What is missing is looked for once in a process, and these tests change it."""
+    caches = triton._cell, triton._missing
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def test_mixed_ops_of_a_network_use_the_engine(kernels):
@@ -56,11 +67,7 @@ def test_a_backend_that_was_named_raises_where_it_cannot_run(monkeypatch):
 def test_missing_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
-    triton._cell.cache_clear()
-    try:
-        assert triton.missing() == "triton is not installed (pip install 'rfdarts_fast[triton]')"
-    finally:
-        triton._cell.cache_clear()
+    assert triton.missing() == "triton is not installed (pip install 'rfdarts_fast[triton]')"
 
 
 def test_missing_names_a_device_too_old(monkeypatch):
@@ -130,21 +137,6 @@ def launched(kernels, monkeypatch):
     names = []
     monkeypatch.setattr(cell, "launch", lambda kernel, *_, **__: names.append(kernel.fn.fn.__name__))
     return names
-
-
-class Asked(TorchDispatchMode):
-    """Operations that make the host wait for a value, or whose shapes depend on one."""
-
-    NAMES = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function.overloadpacket.__name__ in self.NAMES:
-            self.found.append(str(function))
-        return function(*arguments, **(options or {}))
 
 
 @pytest.mark.parametrize("memory", ["fast", "recompute"])

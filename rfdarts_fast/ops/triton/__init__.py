@@ -45,7 +45,13 @@ def _cell() -> ModuleType | str:
 
 def missing() -> str | None:
     """Why the engine cannot run on this machine, or None."""
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on"):
+    return _missing(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on"))
+
+
+# asked for every cell of every step
+@functools.cache
+def _missing(interpreted: bool) -> str | None:
+    if interpreted:
         found = _cell()
         return found if isinstance(found, str) else None
     if importlib.util.find_spec("triton") is None:
@@ -164,14 +170,16 @@ def mixed_cell(
 @torch.no_grad()
 def _update_running(plan: Plan, moments: Tensor, count: int) -> None:
     """Running statistics as BatchNorm2d in training mode updates them; the variance unbiased."""
-    tracked = [i for i, norm in enumerate(plan.norms) if norm.running_mean is not None]
+    means, variances, batches = plan.running()
+    tracked = [i for i, mean in enumerate(means) if mean is not None]
     if not tracked:
         return
-    norms: list[Any] = [plan.norms[i] for i in tracked]
-    momentum = float(norms[0].momentum or 0.0)
-    means, variances = moments[0].unbind(), (moments[1] * (count / (count - 1))).unbind()
-    buffers = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-    new = [means[i] for i in tracked] + [variances[i] for i in tracked]
+    momentum = float(plan.norms[0].momentum or 0.0)
+    new_means, new_variances = moments[0].unbind(), (moments[1] * (count / (count - 1))).unbind()
+    buffers: list[Any] = [running[i] for running in (means, variances) for i in tracked]
     torch._foreach_mul_(buffers, 1 - momentum)
-    torch._foreach_add_(buffers, new, alpha=momentum)
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    torch._foreach_add_(
+        buffers, [new[i] for new in (new_means, new_variances) for i in tracked], alpha=momentum
+    )
+    counts: list[Any] = [batches[i] for i in tracked]
+    torch._foreach_add_(counts, 1)

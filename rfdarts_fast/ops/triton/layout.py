@@ -130,7 +130,7 @@ class Layout:
         self.rows: list[tuple[int, ...]] = []
         self.sources: list[Source] = []
         self.nodes: list[Node] = []
-        self._convs = plan.convs
+        self._plan = plan
         self._constants: dict[tuple[torch.device, torch.dtype], Constants] = {}
         self._packed: dict[torch.dtype, tuple[tuple, list[SourceWeights]]] = {}
         branches, strides = self._read(plan)
@@ -174,8 +174,7 @@ class Layout:
     @torch.no_grad()
     def weights(self, dtype: torch.dtype) -> list[SourceWeights]:
         """The frozen convolutions in `dtype`, one for each source; packed again when one has changed."""
-        tensors = [conv.weight for conv in self._convs]
-        state = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+        state = self._plan.conv_state()
         found = self._packed.get(dtype)
         if found is None or found[0] != state:
             found = state, [self._pack(source, dtype) for source in self.sources]
@@ -183,7 +182,7 @@ class Layout:
         return found[1]
 
     def _pack(self, source: Source, dtype: torch.dtype) -> SourceWeights:
-        like = self._convs[0].weight if self._convs else torch.empty(0)
+        like = self._plan.convs[0].weight if self._plan.convs else torch.empty(0)
 
         def flat(convs: list[nn.Conv2d]) -> Tensor:
             parts = [conv.weight.flatten(1).t().reshape(-1) for conv in convs]
