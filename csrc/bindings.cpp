@@ -55,16 +55,15 @@ const T* pointer(const Tensor& x) {
   return static_cast<const T*>(x.data_ptr());
 }
 
-// Threads take chunks as they come, so that one that is held up does not hold up the others. The results do not
-// depend on it: every image has its own sums.
-void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
-  int64_t threads = torch::stable::get_num_threads();
-  if (threads < 2 || n < 2) return f(0, n);
-  int64_t chunk = std::max<int64_t>(1, n / (8 * threads));
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t at; (at = next.fetch_add(chunk)) < n;) f(at, std::min(at + chunk, n));
-  });
+void parallel(int64_t count, const std::function<void(Images&)>& f) {
+  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  std::atomic<int64_t> taken{0};
+  auto run = [&](int64_t, int64_t) {
+    Images images(taken, count, std::max<int64_t>(threads, 1));
+    f(images);
+  };
+  if (threads < 2) return run(0, 1);
+  torch::stable::parallel_for(0, threads, 1, run);
 }
 
 // memory for one call

@@ -213,22 +213,22 @@ struct Backward : CellContext<T, S> {
     }
     double* partials = this->take_sums(cell.images * count * 2 * cm);
     Frame frame = k.frame(h, w, cm, 1);
-    this->parallel(cell.images, [&](int64_t begin, int64_t end) {
+    this->parallel(cell.images, [&](Images& images) {
       Scratch room;
       T* e = room.take<T>(frame.size, true);
       T* dx = room.take<T>(size);
       T* scratch = room.take<T>(w * cm + 8 * cm + 16384);
       Queue queue;
       int64_t bytes = size * sizeof(S);
-      for (int64_t n = begin; n < end; n++) {
+      images.each([&](int64_t n, int64_t next) {
         queue.clear();
         for (int64_t j = 0; j < count; j++) {
           queue.add(this->slot(branches[j]->inner_slot, n), bytes);
           if (j + 1 < count) queue.add(this->slot(branches[j + 1]->slot, n), bytes);
         }
-        if (n + 1 < end) {
-          queue.add(mixed_grad[i] + (n + 1) * size, size * sizeof(T));
-          queue.add(this->slot(branches[0]->slot, n + 1), bytes);
+        if (next >= 0) {
+          queue.add(mixed_grad[i] + next * size, size * sizeof(T));
+          queue.add(this->slot(branches[0]->slot, next), bytes);
         }
         Ahead ahead = queue.over(work);
         for (int64_t j = 0; j < count; j++) {
@@ -243,7 +243,7 @@ struct Backward : CellContext<T, S> {
           k.relu_backward_inner(dx, this->slot(b.inner_slot, n), affine[j].row(0), affine[j].row(1),
                                 affine[j].row(2), y, sums, sums + cm, size, cm, scratch);
         }
-      }
+      });
     });
     std::vector<double> sum(count * 2 * cm, 0.0);
     for (int64_t n = 0; n < cell.images; n++)
@@ -338,7 +338,7 @@ struct Backward : CellContext<T, S> {
     }
   };
   // `queue`: what follows the convolutions; returned with what they read themselves in between
-  void fetch_stage1(const Stage1& plan, int64_t n, bool last, Stage1Room& room, Queue& queue) {
+  void fetch_stage1(const Stage1& plan, int64_t n, int64_t next, Stage1Room& room, Queue& queue) {
     int64_t size = cell.pixels() * cm, full = cell.pixels() * cell.channels;
     room.extra.clear();
     for (const T* p : plan.planar) room.extra.add(p ? p + n * full : nullptr, full * sizeof(T));
@@ -358,7 +358,7 @@ struct Backward : CellContext<T, S> {
       if (i + 1 < count) conv(plan.convs[i + 1], n);
       queue.add_share(room.extra, i, count);
     }
-    if (!last && count) conv(plan.convs[0], n + 1);
+    if (next >= 0 && count) conv(plan.convs[0], next);
   }
   void stage1(int s, int64_t n, Stage1& plan, Stage1Room& room, Queue& queue) {
     const Source& source = cell.sources[s];
@@ -441,23 +441,23 @@ struct Backward : CellContext<T, S> {
       if (i >= 0) state_grad[s] = {stage.whole, full, row, cell.channels};
     }
     if (i >= 0) plan = plan_node(i);
-    this->parallel(cell.images, [&](int64_t begin, int64_t end) {
+    this->parallel(cell.images, [&](Images& images) {
       Scratch room;
       Stage1Room stage_room(room, stage, cell, cell.sources[s]);
       NodeRoom node_room(room, plan, cell, period);
       Queue queue;
-      for (int64_t n = begin; n < end; n++) {
+      images.each([&](int64_t n, int64_t next) {
         queue.clear();
         // the first pass reads all states
         if (i == cell.nodes - 1)
           for (int j = 0; j < plan.count; j++) this->make_dense(j, n);
         if (leaves) {
           if (i >= 0) fetch_node(plan, n, queue);
-          fetch_stage1(stage, n, n + 1 == end, stage_room, queue);
+          fetch_stage1(stage, n, next, stage_room, queue);
           stage1(s, n, stage, stage_room, queue);
         }
         if (i >= 0) node(i, n, plan, node_room);
-      }
+      });
     });
     if (leaves) finish_stage1(s, stage);
     if (i >= 0) finish_node(plan);

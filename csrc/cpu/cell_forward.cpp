@@ -115,15 +115,15 @@ struct Forward : CellContext<T, S> {
     Moments moments = this->take_moments(count);
     Frame frame = k.frame(h, w, cm, 1);
     bool bypass_cache = bypasses(count);
-    this->parallel(cell.images, [&](int64_t begin, int64_t end) {
+    this->parallel(cell.images, [&](Images& images) {
       Scratch room;
       T* u = room.take<T>(frame.size, true);
       T* scratch = room.take<T>(w * cm + 4 * cm + 16384);
       Queue queue;
-      for (int64_t n = begin; n < end; n++) {
+      images.each([&](int64_t n, int64_t next) {
         queue.clear();
         for (int64_t i = 1; i < count; i++) queue.add(this->slot(branches[i]->inner_slot, n), bytes);
-        if (n + 1 < end) queue.add(this->slot(branches[0]->inner_slot, n + 1), bytes);
+        if (next >= 0) queue.add(this->slot(branches[0]->inner_slot, next), bytes);
         Ahead ahead = queue.over(work);
         for (int64_t i = 0; i < count; i++) {
           const Branch& b = *branches[i];
@@ -132,7 +132,7 @@ struct Forward : CellContext<T, S> {
           k.conv_forward(u, frame, h, w, cm, p.conv, p.dw, p.pw, this->slot(b.slot, n), bypass_cache,
                          moments.mean_of(n, i), moments.deviation_of(n, i), scratch, ahead);
         }
-      }
+      });
     });
     if (cell.training)
       for (int64_t i = 0; i < count; i++) merge(moments, i, {branches[i]->norm});
@@ -266,21 +266,21 @@ struct Forward : CellContext<T, S> {
     else
       this->plan_dense(s, nodes && cell.K > 1);
     Stage1 stage = plan_stage1(s);
-    this->parallel(cell.images, [&](int64_t begin, int64_t end) {
+    this->parallel(cell.images, [&](Images& images) {
       Scratch room;
       NodeRoom node_room(room, plan, cell);
       Stage1Room stage_room(room, stage, cell.sources[s], cell.pixels() * cm, cm);
       Queue queue;
-      for (int64_t n = begin; n < end; n++) {
+      images.each([&](int64_t n, int64_t next) {
         queue.clear();
         if (sums) {
           node(s - cell.inputs, n, plan, node_room);
-          if (n + 1 < end) fetch_node(plan, n + 1, queue);
+          if (next >= 0) fetch_node(plan, next, queue);
         }
-        if (!leaves) continue;
+        if (!leaves) return;
         this->make_dense(s, n);
         stage1(s, n, stage, stage_room, queue);
-      }
+      });
     });
     finish_stage1(stage);
   }

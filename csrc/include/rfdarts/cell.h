@@ -1,5 +1,7 @@
 // A cell of mixed ops: its description, and the memory that its forward and backward work on. No torch here.
 #pragma once
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
@@ -68,7 +70,30 @@ struct Batch {
   View<T> operator[](int64_t n) const { return {data ? data + n * image : nullptr, row, pixel}; }
 };
 
-using Parallel = std::function<void(int64_t n, const std::function<void(int64_t, int64_t)>&)>;
+// The images of one thread. It takes a few more whenever it gets to its last, so that a thread that is held up does
+// not hold up the others. The results do not depend on it: every image has its own sums.
+class Images {
+ public:
+  Images(std::atomic<int64_t>& taken, int64_t count, int64_t threads)
+      : taken_(taken), count_(count), few_(std::max<int64_t>(1, count / (8 * threads))) {}
+  // f(image, the one after it or -1): what that one needs can be fetched meanwhile
+  template <class F>
+  void each(F&& f) {
+    for (int64_t n = after(-1), next; n >= 0; n = next) f(n, next = after(n));
+  }
+
+ private:
+  int64_t after(int64_t n) {
+    if (++n < end_) return n;
+    n = taken_.fetch_add(few_);
+    end_ = std::min(n + few_, count_);
+    return n < count_ ? n : -1;
+  }
+  std::atomic<int64_t>& taken_;
+  int64_t count_, few_, end_ = 0;
+};
+// calls f in every thread
+using Parallel = std::function<void(int64_t count, const std::function<void(Images&)>& f)>;
 using Allocate = std::function<void*(int64_t bytes)>;
 
 template <class T, class S>
