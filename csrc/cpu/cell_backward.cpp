@@ -70,7 +70,7 @@ struct Backward : CellContext<T, S> {
   struct Node {
     int first = 0, count = 0, sums = 1;
     std::vector<NodeTerms> edges;
-    int64_t largest = 0;  // pixels of an input
+    int64_t widest = 0;  // of its inputs
     T *gathered = nullptr, *planar = nullptr;
     double* partials = nullptr;  // [images][sums][C/K]
   };
@@ -97,7 +97,7 @@ struct Backward : CellContext<T, S> {
         t.identity |= b.op == Op::Identity;
       }
       plan.sums += t.kept.size() + t.states.size();
-      plan.largest = std::max(plan.largest, cell.sources[j].h * cell.sources[j].w);
+      plan.widest = std::max(plan.widest, cell.sources[j].w);
     }
     plan.partials = this->take_sums(cell.images * plan.sums * cm);
     const Batch<T>& g = state_grad[s];
@@ -109,12 +109,12 @@ struct Backward : CellContext<T, S> {
     return plan;
   }
   struct NodeRoom {
-    T *scratch, *max, *avg;
+    T* scratch;
+    typename CellContext<T, S>::PoolRoom pools;
     std::vector<const S*> kept;
     std::vector<const T*> from;
-    NodeRoom(Scratch& room, const Node& plan, const Cell& cell, int64_t period)
-        : scratch(room.take<T>(4 * (plan.largest + 16) * cell.mixed + 16 * (period + cell.channels))),
-          max(room.take<T>(cell.pixels() * cell.mixed)), avg(room.take<T>(cell.pixels() * cell.mixed)) {}
+    NodeRoom(Scratch& room, const Backward& run, const Node& plan)
+        : scratch(room.take<T>(4 * run.period)), pools(run.take_pool_room(room, plan.widest)) {}
   };
   // what `node` reads of image n, as far as the cache holds it
   void fetch_node(const Node& plan, int64_t n, Queue& queue) const {
@@ -147,20 +147,26 @@ struct Backward : CellContext<T, S> {
       const Source& source = cell.sources[j];
       const auto& branches = cell.edges[plan.first + j].branches;
       double* to = sum + t.first * cm;
-      room.kept.clear(), room.from.clear();
+      room.kept.clear();
       for (int p : t.kept) room.kept.push_back(this->slot(branches[p].slot, n));
       k.dot_kept(g, room.kept.size(), room.kept.data(), t.kept_mean.row(0), to, size, cm, room.scratch);
       const T* x = this->mixed_image(j, n);
-      if (t.pools) k.pool_forward(x, source.h, source.w, cm, source.stride, room.max, room.avg, room.scratch);
-      for (int p : t.states) {
-        Op op = branches[p].op;
-        room.from.push_back(op == Op::MaxPool   ? room.max
-                            : op == Op::AvgPool ? room.avg
-                            : op == Op::Noise   ? data.noise[branches[p].noise] + n * size
-                                                : x);
-      }
-      k.dot_states(g, room.from.size(), room.from.data(), t.states_mean.row(0), to + t.kept.size() * cm, nullptr, size,
-                   cm, room.scratch);
+      auto dot = [&](int64_t at, int64_t len, const T* max, const T* avg) {
+        room.from.clear();
+        for (int p : t.states) {
+          Op op = branches[p].op;
+          room.from.push_back(op == Op::MaxPool   ? max
+                              : op == Op::AvgPool ? avg
+                              : op == Op::Noise   ? data.noise[branches[p].noise] + n * size + at
+                                                  : x + at);
+        }
+        k.dot_states(g + at, room.from.size(), room.from.data(), t.states_mean.row(0), to + t.kept.size() * cm, nullptr,
+                     len, cm, room.scratch);
+      };
+      if (t.pools)
+        this->each_pool_rows(source, x, room.pools, dot);
+      else
+        dot(0, size, nullptr, nullptr);
     }
   }
   void finish_node(Node& plan) {
@@ -321,18 +327,22 @@ struct Backward : CellContext<T, S> {
     return plan;
   }
   struct Stage1Room {
-    T *e, *dx, *rest, *scratch, *max, *avg, *d_max, *d_avg, *summed, *around;
+    T *e, *dx, *rest, *scratch, *d_max, *d_avg, *pool_scratch, *summed, *around;
+    typename CellContext<T, S>::PoolRoom pools;
     std::vector<const T*> from;
     std::vector<View<T>> planar;
     Queue extra;
-    Stage1Room(Scratch& room, const Stage1& plan, const Cell& cell, const Source& source) {
+    Stage1Room(Scratch& room, const Backward& run, const Stage1& plan, const Source& source) {
+      const Cell& cell = run.cell;
       int64_t in = source.h * source.w * cell.mixed, size = cell.pixels() * cell.mixed;
       bool halved = cell.K > 1 && source.stride == 2;
       e = room.take<T>(plan.frame.size, true);
       dx = room.take<T>(in);
       rest = room.take<T>(in);
       scratch = room.take<T>(4 * (source.w + 2) * cell.mixed + 16384);
-      for (T** p : {&max, &avg, &d_max, &d_avg}) *p = room.take<T>(source.pools ? size : 0);
+      for (T** p : {&d_max, &d_avg}) *p = room.take<T>(source.pools ? size : 0);
+      pool_scratch = room.take<T>(source.pools ? 10 * ((source.w + 4) * cell.mixed + 16) : 0);
+      pools = run.take_pool_room(room, source.w);
       summed = room.take<T>(halved ? cell.pixels() * cell.channels : 0);
       around = room.take<T>(halved ? source.h * source.w * cell.channels : 0);
     }
@@ -391,15 +401,18 @@ struct Backward : CellContext<T, S> {
     else
       std::fill_n(room.rest, in, T(0));
     if (source.pools) {
-      k.pool_forward(x, h, w, cm, source.stride, room.max, room.avg, room.scratch);
-      from.push_back(room.max);
-      k.sum_states(room.d_max, true, plan.count + 1, from.data(), plan.max_coef.row(0), plan.max_mean.row(0),
-                   plan.max_bias.row(0), size, period);
-      from.back() = room.avg;
-      k.sum_states(room.d_avg, true, plan.count + 1, from.data(), plan.avg_coef.row(0), plan.avg_mean.row(0),
-                   plan.avg_bias.row(0), size, period);
+      this->each_pool_rows(source, x, room.pools, [&](int64_t at, int64_t len, const T* max, const T* avg) {
+        from.clear();
+        for (const T* g : plan.grads) from.push_back(g + n * size + at);
+        from.push_back(max);
+        k.sum_states(room.d_max + at, true, plan.count + 1, from.data(), plan.max_coef.row(0), plan.max_mean.row(0),
+                     plan.max_bias.row(0), len, period);
+        from.back() = avg;
+        k.sum_states(room.d_avg + at, true, plan.count + 1, from.data(), plan.avg_coef.row(0), plan.avg_mean.row(0),
+                     plan.avg_bias.row(0), len, period);
+      });
       k.divide_by_window(room.d_avg, h, w, cm, source.stride);
-      k.pool_backward(x, room.max, room.d_max, room.d_avg, h, w, cm, source.stride, room.rest);
+      k.pool_backward(x, room.d_max, room.d_avg, h, w, cm, source.stride, room.rest, room.pool_scratch);
     }
     k.relu_backward_add(room.dx, x, room.rest, in, cm);
     auto& planar = room.planar;
@@ -443,8 +456,8 @@ struct Backward : CellContext<T, S> {
     if (i >= 0) plan = plan_node(i);
     this->parallel(cell.images, [&](Images& images) {
       Scratch room;
-      Stage1Room stage_room(room, stage, cell, cell.sources[s]);
-      NodeRoom node_room(room, plan, cell, period);
+      Stage1Room stage_room(room, *this, stage, cell.sources[s]);
+      NodeRoom node_room(room, *this, plan);
       Queue queue;
       images.each([&](int64_t n, int64_t next) {
         queue.clear();

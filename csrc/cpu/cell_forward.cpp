@@ -55,22 +55,28 @@ struct Forward : CellContext<T, S> {
     return plan;
   }
   struct Stage1Room {
-    T *x, *scratch, *max, *avg;
-    Stage1Room(Scratch& room, const Stage1& plan, const Source& source, int64_t size, int64_t cm)
-        : x(room.take<T>(plan.frame.size, true)), scratch(room.take<T>(3 * (source.w + 2) * cm + 16384)),
-          max(room.take<T>(plan.pools ? size : 0)), avg(room.take<T>(plan.pools ? size : 0)) {}
+    T *x, *scratch, *shift;
+    typename CellContext<T, S>::PoolRoom pools;
+    Stage1Room(Scratch& room, const Forward& run, const Stage1& plan, const Source& source)
+        : x(room.take<T>(plan.frame.size, true)), scratch(room.take<T>(3 * (source.w + 2) * run.cm + 16384)),
+          shift(room.take<T>(4 * run.period)), pools(run.take_pool_room(room, source.w)) {}
   };
   void stage1(int s, int64_t n, Stage1& plan, const Stage1Room& room, Queue& queue) {
     const Source& source = cell.sources[s];
     int64_t h = source.h, w = source.w, count = plan.branches.size();
     const T* in = this->mixed_image(s, n);
-    auto moments = [&](T* y, int64_t i) {
-      k.moments(y, cell.pixels(), cm, plan.moments.mean_of(n, i), plan.moments.deviation_of(n, i));
-    };
     if (plan.pools) {
-      k.pool_forward(in, h, w, cm, source.stride, room.max, room.avg, room.scratch);
-      moments(room.max, count);
-      moments(room.avg, count + 1);
+      double *mean[2], *deviation[2];
+      for (int i : {0, 1}) {
+        mean[i] = plan.moments.mean_of(n, count + i);
+        deviation[i] = plan.moments.deviation_of(n, count + i);
+      }
+      T* sums = room.shift + 2 * period;
+      this->each_pool_rows(source, in, room.pools, [&](int64_t at, int64_t size, const T* max, const T* avg) {
+        k.add_moments(max, size / cm, cm, at == 0, room.shift, mean[0], deviation[0], sums);
+        k.add_moments(avg, size / cm, cm, at == 0, room.shift + period, mean[1], deviation[1], sums);
+      });
+      for (int i : {0, 1}) k.finish_moments(room.shift + i * period, cell.pixels(), cm, mean[i], deviation[i]);
     }
     if (!count) return;
     k.frame_relu({in, w * cm, cm}, h, w, cm, plan.frame, room.x);
@@ -187,7 +193,7 @@ struct Forward : CellContext<T, S> {
     std::vector<Terms> edges;
     Coefficients<T> bias;
     std::vector<T> scale;
-    int64_t largest = 0;  // pixels of an input
+    int64_t widest = 0;  // of its inputs
   };
   Node plan_node(int i) {
     Node plan;
@@ -196,7 +202,7 @@ struct Forward : CellContext<T, S> {
     for (int j = 0; j < plan.count; j++) {
       plan.edges.push_back(terms(plan.first + j, constant));
       plan.scale.push_back(T(this->edge_weight(plan.first + j)));
-      plan.largest = std::max(plan.largest, cell.sources[j].h * cell.sources[j].w);
+      plan.widest = std::max(plan.widest, cell.sources[j].w);
     }
     plan.bias = Coefficients<T>(1, cm, period);
     for (int64_t i = 0; i < cm; i++) plan.bias.set(0, i, constant[i]);
@@ -208,14 +214,15 @@ struct Forward : CellContext<T, S> {
     return plan;
   }
   struct NodeRoom {
-    T *scratch, *max, *avg, *inner;
+    T *scratch, *inner;
+    typename CellContext<T, S>::PoolRoom pools;
     std::vector<View<T>> around;
     std::vector<const S*> kept;
     std::vector<const T*> from;
-    NodeRoom(Scratch& room, const Node& plan, const Cell& cell)
-        : scratch(room.take<T>(4 * (plan.largest + 16) * cell.mixed + cell.ow * cell.channels)),
-          max(room.take<T>(cell.pixels() * cell.mixed)), avg(room.take<T>(cell.pixels() * cell.mixed)),
-          inner(room.take<T>(cell.K > 1 ? cell.pixels() * cell.mixed : 0)) {}
+    NodeRoom(Scratch& room, const Forward& run, const Node& plan)
+        : scratch(room.take<T>(run.cell.ow * run.cell.channels)),
+          inner(room.take<T>(run.cell.K > 1 ? run.cell.pixels() * run.cm : 0)),
+          pools(run.take_pool_room(room, plan.widest)) {}
   };
   // what `node` reads of image n, as far as the cache holds it
   void fetch_node(const Node& plan, int64_t n, Queue& queue) const {
@@ -233,18 +240,24 @@ struct Forward : CellContext<T, S> {
     for (int j = 0; j < plan.count; j++) {
       const Source& source = cell.sources[j];
       const Terms& t = plan.edges[j];
-      room.kept.clear(), room.from.clear();
+      room.kept.clear();
       for (int s : t.slots) room.kept.push_back(this->slot(s, n));
       k.sum_kept(sum, j == 0, room.kept.size(), room.kept.data(), t.kept.row(0), t.kept_mean.row(0),
                  plan.bias.row(0), size, period);
       const T* x = this->mixed_image(j, n);
-      if (t.max || t.avg) k.pool_forward(x, source.h, source.w, cm, source.stride, room.max, room.avg, room.scratch);
-      if (t.max) room.from.push_back(room.max);
-      if (t.avg) room.from.push_back(room.avg);
-      if (t.identity) room.from.push_back(x);
-      for (int z : t.noise) room.from.push_back(data.noise[z] + n * size);
-      k.sum_states(sum, false, room.from.size(), room.from.data(), t.states.row(0), t.states_mean.row(0),
-                   nullptr, size, period);
+      auto add_states = [&](int64_t at, int64_t len, const T* max, const T* avg) {
+        room.from.clear();
+        if (t.max) room.from.push_back(max);
+        if (t.avg) room.from.push_back(avg);
+        if (t.identity) room.from.push_back(x + at);
+        for (int z : t.noise) room.from.push_back(data.noise[z] + n * size + at);
+        k.sum_states(sum + at, false, room.from.size(), room.from.data(), t.states.row(0), t.states_mean.row(0),
+                     nullptr, len, period);
+      };
+      if (t.max || t.avg)
+        this->each_pool_rows(source, x, room.pools, add_states);
+      else
+        add_states(0, size, nullptr, nullptr);
     }
     room.around.clear();
     for (int j = 0; j < plan.count; j++) room.around.push_back(bypass[j][n]);
@@ -268,8 +281,8 @@ struct Forward : CellContext<T, S> {
     Stage1 stage = plan_stage1(s);
     this->parallel(cell.images, [&](Images& images) {
       Scratch room;
-      NodeRoom node_room(room, plan, cell);
-      Stage1Room stage_room(room, stage, cell.sources[s], cell.pixels() * cm, cm);
+      NodeRoom node_room(room, *this, plan);
+      Stage1Room stage_room(room, *this, stage, cell.sources[s]);
       Queue queue;
       images.each([&](int64_t n, int64_t next) {
         queue.clear();

@@ -194,6 +194,26 @@ struct CellContext {
   const T* mixed_image(int s, int64_t n) const {
     return mixed[s] + n * cell.sources[s].h * cell.sources[s].w * cm;
   }
+
+  // A few rows of both pools of a state at a time, so that they are used in the first-level cache.
+  struct PoolRoom {
+    T *max, *avg, *scratch;
+  };
+  int64_t pool_rows() const { return std::min(std::max<int64_t>(2048 / (cell.ow * cm), 1), cell.oh); }
+  PoolRoom take_pool_room(Scratch& room, int64_t width) const {
+    int64_t size = pool_rows() * cell.ow * cm;
+    return {room.take<T>(size), room.take<T>(size), room.take<T>(3 * (width + 2) * cm + 64)};
+  }
+  // f(element, size, max, avg)
+  template <class F>
+  void each_pool_rows(const Source& source, const T* x, const PoolRoom& room, F&& f) const {
+    int64_t rows = pool_rows(), row = cell.ow * cm;
+    for (int64_t r = 0; r < cell.oh; r += rows) {
+      int64_t count = std::min(rows, cell.oh - r);
+      k.pool_forward(x, source.h, source.w, cm, source.stride, r, count, room.max, room.avg, room.scratch);
+      f(r * row, count * row, room.max, room.avg);
+    }
+  }
 };
 
 }  // namespace rfdarts

@@ -137,7 +137,7 @@ void relu_backward_inner(const T* dx, const S* y, const T* scale, const T* shift
 
 // mean and sum of squared deviations from sums about a shift
 template <class T>
-RF_INLINE void finish_moments(const T* shift, int64_t pixels, int64_t c, double* mean, double* deviation) {
+void finish_moments(const T* shift, int64_t pixels, int64_t c, double* mean, double* deviation) {
   for (int64_t i = 0; i < c; i++) {
     double m = mean[i] / pixels;
     deviation[i] -= m * mean[i];
@@ -146,17 +146,19 @@ RF_INLINE void finish_moments(const T* shift, int64_t pixels, int64_t c, double*
 }
 
 template <class T>
-void moments(const T* y, int64_t pixels, int64_t c, double* mean, double* deviation) {
+void add_moments(const T* y, int64_t pixels, int64_t c, bool first, T* shift, double* mean, double* deviation,
+                 T* sums) {
   int64_t period = repeated<T>(c), chunk = chunk_size(period), size = pixels * c;
-  alignas(64) T shift[512], sums[1024];
-  // about a few pixels' mean: one alone may lie far from the others, and the squares would cancel
-  int64_t count = least<int64_t>(pixels, 8);
-  for (int64_t k = 0; k < period; k++) {
-    shift[k] = 0;
-    for (int64_t j = 0; j < count; j++) shift[k] += y[j * pixels / count * c + k % c] / count;
+  if (first) {
+    // about a few pixels' mean: one alone may lie far from the others, and the squares would cancel
+    int64_t count = least<int64_t>(pixels, 8);
+    for (int64_t k = 0; k < period; k++) {
+      shift[k] = 0;
+      for (int64_t j = 0; j < count; j++) shift[k] += y[j * pixels / count * c + k % c] / count;
+    }
+    fill(mean, c, 0.0);
+    fill(deviation, c, 0.0);
   }
-  fill(mean, c, 0.0);
-  fill(deviation, c, 0.0);
   for (int64_t at = 0; at < size; at += chunk) {
     reduce_sweep<T, 2>(least(chunk, size - at), period, sums,
                        [&](auto lanes, int64_t i, int64_t k, auto* acc) __attribute__((always_inline)) {
@@ -167,5 +169,4 @@ void moments(const T* y, int64_t pixels, int64_t c, double* mean, double* deviat
     fold(sums, period, c, mean);
     fold(sums + period, period, c, deviation);
   }
-  finish_moments(shift, pixels, c, mean, deviation);
 }

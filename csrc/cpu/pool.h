@@ -75,8 +75,11 @@ RF_INLINE void pool_row_flat(const T* up, const T* mid, const T* down, bool has_
 }
 
 template <class T>
-void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* max, T* avg, T* scratch) {
-  int64_t oh = pooled(h, stride), ow = pooled(w, stride), row = w * c;
+void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64_t first, int64_t rows, T* max, T* avg,
+                  T* scratch) {
+  int64_t ow = pooled(w, stride), row = w * c;
+  max -= first * ow * c;
+  avg -= first * ow * c;
   // one row's maxima and sums over its three rows, with one pixel of border; one over the sizes of its windows
   T *tall_max = scratch + c, *tall_sum = tall_max + row + 2 * c, *share = tall_sum + row + c, shared = 0;
   constexpr T lowest = -std::numeric_limits<T>::infinity();
@@ -84,7 +87,7 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* ma
     tall_max[i - c] = tall_max[row + i] = lowest;
     tall_sum[i - c] = tall_sum[row + i] = 0;
   }
-  for (int64_t r = 0; r < oh; r++) {
+  for (int64_t r = first; r < first + rows; r++) {
     int64_t y = r * stride;
     const T *mid = x + y * row, *up = y > 0 ? mid - row : mid, *down = y < h - 1 ? mid + row : mid;
     bool has_up = y > 0, has_down = y < h - 1;
@@ -140,10 +143,113 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* ma
   }
 }
 
-// The first maximum in row-major order takes its window's gradient, as in torch.
+// The first maximum in row-major order takes its window's gradient, as in torch: of the first row that has it, the
+// first column. So a window's gradient goes to the maximum of three in one of its rows, and from there to a pixel.
 template <class T>
-void pool_backward(const T* x, const T* max, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c,
-                   int stride, T* dx) {
+struct PoolRows {
+  int64_t c, row, step;
+  T *x, *top, *d_top;
+  static constexpr T lowest = -std::numeric_limits<T>::infinity();
+
+  PoolRows(int64_t w, int64_t c, T* scratch) : c(c), row(w * c), step(w * c + 4 * c + kLanes<T>) {
+    x = scratch + 2 * c, top = x + 3 * step, d_top = top + 3 * step;
+    fill(scratch, 9 * step, T(0));
+    for (int64_t y = 0; y < 3; y++) {
+      fill(x + y * step - 2 * c, 2 * c, lowest);
+      fill(x + y * step + row, c, lowest);
+    }
+  }
+  int64_t at(int64_t y) const { return y % 3 * step; }
+  template <class F>
+  RF_INLINE void each(F&& f) {
+    sweep<T>(row, repeated<T>(c), f);
+  }
+
+  void begin(const T* from, int64_t y) {
+    T *to = x + at(y), *most = top + at(y), *d = d_top + at(y);
+    each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+      store<lanes>(to + i, load<lanes>(from + i));
+      store<lanes>(d + i, Vec<T, lanes>{});
+    });
+    each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      Vec<T, L> left = load<L>(to + i - c), mid = load<L>(to + i), right = load<L>(to + i + c);
+      store<L>(most + i, max_or_second<T, L>(max_or_second<T, L>(left, mid), right));
+    });
+  }
+  // the windows around row y; has_up, has_down: whether they have all three rows
+  void windows(const T* d_max, int64_t y, bool has_up, bool has_down) {
+    int64_t above = at(y + 2), here = at(y), below = at(y + 1);
+    each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      Vec<T, L> none = Vec<T, L>{}, least = none + lowest, d = load<L>(d_max + i), mid = load<L>(top + here + i);
+      Vec<T, L> up = has_up ? load<L>(top + above + i) : least, down = has_down ? load<L>(top + below + i) : least;
+      Vec<T, L> most = max_or_second<T, L>(max_or_second<T, L>(up, mid), down);
+      // what no row claims goes to the last, so that no gradient is lost
+      Vec<T, L> rest = d;
+      if (has_up) {
+        auto miss = up < most;
+        store<L>(d_top + above + i, load<L>(d_top + above + i) + (miss ? none : rest));
+        rest = miss ? rest : none;
+      }
+      if (has_down) {
+        auto miss = mid < most;
+        store<L>(d_top + below + i, load<L>(d_top + below + i) + (miss ? rest : none));
+        rest = miss ? none : rest;
+      }
+      store<L>(d_top + here + i, load<L>(d_top + here + i) + rest);
+    });
+  }
+  void end(int64_t y, T* dx) {
+    const T *from = x + at(y), *most = top + at(y), *d = d_top + at(y);
+    each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      Vec<T, L> none = Vec<T, L>{}, here = load<L>(from + i), left = load<L>(from + i - c);
+      Vec<T, L> before = load<L>(most + i - c), mid = load<L>(most + i), after = load<L>(most + i + c);
+      Vec<T, L> sum = load<L>(dx + i);
+      sum += here < after ? none : load<L>(d + i + c);
+      sum += ((left < mid) & ~(here < mid)) ? load<L>(d + i) : none;
+      sum += ((load<L>(from + i - 2 * c) < before) & (left < before)) ? load<L>(d + i - c) : none;
+      store<L>(dx + i, sum);
+    });
+  }
+};
+
+template <class T>
+void pool_backward_dense(const T* x, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c, T* dx,
+                         T* scratch) {
+  PoolRows<T> rows(w, c, scratch);
+  int64_t row = w * c;
+  // sums of three rows of d_avg, with one pixel of border
+  T* tall = rows.d_top + 3 * rows.step;
+  fill(tall - c, row + 2 * c, T(0));
+  rows.begin(x, 0);
+  for (int64_t y = 0; y <= h; y++) {
+    if (y + 1 < h) rows.begin(x + (y + 1) * row, y + 1);
+    if (y < h) rows.windows(d_max + y * row, y, y > 0, y + 1 < h);
+    if (y == 0) continue;
+    T* to = dx + (y - 1) * row;
+    rows.end(y - 1, to);
+    const T* d = d_avg + (y - 1) * row;
+    bool has_up = y > 1, has_down = y < h;
+    rows.each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      Vec<T, L> sum = load<L>(d + i);
+      if (has_up) sum += load<L>(d + i - row);
+      if (has_down) sum += load<L>(d + i + row);
+      store<L>(tall + i, sum);
+    });
+    rows.each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      store<L>(to + i, load<L>(to + i) + (load<L>(tall + i - c) + load<L>(tall + i) + load<L>(tall + i + c)));
+    });
+  }
+}
+
+template <class T>
+void pool_backward(const T* x, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c, int stride, T* dx,
+                   T* scratch) {
+  if (stride == 1) return pool_backward_dense(x, d_max, d_avg, h, w, c, dx, scratch);
   int64_t oh = pooled(h, stride), ow = pooled(w, stride);
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
@@ -154,7 +260,9 @@ void pool_backward(const T* x, const T* max, const T* d_max, const T* d_avg, int
         int64_t x0 = most<int64_t>(q * stride - 1, 0), x1 = least<int64_t>(q * stride + 1, w - 1);
         for (int64_t k = 0; k < c; k += L) {
           int64_t o = (r * ow + q) * c + k;
-          Vec<T, L> top = load<L>(max + o), dm = load<L>(d_max + o), da = load<L>(d_avg + o);
+          Vec<T, L> top = load<L>(x + (y0 * w + x0) * c + k), dm = load<L>(d_max + o), da = load<L>(d_avg + o);
+          for (int64_t y = y0; y <= y1; y++)
+            for (int64_t p = x0; p <= x1; p++) top = max_vec<T, L>(top, load<L>(x + (y * w + p) * c + k));
           Mask open = ~Mask{};
           for (int64_t y = y0; y <= y1; y++)
             for (int64_t p = x0; p <= x1; p++) {

@@ -29,7 +29,8 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.reduce_forward = reduce_forward<T, S>;
   k.pack = pack<T>;
   k.pool_forward = pool_forward<T>;
-  k.moments = moments<T>;
+  k.add_moments = add_moments<T>;
+  k.finish_moments = finish_moments<T>;
   k.pool_backward = pool_backward<T>;
   k.sum_kept = sum_streams<T, S>;
   k.sum_states = sum_streams<T, T>;

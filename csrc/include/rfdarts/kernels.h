@@ -65,12 +65,17 @@ struct Kernels {
                          double* deviation, T* scratch, Ahead& ahead);
   // dense = x without its strides
   void (*pack)(View<T> x, int64_t h, int64_t w, int64_t c, T* dense);
-  // 3x3 pools of a dense image; scratch of 3 (w + 2) c
-  void (*pool_forward)(const T* x, int64_t h, int64_t w, int64_t c, int stride, T* max, T* avg, T* scratch);
-  void (*moments)(const T* y, int64_t pixels, int64_t c, double* mean, double* deviation);
-  // dx += gradients of both pools; d_avg already divided by its window's size
-  void (*pool_backward)(const T* x, const T* max, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c,
-                        int stride, T* dx);
+  // `rows` rows of the 3x3 pools of a dense image; scratch of 3 (w + 2) c
+  void (*pool_forward)(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64_t first, int64_t rows, T* max,
+                       T* avg, T* scratch);
+  // Mean and sum of squared deviations, an image's pixels in several calls: the first chooses the shift [repeat] that
+  // sums are taken about; sums of 2 repeat
+  void (*add_moments)(const T* y, int64_t pixels, int64_t c, bool first, T* shift, double* mean, double* deviation,
+                      T* sums);
+  void (*finish_moments)(const T* shift, int64_t pixels, int64_t c, double* mean, double* deviation);
+  // dx += gradients of both pools; d_avg already divided by its window's size; scratch of 10 ((w + 4) c + 16)
+  void (*pool_backward)(const T* x, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c, int stride, T* dx,
+                        T* scratch);
 
   // dst = (first ? bias : dst) + sum_k coef[k] (src[k] - mean[k]); coef, mean [n][repeat], bias [repeat] or null.
   // Each stream is centred before it is added: all constants at once would be larger than the sum that is left.
