@@ -1,11 +1,13 @@
 """Builds the compiled kernels beside the Python package; everything else is in pyproject.toml.
 
-RFDARTS_BUILD_CPU and RFDARTS_BUILD_CUDA decide: `auto` (default) builds kernels where torch and the compilers
-are, and says what is missing where not; `required` fails instead; `off` does not try. The package works
-without them. CUDA kernels are built wherever nvcc is, whatever torch's own build, for the architectures of
-TORCH_CUDA_ARCH_LIST or those below.
+RFDARTS_BUILD_CPU, RFDARTS_BUILD_CUDA and RFDARTS_BUILD_HARNESS (the CPU kernels one by one, for tests) decide:
+`auto` (default) builds them where torch and the compilers are, and says what is missing where not; `required`
+fails instead; `off` does not try. The package works without them. CUDA kernels are built wherever nvcc is,
+whatever torch's own build, for the architectures of TORCH_CUDA_ARCH_LIST or those below. A wheel for every
+Python needs the harness off: pybind11 builds for one.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -15,11 +17,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 CSRC = Path("csrc")
-CPU, CUDA = "rfdarts_fast.ops._C", "rfdarts_fast.ops._cuda"
-VARIABLES = {CPU: "RFDARTS_BUILD_CPU", CUDA: "RFDARTS_BUILD_CUDA"}
+CPU, CUDA, HARNESS = "rfdarts_fast.ops._C", "rfdarts_fast.ops._cuda", "rfdarts_fast.ops._kernels"
+VARIABLES = {CPU: "RFDARTS_BUILD_CPU", CUDA: "RFDARTS_BUILD_CUDA", HARNESS: "RFDARTS_BUILD_HARNESS"}
 # one binary for every torch from 2.11 and every Python from 3.10 on
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 # no debugging symbols: they are most of what the compiler would write
@@ -63,6 +65,14 @@ def cuda_missing() -> str | None:
         return "there is no nvcc (looked at CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
     if not any((nvcc.parent.parent / lib / "libcudart_static.a").is_file() for lib in ("lib64", "lib")):
         return f"there is no libcudart_static.a beside {nvcc}"
+    return None
+
+
+def harness_missing(cpu: bool) -> str | None:
+    if not cpu:
+        return "the CPU kernels are not built"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
     return None
 
 
@@ -129,6 +139,7 @@ def wanted(name: str, reason: str | None) -> bool:
 def build_options() -> dict:
     reason = missing()
     cpu, cuda = wanted(CPU, reason), wanted(CUDA, reason or cuda_missing())
+    harness = wanted(HARNESS, reason or harness_missing(cpu))
     if not cpu and not cuda:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -138,6 +149,10 @@ def build_options() -> dict:
             try:
                 if ext.name == CUDA:
                     ext.extra_objects += compile_kernels()
+                if ext.name == HARNESS:
+                    # compiled a moment ago, for the ops
+                    objects = [Path(self.build_temp, CSRC, source).with_suffix(".o") for source in kernels]
+                    ext.extra_objects += [str(path) for path in objects]
                 super().build_extension(ext)
             except Exception as error:
                 if os.environ.get(VARIABLES[ext.name]) == "required":
@@ -157,10 +172,23 @@ def build_options() -> dict:
         return found
 
     include = str((CSRC / "include").resolve())
+    sources = (CSRC / "sources.txt").read_text().split()
+    kernels = [source for source in sources if Path(source).name.startswith("isa")]
     extensions = []
     if cpu:
-        sources = (CSRC / "sources.txt").read_text().split()
         extensions.append(extension(CPU, sources, CPU_FLAGS, include_dirs=[include]))
+    if harness:
+        import pybind11
+
+        found = Extension(
+            HARNESS,
+            [str(CSRC / "harness.cpp")],
+            include_dirs=[include, pybind11.get_include()],
+            extra_compile_args={"cxx": [*FLAGS, "-O2"]},
+            language="c++",
+        )
+        found.optional = True
+        extensions.append(found)
     if cuda:
         home = find_nvcc().parent.parent
         # one library for a torch with CUDA and without: the runtime inside, what torch lacks unresolved
@@ -178,7 +206,7 @@ def build_options() -> dict:
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": Build},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {} if harness else {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 

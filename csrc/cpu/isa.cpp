@@ -1,7 +1,6 @@
 // Which instruction set runs: chosen once.
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 
 #include "rfdarts/kernels.h"
 
@@ -26,45 +25,62 @@ const char* isa_best() {
   return "baseline";
 }
 
-const char* isa_name() {
-  static const char* chosen = [] {
-    const char *best = isa_best(), *asked = std::getenv("RFDARTS_CPU_ISA");
-    if (!asked) return best;
+namespace {
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+int level_of(const char* name) {
+  for (int i = 0; i < 3; i++)
+    if (!std::strcmp(name, kNames[i])) return i;
+  return -1;
+}
+int level() {
+  static const int chosen = [] {
+    const char* asked = std::getenv("RFDARTS_CPU_ISA");
+    int best = level_of(isa_best()), wanted = asked ? level_of(asked) : best;
     // an instruction set that the processor lacks is not an option
-    for (const char* name : {"baseline", "avx2", "avx512"}) {
-      if (!std::strcmp(asked, name)) return name;
-      if (!std::strcmp(best, name)) break;
-    }
-    return best;
+    return wanted < 0 || wanted > best ? best : wanted;
   }();
   return chosen;
 }
-
-namespace {
-int level() {
-  static const int chosen = !std::strcmp(isa_name(), "avx512") ? 2 : !std::strcmp(isa_name(), "avx2") ? 1 : 0;
-  return chosen;
-}
-}  // namespace
-
+template <class T, class S>
+const Kernels<T, S>& kernels_at(int level);
 template <>
-const Kernels<float, float>& kernels() {
+const Kernels<float, float>& kernels_at(int level) {
 #if defined(__x86_64__)
-  if (level() == 2) return table_avx512_f32;
-  if (level() == 1) return table_avx2_f32;
+  if (level == 2) return table_avx512_f32;
+  if (level == 1) return table_avx2_f32;
 #endif
   return table_baseline_f32;
 }
 template <>
-const Kernels<float, bf16>& kernels() {
+const Kernels<float, bf16>& kernels_at(int level) {
 #if defined(__x86_64__)
-  if (level() == 2) return table_avx512_bf16;
-  if (level() == 1) return table_avx2_bf16;
+  if (level == 2) return table_avx512_bf16;
+  if (level == 1) return table_avx2_bf16;
 #endif
   return table_baseline_bf16;
 }
 template <>
-const Kernels<double, double>& kernels() {
+const Kernels<double, double>& kernels_at(int) {
   return table_f64;
 }
+}  // namespace
+
+const char* isa_name() { return kNames[level()]; }
+
+template <class T, class S>
+const Kernels<T, S>& kernels() {
+  return kernels_at<T, S>(level());
+}
+template <class T, class S>
+const Kernels<T, S>* kernels_for(const char* isa) {
+  int wanted = level_of(isa);
+  if (wanted < 0 || wanted > level_of(isa_best())) return nullptr;
+  return &kernels_at<T, S>(wanted);
+}
+template const Kernels<float, float>& kernels();
+template const Kernels<float, bf16>& kernels();
+template const Kernels<double, double>& kernels();
+template const Kernels<float, float>* kernels_for(const char*);
+template const Kernels<float, bf16>* kernels_for(const char*);
+template const Kernels<double, double>* kernels_for(const char*);
 }  // namespace rfdarts

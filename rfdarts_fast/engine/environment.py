@@ -83,6 +83,7 @@ def compiled_engines() -> dict[str, str]:
     built = f"built for {gpu['archs']}" if gpu["built"] else "not built"
     return {
         "cpu kernels": isa,
+        "cpu harness": str(cpu.get("harness", "not built")),
         "cuda kernels": f"{built}; {gpu['reason']}" if "reason" in gpu else built,
         "triton kernels": triton.missing() or "run here",
     }

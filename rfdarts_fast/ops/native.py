@@ -37,11 +37,16 @@ except ImportError as error:
 
 
 def status() -> dict[str, str | bool]:
-    """What is built and which instruction set runs: `built`, `isa`, `isa_best`; `reason` where not built."""
+    """What is built and which instruction set runs: `built`, `isa`, `isa_best`; `reason` where not built;
+    `harness`: the compiler, where the kernels are also built one by one, or why they are not."""
     if _missing is not None:
         return {"built": False, "reason": _missing}
     ops = torch.ops.rfdarts
-    return {"built": True, "isa": ops.isa(), "isa_best": ops.isa_best()}
+    try:
+        harness = importlib.import_module("rfdarts_fast.ops._kernels").build()["compiler"]
+    except ImportError as error:
+        harness = f"not built or not for this Python ({error})"
+    return {"built": True, "isa": ops.isa(), "isa_best": ops.isa_best(), "harness": harness}
 
 
 def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:

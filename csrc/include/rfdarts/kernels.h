@@ -125,6 +125,9 @@ struct Kernels {
 
 template <class T, class S>
 const Kernels<T, S>& kernels();
+// those for an instruction set by its name; null where this processor lacks it. (double has one for all.)
+template <class T, class S>
+const Kernels<T, S>* kernels_for(const char* isa);
 
 // "avx512", "avx2" or "baseline": the best that this processor runs, or what RFDARTS_CPU_ISA names.
 const char* isa_name();
