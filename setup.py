@@ -2,9 +2,9 @@
 
 RFDARTS_BUILD_CPU, RFDARTS_BUILD_CUDA and RFDARTS_BUILD_HARNESS (the CPU kernels one by one, for tests)
 decide: `auto` (default) builds them where torch and the compilers are, and says what is missing where not;
-`required` fails instead; `off` does not try. The package works without them. CUDA kernels are built wherever nvcc is,
-whatever torch's own build, for the architectures of TORCH_CUDA_ARCH_LIST or those below. A wheel for every
-Python needs the harness off: pybind11 builds for one.
+`required` fails instead; `off` does not try. The package works without them. CUDA kernels are built
+wherever nvcc is, whatever torch's own build, for the architectures of TORCH_CUDA_ARCH_LIST or those below.
+A wheel for every Python needs the harness off: pybind11 builds for one.
 """
 
 import importlib.util
