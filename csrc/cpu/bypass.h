@@ -52,50 +52,54 @@ RF_INLINE void shuffle_pixel(const T* mixed, const T* planar, int64_t cm, int64_
   }
 }
 
-// planar gets 0 for group 0
+// adds all groups but the mixed op's to planar
 template <class T, int K>
-RF_INLINE void unshuffle_pixel(const T* from, int64_t cm, int64_t groups, T* mixed, T* planar) {
+RF_INLINE void add_unshuffled_pixel(const T* from, int64_t cm, int64_t groups, T* planar) {
   if constexpr (K == 0) {
-    for (int64_t i = 0; i < cm; i++) {
-      mixed[i] = from[i * groups];
-      planar[i] = 0;
-      for (int64_t g = 1; g < groups; g++) planar[g * cm + i] = from[i * groups + g];
-    }
+    for (int64_t i = 0; i < cm; i++)
+      for (int64_t g = 1; g < groups; g++) planar[g * cm + i] += from[i * groups + g];
   } else {
     constexpr int L = kLanes<T>, S = L / K;
     for (int64_t i = 0; i < cm; i += S) {
       Vec<T, L> v = transpose_lanes<T, S, K>(load<L>(from + i * K));
-      unroll<K>(RF_LAMBDA(g) {
-        Vec<T, S> part = consecutive_lanes<g * S>(v, v, std::make_integer_sequence<int, S>{});
-        store<S>(g == 0 ? mixed + i : planar + g * cm + i, part);
+      unroll<K - 1>(RF_LAMBDA(g) {
+        T* to = planar + (g + 1) * cm + i;
+        store<S>(to, load<S>(to) + consecutive_lanes<(g + 1) * S>(v, v, std::make_integer_sequence<int, S>{}));
       });
-      store<S>(planar + i, Vec<T, S>{});
     }
   }
 }
 
+// the mixed op's channels of a shuffled image, dense
 template <class T>
-void unshuffle(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed, T* planar) {
+void take_mixed(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed) {
   int64_t cm = c / K;
   with_groups<T>(K, cm, [&](auto groups) {
     for (int64_t r = 0; r < h; r++)
-      for (int64_t q = 0; q < w; q++)
-        unshuffle_pixel<T, groups>(x.data + r * x.row + q * x.pixel, cm, K, mixed + (r * w + q) * cm,
-                                   planar + (r * w + q) * c);
+      for (int64_t q = 0; q < w; q++) {
+        const T* from = x.data + r * x.row + q * x.pixel;
+        T* to = mixed + (r * w + q) * cm;
+        if constexpr (groups == 0) {
+          for (int64_t i = 0; i < cm; i++) to[i] = from[i * K];
+        } else {
+          constexpr int L = kLanes<T>, S = L / groups;
+          for (int64_t i = 0; i < cm; i += S) {
+            Vec<T, L> v = transpose_lanes<T, S, groups>(load<L>(from + i * groups));
+            store<S>(to + i, consecutive_lanes<0>(v, v, std::make_integer_sequence<int, S>{}));
+          }
+        }
+      }
   });
 }
 
-// One row of sum_j scale[j] x[j] + start, dense; start may have no data.
+// One row of sum_j scale[j] x[j], dense.
 template <class T>
-RF_INLINE void sum_row(View<T> start, int n, const View<T>* x, const T* scale, int64_t row, int64_t w, int64_t c,
-                       T* to) {
+RF_INLINE void sum_row(int n, const View<T>* x, const T* scale, int64_t row, int64_t w, int64_t c, T* to) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
-    const T* first = start.data ? start.data + row * start.row : nullptr;
     for (int64_t q = 0; q < w; q++)
       for (int64_t k = 0; k < c; k += L) {
         Vec<T, L> acc = Vec<T, L>{};
-        if (first) acc = load<L>(first + q * start.pixel + k);
         for (int j = 0; j < n; j++) acc += load<L>(x[j].data + row * x[j].row + q * x[j].pixel + k) * scale[j];
         store<L>(to + q * c + k, acc);
       }
@@ -108,7 +112,7 @@ void bypass_forward(int n, const View<T>* x, const T* scale, const T* mixed, int
                     T* out, T* scratch) {
   int64_t cm = c / K;
   for (int64_t r = 0; r < h; r++) {
-    sum_row<T>({nullptr, 0, 0}, n, x, scale, r, w, c, scratch);
+    sum_row<T>(n, x, scale, r, w, c, scratch);
     with_groups<T>(K, cm, [&](auto groups) {
       for (int64_t q = 0; q < w; q++)
         shuffle_pixel<T, groups>(mixed + (r * w + q) * cm, scratch + q * c, cm, K, out + (r * w + q) * c);
@@ -116,32 +120,24 @@ void bypass_forward(int n, const View<T>* x, const T* scale, const T* mixed, int
   }
 }
 
-// One row of to = start + sum_j scale[j] g[j], and dots[j] += sum g[j] x, for N streams. to may be where start is.
+// sum = (first ? 0 : sum) + sum_j scale[j] g[j], and dots[j] += sum g[j] x, for N streams of `size`; x may be null
 template <class T, int N>
-RF_INLINE void join_row(View<T> start, const View<T>* g, const T* scale, View<T> x, int64_t row, int64_t w, int64_t c,
-                        T* to, double* dots) {
-  with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+RF_INLINE void join_streams(bool first, const T* const* g, int64_t at, const T* scale, const T* x, int64_t size, T* sum,
+                            double* dots) {
+  with_lanes<T>(size, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
-    const T *first = start.data ? start.data + row * start.row : nullptr, *state = x.data ? x.data + row * x.row : nullptr;
-    const T* from[N];
     Vec<T, L> dot[N];
-    unroll<N>(RF_LAMBDA(j) {
-      from[j] = g[j].data + row * g[j].row;
-      dot[j] = Vec<T, L>{};
-    });
-    for (int64_t q = 0; q < w; q++)
-      for (int64_t k = 0; k < c; k += L) {
-        Vec<T, L> acc = Vec<T, L>{}, here = acc;
-        if (first) acc = load<L>(first + q * start.pixel + k);
-        if (state) here = load<L>(state + q * x.pixel + k);
-        unroll<N>(RF_LAMBDA(j) {
-          Vec<T, L> v = load<L>(from[j] + q * g[j].pixel + k);
-          acc += v * scale[j];
-          dot[j] += v * here;
-        });
-        store<L>(to + q * c + k, acc);
-      }
-    if (!state) return;
+    unroll<N>(RF_LAMBDA(j) { dot[j] = Vec<T, L>{}; });
+    for (int64_t i = 0; i < size; i += L) {
+      Vec<T, L> acc = first ? Vec<T, L>{} : load<L>(sum + i), here = x ? load<L>(x + i) : Vec<T, L>{};
+      unroll<N>(RF_LAMBDA(j) {
+        Vec<T, L> v = load<L>(g[j] + at + i);
+        acc += v * scale[j];
+        dot[j] += v * here;
+      });
+      store<L>(sum + i, acc);
+    }
+    if (!x) return;
     unroll<N>(RF_LAMBDA(j) {
       T sums[L];
       store<L>(sums, dot[j]);
@@ -150,33 +146,53 @@ RF_INLINE void join_row(View<T> start, const View<T>* g, const T* scale, View<T>
   });
 }
 
+// to = outer + [mixed | 0], a row; either may be null
 template <class T>
-void join(const T* mixed, int n, const View<T>* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
-          int64_t c, int64_t cm, T* dst, double* dots) {
-  View<T> inner{mixed, w * c, c};
-  const T one = 1;
-  bool whole = cm == c;
-  if (whole) n = 1, g = &inner, scale = &one;
+RF_INLINE void start_row(const T* mixed, View<T> outer, int64_t row, int64_t w, int64_t c, int64_t cm, T* to) {
+  if (outer.data)
+    with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+      for (int64_t q = 0; q < w; q++)
+        for (int64_t k = 0; k < c; k += lanes)
+          store<lanes>(to + q * c + k, load<lanes>(outer.data + row * outer.row + q * outer.pixel + k));
+    });
+  else
+    fill(to, w * c, T(0));
+  if (!mixed) return;
+  with_lanes<T>(cm, [&](auto lanes) __attribute__((always_inline)) {
+    for (int64_t q = 0; q < w; q++)
+      for (int64_t k = 0; k < cm; k += lanes)
+        store<lanes>(to + q * c + k, load<lanes>(to + q * c + k) + load<lanes>(mixed + (row * w + q) * cm + k));
+  });
+}
+
+// The gradients stay shuffled until they are summed, so each is read once and nothing is kept in between.
+template <class T>
+void join(const T* mixed, int n, const T* const* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
+          int64_t c, int64_t K, T* dst, double* dots, T* scratch) {
+  int64_t cm = c / K, row = w * c;
+  T *sum = scratch, *state = x.data ? scratch + row : nullptr, *nothing = scratch + 2 * row;
   if (x.data) fill(dots, n, 0.0);
+  fill(nothing, cm, T(0));
   for (int64_t r = 0; r < h; r++) {
-    T* to = dst + r * w * c;
-    View<T> start = outer;
+    T* to = dst + r * row;
+    start_row(mixed, outer, r, w, c, cm, to);
+    if (n == 0) continue;
+    with_groups<T>(K, cm, [&](auto groups) {
+      if (!state) return;
+      for (int64_t q = 0; q < w; q++)
+        shuffle_pixel<T, groups>(nothing, x.data + r * x.row + q * x.pixel, cm, K, state + q * c);
+    });
     int j = 0;
     auto some = [&](auto count) {
-      join_row<T, count>(start, g + j, scale + j, x, r, w, c, to, dots + j);
-      start = {dst, w * c, c};
+      join_streams<T, count>(j == 0, g + j, r * row, scale + j, state, row, sum, dots + j);
       j += count;
     };
     while (j + 4 <= n) some(std::integral_constant<int, 4>{});
     if (n - j == 3) some(std::integral_constant<int, 3>{});
     if (n - j == 2) some(std::integral_constant<int, 2>{});
     if (n - j == 1) some(std::integral_constant<int, 1>{});
-    if (n == 0) sum_row<T>(outer, 0, nullptr, nullptr, r, w, c, to);
-    if (whole) continue;
-    with_lanes<T>(cm, [&](auto lanes) __attribute__((always_inline)) {
-      for (int64_t q = 0; q < w; q++)
-        for (int64_t k = 0; k < cm; k += lanes)
-          store<lanes>(to + q * c + k, load<lanes>(to + q * c + k) + load<lanes>(mixed + (r * w + q) * cm + k));
+    with_groups<T>(K, cm, [&](auto groups) {
+      for (int64_t q = 0; q < w; q++) add_unshuffled_pixel<T, groups>(sum + q * c, cm, K, to + q * c);
     });
   }
 }
@@ -198,7 +214,7 @@ void half_pool_forward(View<T> x, int64_t h, int64_t w, int64_t c, T* out) {
   });
 }
 
-// dx [h][w][C] gets d where x is its window's first maximum, 0 elsewhere
+// dx [h][w][C] += d where x is its window's first maximum
 template <class T>
 void half_pool_backward(View<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
@@ -213,7 +229,8 @@ void half_pool_backward(View<T> x, const T* d, int64_t h, int64_t w, int64_t c, 
           Vec<T, L> left = load<L>(d + (r * (w / 2) + q) * c + k);
           unroll<4>(RF_LAMBDA(i) {
             auto miss = v[i] < top;
-            store<L>(to + (i / 2 * w + i % 2) * c, miss ? Vec<T, L>{} : left);
+            T* at = to + (i / 2 * w + i % 2) * c;
+            store<L>(at, load<L>(at) + (miss ? Vec<T, L>{} : left));
             left = miss ? left : Vec<T, L>{};
           });
         }

@@ -20,9 +20,8 @@ struct Backward : CellContext<T, S> {
   using CellContext<T, S>::bypass;
 
   CellBackward<T, S>& back;
-  // per node: the gradient at the mixed op's output, dense, and that of what bypasses it, planar; per state: the
-  // whole gradient
-  std::vector<const T*> mixed_grad, planar_grad;
+  // per node: the gradient at the mixed op's output, and where channels bypass it the whole gradient, both dense
+  std::vector<const T*> mixed_grad, node_grad;
   std::vector<Batch<T>> state_grad;
   // per BatchNorm: A, B, mean, C of its backward, see norm_backward
   std::vector<Coefficients<T>> norms;
@@ -30,7 +29,7 @@ struct Backward : CellContext<T, S> {
 
   Backward(const Cell& cell, CellBackward<T, S>& back, const Parallel& parallel, const Allocate& allocate)
       : CellContext<T, S>(cell, back.forward, parallel, allocate), back(back), mixed_grad(cell.nodes),
-        planar_grad(cell.nodes), state_grad(cell.inputs + cell.nodes), norms(cell.norms),
+        node_grad(cell.nodes), state_grad(cell.inputs + cell.nodes), norms(cell.norms),
         edge_gradients(cell.edges.size()) {
     for (int s = 0; s < cell.inputs + cell.nodes; s++)
       if (!cell.sources[s].edges.empty()) this->plan_dense(s, cell.K > 1 && back.grad_edge_weights);
@@ -71,7 +70,7 @@ struct Backward : CellContext<T, S> {
     int first = 0, count = 0, sums = 1;
     std::vector<NodeTerms> edges;
     int64_t widest = 0;  // of its inputs
-    T *gathered = nullptr, *planar = nullptr;
+    T *gathered = nullptr, *dense = nullptr;
     double* partials = nullptr;  // [images][sums][C/K]
   };
   Node plan_node(int i) {
@@ -101,11 +100,10 @@ struct Backward : CellContext<T, S> {
     }
     plan.partials = this->take_sums(cell.images * plan.sums * cm);
     const Batch<T>& g = state_grad[s];
-    bool ready = cell.K == 1 && g.data && g.pixel == c && g.row == cell.ow * c && g.image == full;
-    if (!ready) plan.gathered = this->take(cell.images * size);
-    mixed_grad[i] = ready ? g.data : plan.gathered;
-    if (cell.K > 1) plan.planar = this->take(cell.images * full);
-    planar_grad[i] = plan.planar;
+    bool ready = g.data && g.pixel == c && g.row == cell.ow * c && g.image == full;
+    if (cell.K > 1 || !ready) plan.gathered = this->take(cell.images * size);
+    mixed_grad[i] = plan.gathered ? plan.gathered : g.data;
+    if (cell.K > 1) node_grad[i] = ready ? g.data : plan.dense = this->take(cell.images * full);
     return plan;
   }
   struct NodeRoom {
@@ -129,16 +127,23 @@ struct Backward : CellContext<T, S> {
     int64_t size = cell.pixels() * cm, c = cell.channels, full = cell.pixels() * c;
     double* sum = plan.partials + n * plan.sums * cm;
     std::fill_n(sum, plan.sums * cm, 0.0);
-    T* planar = cell.K > 1 ? plan.planar + n * full : nullptr;
+    View<T> whole = state_grad[cell.inputs + i][n];
+    if (plan.dense) {
+      T* to = plan.dense + n * full;
+      if (whole.data)
+        k.pack(whole, cell.oh, cell.ow, c, to);
+      else
+        std::fill_n(to, full, T(0));
+      whole = {to, cell.ow * c, c};
+    }
     if (plan.gathered) {
       T* to = plan.gathered + n * size;
-      View<T> g = state_grad[cell.inputs + i][n];
-      if (!g.data)
-        std::fill_n(to, size, T(0)), std::fill_n(planar, planar ? full : 0, T(0));
-      else if (planar)
-        k.unshuffle(g, cell.oh, cell.ow, c, cell.K, to, planar);
+      if (!whole.data)
+        std::fill_n(to, size, T(0));
+      else if (cell.K > 1)
+        k.take_mixed(whole, cell.oh, cell.ow, c, cell.K, to);
       else
-        k.pack(g, cell.oh, cell.ow, c, to);
+        k.pack(whole, cell.oh, cell.ow, c, to);
     }
     const T* g = mixed_grad[i] + n * size;
     k.dot_states(g, 0, nullptr, nullptr, nullptr, sum, size, cm, room.scratch);
@@ -267,7 +272,7 @@ struct Backward : CellContext<T, S> {
     int count = 0;
     int64_t work = 0;
     std::vector<Term> convs;
-    std::vector<const T*> grads, planar;
+    std::vector<const T*> grads, around;
     std::vector<T> scale;
     // a pool is the stream after the gradients
     Coefficients<T> identity, max_coef, avg_coef, max_bias, avg_bias, max_mean, avg_mean, zero;
@@ -306,7 +311,7 @@ struct Backward : CellContext<T, S> {
     for (int j = 0; j < count; j++) {
       int e = source.edges[j];
       plan.grads.push_back(mixed_grad[cell.edges[e].node]);
-      plan.planar.push_back(planar_grad[cell.edges[e].node]);
+      if (cell.K > 1) plan.around.push_back(node_grad[cell.edges[e].node]);
       plan.scale.push_back(T(this->edge_weight(e)));
       double through = 0;
       for (int p = 0; p < cell.primitives; p++) {
@@ -327,15 +332,13 @@ struct Backward : CellContext<T, S> {
     return plan;
   }
   struct Stage1Room {
-    T *e, *dx, *rest, *scratch, *d_max, *d_avg, *pool_scratch, *summed, *around;
+    T *e, *dx, *rest, *scratch, *d_max, *d_avg, *pool_scratch, *summed, *rows;
     typename CellContext<T, S>::PoolRoom pools;
-    std::vector<const T*> from;
-    std::vector<View<T>> planar;
+    std::vector<const T*> from, around;
     Queue extra;
     Stage1Room(Scratch& room, const Backward& run, const Stage1& plan, const Source& source) {
       const Cell& cell = run.cell;
       int64_t in = source.h * source.w * cell.mixed, size = cell.pixels() * cell.mixed;
-      bool halved = cell.K > 1 && source.stride == 2;
       e = room.take<T>(plan.frame.size, true);
       dx = room.take<T>(in);
       rest = room.take<T>(in);
@@ -343,15 +346,15 @@ struct Backward : CellContext<T, S> {
       for (T** p : {&d_max, &d_avg}) *p = room.take<T>(source.pools ? size : 0);
       pool_scratch = room.take<T>(source.pools ? 10 * ((source.w + 4) * cell.mixed + 16) : 0);
       pools = run.take_pool_room(room, source.w);
-      summed = room.take<T>(halved ? cell.pixels() * cell.channels : 0);
-      around = room.take<T>(halved ? source.h * source.w * cell.channels : 0);
+      summed = room.take<T>(cell.K > 1 && source.stride == 2 ? cell.pixels() * cell.channels : 0);
+      rows = room.take<T>((2 * source.w + 1) * cell.channels);
     }
   };
   // `queue`: what follows the convolutions; returned with what they read themselves in between
   void fetch_stage1(const Stage1& plan, int64_t n, int64_t next, Stage1Room& room, Queue& queue) {
     int64_t size = cell.pixels() * cm, full = cell.pixels() * cell.channels;
     room.extra.clear();
-    for (const T* p : plan.planar) room.extra.add(p ? p + n * full : nullptr, full * sizeof(T));
+    for (const T* p : plan.around) room.extra.add(p + n * full, full * sizeof(T));
     room.extra.append(queue);
     queue.clear();
     int node = -1;
@@ -415,23 +418,22 @@ struct Backward : CellContext<T, S> {
       k.pool_backward(x, room.d_max, room.d_avg, h, w, cm, source.stride, room.rest, room.pool_scratch);
     }
     k.relu_backward_add(room.dx, x, room.rest, in, cm);
-    auto& planar = room.planar;
-    planar.clear();
-    for (const T* p : plan.planar)
-      if (p) planar.push_back({p + n * full, cell.ow * c, c});
-    const T *scale = plan.scale.data(), one = 1;
-    View<T> x_around = plan.dots.empty() ? View<T>{nullptr, 0, 0} : bypass[s][n], none{nullptr, 0, 0};
-    double* dots = plan.dots.data() + n * plan.count;
-    if (cell.K > 1 && source.stride == 2) {
-      // no outer gradient yet: it has the size of the input
-      k.join(nullptr, planar.size(), planar.data(), scale, none, x_around, cell.oh, cell.ow, c, 0, room.summed, dots);
-      k.half_pool_backward(states[s][n], room.summed, h, w, c, room.around);
-      planar = {{room.around, w * c, c}};
-      scale = &one;
-      x_around = none;
+    auto& around = room.around;
+    around.clear();
+    for (const T* p : plan.around) around.push_back(p + n * full);
+    const T* scale = plan.scale.data();
+    T* dst = plan.whole + n * h * w * c;
+    double* dots = plan.dots.empty() ? nullptr : plan.dots.data() + n * plan.count;
+    View<T> none{nullptr, 0, 0}, x_around = dots ? bypass[s][n] : none;
+    int count = around.size();
+    if (count && source.stride == 2) {
+      k.join(nullptr, count, around.data(), scale, none, x_around, cell.oh, cell.ow, c, cell.K, room.summed, dots,
+             room.rows);
+      k.join(room.rest, 0, nullptr, nullptr, plan.outer[n], none, h, w, c, cell.K, dst, nullptr, room.rows);
+      k.half_pool_backward(states[s][n], room.summed, h, w, c, dst);
+    } else {
+      k.join(room.rest, count, around.data(), scale, plan.outer[n], x_around, h, w, c, cell.K, dst, dots, room.rows);
     }
-    k.join(room.rest, planar.size(), planar.data(), scale, plan.outer[n], x_around, h, w, c, cm,
-           plan.whole + n * h * w * c, dots);
   }
   void finish_stage1(int s, const Stage1& plan) {
     if (plan.dots.empty()) return;

@@ -9,7 +9,7 @@ namespace rfdarts {
 namespace {
 
 // beyond this a stage's outputs are gone from the caches before they are read
-constexpr int64_t kBypassCache = 4 << 20;
+constexpr int64_t kBypassCache = 1 << 20;
 
 template <class T, class S>
 struct Forward : CellContext<T, S> {

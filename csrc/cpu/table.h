@@ -47,7 +47,7 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.conv1x1_backward = conv1x1_backward<T>;
   k.affine = affine<T>;
   k.spread = spread<T>;
-  k.unshuffle = unshuffle<T>;
+  k.take_mixed = take_mixed<T>;
   k.bypass_forward = bypass_forward<T>;
   k.join = join<T>;
   k.half_pool_forward = half_pool_forward<T>;

@@ -111,15 +111,17 @@ struct Kernels {
   void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
   void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out);
 
-  // Partial channels; planar: group after group, the mixed op's first, which holds zeros there. See bypass.h.
-  void (*unshuffle)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed, T* planar);
+  // Partial channels; see bypass.h. mixed = the mixed op's channels of a shuffled image
+  void (*take_mixed)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed);
   // out = shuffle([mixed | sum_j scale[j] x[j]]); scratch of w c
   void (*bypass_forward)(int n, const View<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c,
                          int64_t K, T* out, T* scratch);
-  // dst = [mixed | 0] + sum_j scale[j] g[j] + outer; outer may have no data. dots[j] = sum g[j] x, if x has data.
-  void (*join)(const T* mixed, int n, const View<T>* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
-               int64_t c, int64_t cm, T* dst, double* dots);
+  // dst = [mixed | 0] + outer + sum_j scale[j] unshuffle(g[j]), g dense and without the mixed op's channels; mixed and
+  // outer may be null. dots[j] = sum unshuffle(g[j]) x, if x has data. scratch of 2 w c + c
+  void (*join)(const T* mixed, int n, const T* const* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
+               int64_t c, int64_t K, T* dst, double* dots, T* scratch);
   void (*half_pool_forward)(View<T> x, int64_t h, int64_t w, int64_t c, T* out);
+  // dx += d at its window's first maximum
   void (*half_pool_backward)(View<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx);
 };
 
