@@ -71,10 +71,11 @@ class Harness {
     std::vector<T> e(frame.size);
     auto dw = repeated(depthwise, c, stride), pw = repeated(Array<T>({c, c}, transposed.data()), c, stride);
     auto wide = repeated(coef, c, 1);
-    std::fill_n(dx.mutable_data(), dx.size(), T(0));
     Ahead ahead;
-    k_->conv_backward(g.data(), y.data(), wide.data(), h, w, c, {kernel, dilation, stride}, dw.data(), pw.data(), frame,
-                      e.data(), dx.mutable_data(), scratch.data(), ahead);
+    // once more, added
+    for (bool add : {false, true})
+      k_->conv_backward(g.data(), y.data(), wide.data(), h, w, c, {kernel, dilation, stride}, dw.data(), pw.data(),
+                        frame, e.data(), add, dx.mutable_data(), scratch.data(), ahead);
     return dx;
   }
 
@@ -167,7 +168,7 @@ void define(py::module_& m, const char* name) {
            "relu(x) through depthwise [K, K, C] and pointwise [C in, C out]: y, its mean and sum of squared deviations")
       .def("conv_backward", &H::conv_backward, py::arg("g"), py::arg("y"), py::arg("coef"), py::arg("depthwise"),
            py::arg("pointwise"), py::arg("dilation"), py::arg("stride"), py::arg("h"), py::arg("w"),
-           "gradient [h, w, C] before the ReLU of coef[0] g + coef[1] (y - coef[2]) + coef[3]")
+           "twice the gradient [h, w, C] before the ReLU of coef[0] g + coef[1] (y - coef[2]) + coef[3]")
       .def("pool_forward", &H::pool_forward, py::arg("x"), py::arg("stride") = 1, py::arg("rows") = 4,
            "3x3 max and average pool, padding not counted")
       .def("pool_backward", &H::pool_backward, py::arg("x"), py::arg("d_max"), py::arg("d_avg"), py::arg("stride") = 1)

@@ -246,9 +246,8 @@ struct Backward : CellContext<T, S> {
           const Branch& b = *branches[j];
           auto p = this->pair(b, true, 1);
           S* y = this->slot(b.slot, n);
-          std::fill_n(dx, size, T(0));
           k.conv_backward(mixed_grad[i] + n * size, y, norms[b.norm].row(0), h, w, cm, p.conv, p.dw, p.pw_t, frame,
-                          e, dx, scratch, ahead);
+                          e, false, dx, scratch, ahead);
           double* sums = partials + (n * count + j) * 2 * cm;
           std::fill_n(sums, 2 * cm, 0.0);
           k.relu_backward_inner(dx, this->slot(b.inner_slot, n), affine[j].row(0), affine[j].row(1),
@@ -378,7 +377,9 @@ struct Backward : CellContext<T, S> {
     int64_t h = source.h, w = source.w, in = h * w * cm, size = cell.pixels() * cm, c = cell.channels;
     int64_t full = cell.pixels() * c;
     const T* x = this->mixed_image(s, n);
-    std::fill_n(room.dx, in, T(0));
+    // the first of them writes what the others add to
+    bool add = plan.convs.empty() || plan.convs[0].branch->op == Op::Reduce;
+    if (add) std::fill_n(room.dx, in, T(0));
     Ahead ahead = queue.over(plan.work);
     for (const auto& t : plan.convs) {
       const Branch& b = *t.branch;
@@ -390,10 +391,11 @@ struct Backward : CellContext<T, S> {
                           room.scratch, ahead);
       else if (b.op == Op::SepConv)
         k.conv_backward_kept(this->slot(b.slot, n), this->slot(b.inner_slot, n), coef, h, w, cm, p.conv, p.dw, p.pw_t,
-                             plan.frame, room.e, room.dx, room.scratch, ahead);
+                             plan.frame, room.e, add, room.dx, room.scratch, ahead);
       else
-        k.conv_backward(g, this->slot(b.slot, n), coef, h, w, cm, p.conv, p.dw, p.pw_t, plan.frame, room.e, room.dx,
-                        room.scratch, ahead);
+        k.conv_backward(g, this->slot(b.slot, n), coef, h, w, cm, p.conv, p.dw, p.pw_t, plan.frame, room.e, add,
+                        room.dx, room.scratch, ahead);
+      add = true;
     }
     auto& from = room.from;
     from.clear();

@@ -95,16 +95,16 @@ RF_INLINE void depthwise_transposed_block(const T* e, int64_t pitch, const T* w,
 
 enum class Pass { Forward, Backward };
 
-// One block of a row: forward stores to out, backward adds to it. `valid` columns of it exist.
+// One block of a row: stored to out, or added to it. `valid` columns of it exist.
 template <class T, int L, int K, int D, int S, Pass pass, bool ClipLeft, bool ClipRight>
 RF_INLINE void depthwise_columns(const T* x, int64_t pitch, const T* w, int64_t c, int64_t row, int64_t h,
-                                 int64_t x0, int64_t valid, T* out, Ahead& ahead) {
+                                 int64_t x0, int64_t valid, bool add, T* out, Ahead& ahead) {
   constexpr bool whole = ClipLeft || ClipRight;
   for (int64_t cb = 0; cb < c; cb += L) {
     Vec<T, L> acc[kBlock];
     T* to = out + x0 * c + cb;
     unroll<kBlock>(RF_LAMBDA(o) {
-      if (pass == Pass::Forward || !(whole || o < valid))
+      if (pass == Pass::Forward || !add || !(whole || o < valid))
         acc[o] = Vec<T, L>{};
       else
         acc[o] = load<L>(to + o * c);
@@ -120,29 +120,28 @@ RF_INLINE void depthwise_columns(const T* x, int64_t pitch, const T* w, int64_t 
   }
 }
 
-// One row of w outputs. h: rows of the framed image.
+// One row of w outputs. h: rows of the framed image. add: backward only.
 template <class T, int L, int K, int D, int S, Pass pass>
 __attribute__((noinline)) void depthwise_row(const T* x, int64_t pitch, const T* w, int64_t c, int64_t row, int64_t h,
-                                             int64_t width, T* out, Ahead& ahead) {
+                                             int64_t width, bool add, T* out, Ahead& ahead) {
   if (!clips<T>(width, c, S)) {
     for (int64_t x0 = 0; x0 < width; x0 += kBlock)
-      depthwise_columns<T, L, K, D, S, pass, false, false>(x, pitch, w, c, row, h, x0, width - x0, out, ahead);
+      depthwise_columns<T, L, K, D, S, pass, false, false>(x, pitch, w, c, row, h, x0, width - x0, add, out, ahead);
     return;
   }
   if constexpr (S == 1 && L == kLanes<T>) {
     if (width == kBlock)
-      return depthwise_columns<T, L, K, D, S, pass, true, true>(x, pitch, w, c, row, h, 0, kBlock, out, ahead);
-    depthwise_columns<T, L, K, D, S, pass, true, false>(x, pitch, w, c, row, h, 0, kBlock, out, ahead);
+      return depthwise_columns<T, L, K, D, S, pass, true, true>(x, pitch, w, c, row, h, 0, kBlock, add, out, ahead);
+    depthwise_columns<T, L, K, D, S, pass, true, false>(x, pitch, w, c, row, h, 0, kBlock, add, out, ahead);
     int64_t x0 = kBlock;
     for (; x0 + kBlock < width; x0 += kBlock)
-      depthwise_columns<T, L, K, D, S, pass, false, false>(x, pitch, w, c, row, h, x0, kBlock, out, ahead);
-    depthwise_columns<T, L, K, D, S, pass, false, true>(x, pitch, w, c, row, h, x0, kBlock, out, ahead);
+      depthwise_columns<T, L, K, D, S, pass, false, false>(x, pitch, w, c, row, h, x0, kBlock, add, out, ahead);
+    depthwise_columns<T, L, K, D, S, pass, false, true>(x, pitch, w, c, row, h, x0, kBlock, add, out, ahead);
   }
 }
 
 template <class T>
-using DepthwiseRow = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t, T*,
-                               Ahead&);
+using DepthwiseRow = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t, bool, T*, Ahead&);
 
 template <class T, int L, Pass pass>
 DepthwiseRow<T> depthwise_row_for(Conv conv) {

@@ -15,7 +15,7 @@ RF_INLINE void norm_backward_dense(const G* g, const S* y, const T* coef, int64_
 
 template <class T, class G, class S, int L>
 void conv_backward_wide(const G* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                        const T* dw, const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead& ahead) {
+                        const T* dw, const T* pw_t, Frame f, T* e, bool add, T* dx, T* scratch, Ahead& ahead) {
   int64_t oh = pooled(h, conv.stride), ow = pooled(w, conv.stride);
   bool dense = f.pitch == ow * c;
   int64_t rows = dense ? strip_rows<T>(oh, ow * c) : 1;
@@ -27,12 +27,12 @@ void conv_backward_wide(const G* g, const S* y, const T* coef, int64_t h, int64_
     pointwise<T, L>(scratch, n * ow, c, pw_t, c, e + f.origin + r0 * f.pitch, ahead);
     // rows of dx follow as soon as the rows of e that they need are there, still in the first-level cache
     int64_t ready = r0 + n == oh ? h : conv.stride * (r0 + n) - reach;
-    for (; done < ready; done++) depthwise(e + f.origin, f.pitch, dw, c, done, oh, w, dx + done * w * c, ahead);
+    for (; done < ready; done++) depthwise(e + f.origin, f.pitch, dw, c, done, oh, w, add, dx + done * w * c, ahead);
   }
 }
 
 template <class T, int K, int D>
-void depthwise_flat_backward(const T* e, Frame f, int64_t h, int64_t w, int64_t c, const T* dw, T* dx,
+void depthwise_flat_backward(const T* e, Frame f, int64_t h, int64_t w, int64_t c, const T* dw, bool add, T* dx,
                              Ahead& ahead) {
   constexpr int L = kLanes<T>;
   int64_t row = w * c;
@@ -43,12 +43,13 @@ void depthwise_flat_backward(const T* e, Frame f, int64_t h, int64_t w, int64_t 
       const T* from = e + f.origin + r0 * f.pitch + i;
       Vec<T, L> acc[kBlock];
       if (rows == kBlock && count == L) {
-        unroll<kBlock>(RF_LAMBDA(o) { acc[o] = load<L>(to + o * row); });
+        unroll<kBlock>(RF_LAMBDA(o) { acc[o] = Vec<T, L>{}; });
+        if (add) unroll<kBlock>(RF_LAMBDA(o) { acc[o] = load<L>(to + o * row); });
         depthwise_flat_block<T, K, D, true>(from, f.pitch, dw, c, acc, ahead);
         unroll<kBlock>(RF_LAMBDA(o) { store<L>(to + o * row, acc[o]); });
         continue;
       }
-      unroll<kBlock>(RF_LAMBDA(o) { acc[o] = o < rows ? load_some<T>(to + o * row, count) : Vec<T, L>{}; });
+      unroll<kBlock>(RF_LAMBDA(o) { acc[o] = add && o < rows ? load_some<T>(to + o * row, count) : Vec<T, L>{}; });
       depthwise_flat_block<T, K, D, true>(from, f.pitch, dw, c, acc, ahead);
       unroll<kBlock>(RF_LAMBDA(o) {
         if (o < rows) store_some<T>(to + o * row, acc[o], count);
@@ -81,14 +82,15 @@ void pointwise_flat_backward(const G* g, const S* y, const T* coef, int64_t h, i
 
 template <class T, class G, class S>
 void conv_backward(const G* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw,
-                   const T* pw_t, Frame f, T* e, T* dx, T* scratch, Ahead& ahead) {
+                   const T* pw_t, Frame f, T* e, bool add, T* dx, T* scratch, Ahead& ahead) {
   if (is_flat<T>(c, conv.stride)) {
     with_flat_channels<T>(
         c, [&](auto channels) { pointwise_flat_backward<T, G, S, channels>(g, y, coef, h, w, pw_t, f, e, ahead); });
-    return with_kernel(conv, [&](auto k, auto d) { depthwise_flat_backward<T, k, d>(e, f, h, w, c, dw, dx, ahead); });
+    return with_kernel(
+        conv, [&](auto k, auto d) { depthwise_flat_backward<T, k, d>(e, f, h, w, c, dw, add, dx, ahead); });
   }
   with_lanes<T>(c, [&](auto lanes) {
-    conv_backward_wide<T, G, S, lanes>(g, y, coef, h, w, c, conv, dw, pw_t, f, e, dx, scratch, ahead);
+    conv_backward_wide<T, G, S, lanes>(g, y, coef, h, w, c, conv, dw, pw_t, f, e, add, dx, scratch, ahead);
   });
 }
 

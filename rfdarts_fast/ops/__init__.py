@@ -66,7 +66,7 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
     See `reference.relu_conv_bn`. Frozen 1x1 convolutions are fused where an engine can.
     """
     [x], _ = _under_autocast([x])
-    fused = backend_name() not in ("reference", "triton") and native.status()["built"]
+    fused = backend_name() not in ("reference", "triton") and native.built()
     if fused and native_conv.why_not_conv(x, tuple(convs), norm) is None:
         return native_conv.relu_conv_bn(x, tuple(convs), norm, memory=use_backend.memory)
     return reference.relu_conv_bn(x, convs, norm)

@@ -36,6 +36,11 @@ except ImportError as error:
     _missing = f"the compiled kernels were not built or do not load ({error})"
 
 
+def built() -> bool:
+    """Whether the kernels were built and load."""
+    return _missing is None
+
+
 def status() -> dict[str, str | bool]:
     """What is built and which instruction set runs: `built`, `isa`, `isa_best`; `reason` where not built;
     `harness`: the compiler, where the kernels are also built one by one, or why they are not."""

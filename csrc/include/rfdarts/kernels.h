@@ -89,11 +89,14 @@ struct Kernels {
   void (*dot_states)(const T* g, int n, const T* const* src, const T* mean, double* out, double* g_sum,
                      int64_t size, int64_t c, T* scratch);
 
-  // d = coef0 g + coef1 (y - coef2) + coef3, coef [4][repeat]; then dx += depthwise^T(pointwise^T(d)).
+  // d = coef0 g + coef1 (y - coef2) + coef3, coef [4][repeat]; then dx = depthwise^T(pointwise^T(d)), or
+  // dx += it.
   void (*conv_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                        const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead& ahead);
+                        const T* dw, const T* pw_t, Frame e_frame, T* e, bool add, T* dx, T* scratch,
+                        Ahead& ahead);
   void (*conv_backward_kept)(const S* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                             const T* dw, const T* pw_t, Frame e_frame, T* e, T* dx, T* scratch, Ahead& ahead);
+                             const T* dw, const T* pw_t, Frame e_frame, T* e, bool add, T* dx, T* scratch,
+                        Ahead& ahead);
   void (*reduce_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, const T* pw_t,
                           T* dx, T* scratch, Ahead& ahead);
   // du = dx where scale y + shift > 0; sums of du and du (y - mean). du may be where y2 was.
