@@ -149,11 +149,11 @@ template <class T>
 void moments(const T* y, int64_t pixels, int64_t c, double* mean, double* deviation) {
   int64_t period = repeated<T>(c), chunk = chunk_size(period), size = pixels * c;
   alignas(64) T shift[512], sums[1024];
-  // about a few pixels' mean: one alone may lie far from the others, and the squares would cancel
+  // about a few pixels' mean: one alone, or a border, may lie far from the others, and the squares would cancel
   int64_t count = least<int64_t>(pixels, 8);
   for (int64_t k = 0; k < period; k++) {
     shift[k] = 0;
-    for (int64_t j = 0; j < count; j++) shift[k] += y[j * pixels / count * c + k % c] / count;
+    for (int64_t j = 0; j < count; j++) shift[k] += y[(2 * j + 1) * pixels / (2 * count) * c + k % c] / count;
   }
   fill(mean, c, 0.0);
   fill(deviation, c, 0.0);
