@@ -5,9 +5,9 @@ multiply-adds from the cell; and the least time on an H100 that follows. No GPU 
 
 The prediction is a floor, the largest of three: bytes / 3.0 TB/s (a measured copy), multiply-adds on CUDA
 cores / 33 T/s (132 multiprocessors x 128 lanes x 1.98 GHz), those on tensor cores / 495 T/s (the data sheet's
-dense bfloat16). Tensor cores take the 1x1 products where the mixed op has a multiple of 16 channels. What
-tiles read and compute again for their halos is not in it: in the backward up to four times the 1x1 products.
-Nothing here was timed.
+dense bfloat16). Tensor cores take the 1x1 products where the mixed op has a multiple of 16 channels. Bytes
+are of whole sectors of 32, once for every launch that needs them. What tiles read and compute again for
+their halos is not in it: in the backward up to four times the 1x1 products. Nothing here was timed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ from tests.cuda import emulated
 BANDWIDTH = 3.0e12
 MULTIPLY_ADDS = 132 * 128 * 1.98e9
 TENSOR_MULTIPLY_ADDS = 989e12 / 2
+# the least that is read from memory
+SECTOR = 32
 # what a launch costs inside a CUDA graph, roughly
 LAUNCH = 2e-6
 KERNELS = {
@@ -121,44 +124,78 @@ class Work(NamedTuple):
         return max(self.bytes / BANDWIDTH, *computing)
 
 
-def work(K: int, channels: int, side: int, stride: int, batch: int, item: int = 2) -> list[Work]:
-    """Every launch of a cell's forward and backward, in order: run_forward.h, run_backward.h."""
+def work(
+    K: int,
+    channels: int,
+    side: int,
+    stride: int,
+    batch: int,
+    blocks: Sequence[int] = (),
+    item: int = 2,
+) -> list[Work]:
+    """Every launch of a cell's forward and backward, in order: run_forward.h, run_backward.h.
+
+    With the `blocks` of each, what these leave of sums is counted too."""
     c, out = channels // K, side // stride
-    state, pixels = batch * side * side, batch * out * out
+    places = [batch * side * side if j < 2 else batch * out * out for j in range(6)]
+    pixels = batch * out * out
     y = pixels * c * item
-    x = [state * c * item if j < 2 else y for j in range(6)]
-    whole = [state * channels * item if j < 2 else pixels * channels * item for j in range(6)]
+
+    def part(of: int, first: int, last: int) -> int:
+        """Bytes of a state's channels [first, last)."""
+        begin, end = first * item // SECTOR * SECTOR, -(-last * item // SECTOR) * SECTOR
+        return of * min(end - begin, channels * item)
+
+    x = [part(place, 0, c) for place in places]
+    # channels that bypass
+    rest = [part(place, c, channels) if K > 1 else 0 for place in places]
+    whole = [place * channels * item for place in places]
     taps = 9 + 25 + 9 + 25
     reduces = [stride == 2 and j < 2 for j in range(6)]
     leaving = [4, 4, 3, 2, 1, 0]
     found: list[Work] = []
 
-    def launch(kernel: str, size: float = 0, depthwise: float = 0, products: float = 0) -> None:
-        """depthwise, products: multiply-adds for each pixel of the output."""
+    def count(at: int) -> int:
+        return blocks[at] if blocks else 0
+
+    def launch(kernel: str, size: float = 0, depthwise: float = 0, products: float = 0, sums: int = 0) -> int:
+        """depthwise, products: multiply-adds for each pixel of the output; sums: doubles that a block leaves
+        for each channel, returned as the bytes of all of them."""
         tensor = item == 2 and c % 16 == 0
         cuda_cores = depthwise if tensor else depthwise + products
-        found.append(Work(kernel, size, pixels * cuda_cores, pixels * products if tensor else 0))
+        left = sums * count(len(found)) * c * 8
+        found.append(Work(kernel, size + left, pixels * cuda_cores, pixels * products if tensor else 0))
+        return left
 
     def stages(s: int) -> None:
         edges = leaving[s]
         if not edges:
             return
-        count = edges * (4 + reduces[s])
-        launch("conv_forward_kernel", x[s] + count * y, edges * taps * c, count * c * c)
-        launch("merge_moments_kernel")
-        launch("conv_forward_kernel", 4 * edges * y, edges * (9 + 25) * c, edges * 2 * c * c)
-        launch("merge_moments_kernel")
+        kept = edges * (4 + reduces[s])
+        # both pools have statistics too; what several BatchNorms take is read once
+        moments = launch(
+            "conv_forward_kernel", x[s] + kept * y, edges * taps * c, kept * c * c, sums=2 * (kept + 2)
+        )
+        launch("merge_moments_kernel", moments)
+        moments = launch(
+            "conv_forward_kernel", 4 * edges * y, edges * (9 + 25) * c, edges * 2 * c * c, sums=4 * edges
+        )
+        launch("merge_moments_kernel", moments)
 
     def state_backward(s: int) -> None:
         edges = leaving[s]
         if not edges:
             return
+        # nodes have a gradient from outside the cell
+        outer = s >= 2
         # per edge: G, and (y, d) of its two separable, y of its other convolutions
-        read = edges * (1 + 2 * 2 + 2 + reduces[s]) * y + x[s]
+        read = edges * (1 + 2 * 2 + 2 + reduces[s]) * y + (1 + outer) * x[s]
         products = edges * (4 + reduces[s]) * c * c
-        launch("state_backward_kernel", read + 2 * x[s], edges * taps * c, products)
+        launch("state_backward_kernel", read + x[s], edges * taps * c, products)
         if K > 1:
-            launch("bypass_backward_kernel", (K - 1) * (edges * y + 2 * x[s]))
+            # the bypass lies between the mixed channels of a gradient
+            passed = edges * pixels * channels * item
+            launch("bypass_backward_kernel", passed + (1 + outer + (stride == 2 and s < 2)) * rest[s])
 
     for s in range(6):
         if s >= 2:
@@ -170,11 +207,14 @@ def work(K: int, channels: int, side: int, stride: int, batch: int, item: int = 
         state_backward(s)
         streams = sum(4 + reduces[j] for j in range(s))
         dense = y if K > 1 else 0
-        launch("node_backward_kernel", streams * y + sum(whole[:s]) + whole[s] + dense, c * streams)
-        launch("node_finish_kernel")
-        # per separable convolution: G, y of both halves, du
-        launch("inner_backward_kernel", s * 2 * 4 * y, s * 34 * c, s * 2 * c * c)
-        launch("inner_finish_kernel")
+        # of each stream, both pools and the identity of each edge, the gradient, each bypass
+        rows = streams + 3 * s + 1 + (s if K > 1 else 0)
+        size = streams * y + sum(whole[:s]) + whole[s] + dense
+        sums = launch("node_backward_kernel", size, c * streams, sums=rows)
+        launch("node_finish_kernel", sums)
+        # per separable convolution, each of which has its own blocks: G, y of both halves, du
+        sums = launch("inner_backward_kernel", s * 2 * 4 * y, s * 34 * c, s * 2 * c * c, sums=2)
+        launch("inner_finish_kernel", sums)
     for s in range(2):
         state_backward(s)
     return found
@@ -195,7 +235,8 @@ def main() -> None:
             name, K, channels, side, stride, batch = cell
             print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
             rows: dict[str, list[float]] = {}
-            recorded, needed = launches(*cell), work(K, channels, side, stride, batch)
+            recorded = launches(*cell)
+            needed = work(K, channels, side, stride, batch, [blocks for _, blocks, _ in recorded])
             assert [kernel for kernel, *_ in recorded] == [one.kernel for one in needed]
             for (kernel, blocks, shared), one in zip(recorded, needed, strict=True):
                 row = rows.setdefault(kernel, [0] * 7)

@@ -150,11 +150,11 @@ void add_moments(const T* y, int64_t pixels, int64_t c, bool first, T* shift, do
                  T* sums) {
   int64_t period = repeated<T>(c), chunk = chunk_size(period), size = pixels * c;
   if (first) {
-    // about a few pixels' mean: one alone may lie far from the others, and the squares would cancel
+    // about a few pixels' mean: one alone, or a border, may lie far from the others, and the squares would cancel
     int64_t count = least<int64_t>(pixels, 8);
     for (int64_t k = 0; k < period; k++) {
       shift[k] = 0;
-      for (int64_t j = 0; j < count; j++) shift[k] += y[j * pixels / count * c + k % c] / count;
+      for (int64_t j = 0; j < count; j++) shift[k] += y[(2 * j + 1) * pixels / (2 * count) * c + k % c] / count;
     }
     fill(mean, c, 0.0);
     fill(deviation, c, 0.0);

@@ -65,16 +65,18 @@ struct KeptRows {
     fill(mean, c, 0.0);
     fill(deviation, c, 0.0);
   }
-  // Moments are taken about the mean of a few pixels: no cancellation where the mean is far from zero. The 1x1
-  // convolution of their mean is the mean of theirs.
+  // Moments are taken about the mean of a few pixels: no cancellation where the mean is far from zero. Not all of
+  // them lie at a border, which differs. The 1x1 convolution of their mean is the mean of theirs.
   void find_shift(const T* d, int64_t pixels) {
     int64_t count = least<int64_t>(pixels, 16);
     T part = T(1) / count;
     fill(few, ci, T(0));
     with_lanes<T>(ci, [&](auto lanes) __attribute__((always_inline)) {
-      for (int64_t j = 0; j < count; j++)
+      for (int64_t j = 0; j < count; j++) {
+        const T* from = d + (2 * j + 1) * pixels / (2 * count) * ci;
         for (int64_t k = 0; k < ci; k += lanes)
-          store<lanes>(few + k, load<lanes>(few + k) + load<lanes>(d + j * pixels / count * ci + k) * part);
+          store<lanes>(few + k, load<lanes>(few + k) + load<lanes>(from + k) * part);
+      }
     });
     pointwise<T, L>(few, 1, ci, pw, c, shift, ahead);
   }

@@ -8,7 +8,7 @@ namespace rfdarts::cuda {
 template <class T>
 struct ForwardShared {
   int rows, columns, pitch, pixels, ld;
-  int ds, ys, sums, bytes;
+  int ds, ys, sums, middles, bytes;  // middles: what each channel's moments are taken about
 
   __host__ __device__ ForwardShared(const Tiling& t, int c, int reach, int stride) {
     rows = (t.th - 1) * stride + 1 + 2 * reach;
@@ -20,7 +20,8 @@ struct ForwardShared {
     ds = round_up(rows * pitch * int(sizeof(T)), 16);
     ys = ds + pixels * ld * int(sizeof(Acc<T>));
     sums = round_up(ys + pixels * c * int(sizeof(T)), 16);
-    bytes = sums + 2 * (kThreads > c ? kThreads : c) * int(sizeof(Acc<T>));
+    middles = sums + 2 * (kThreads > c ? kThreads : c) * int(sizeof(Acc<T>));
+    bytes = middles + c * int(sizeof(Acc<T>));
   }
 };
 
@@ -52,6 +53,21 @@ __device__ void pointwise(const Acc<T>* ds, int ld, int pixels, const Acc<T>* w,
   }
 }
 
+// Moments are taken about this: a value amidst one channel of the tile's valid part, so that squares do not cancel.
+// Of 8 pixels spread over it, the mean of all but the extremes.
+template <class T>
+__device__ Acc<T> middle(const T* ys, int c, int tw, int vh, int vw) {
+  Acc<T> sum = 0, low = 0, high = 0;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    Acc<T> value = widen(ys[((2 * j + 1) * vh / 16 * tw + (6 * j + 1) % 16 * vw / 16) * c]);
+    sum += value;
+    low = j ? min(low, value) : value;
+    high = j ? max(high, value) : value;
+  }
+  return (sum - low - high) / 6;
+}
+
 template <class T, int S>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     conv_forward_kernel(const __grid_constant__ ConvForward<T> a) {
@@ -62,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   T* xs = reinterpret_cast<T*>(shared);
   A* ds = reinterpret_cast<A*>(shared + at.ds);
   T* ys = reinterpret_cast<T*>(shared + at.ys);
-  A* sums = reinterpret_cast<A*>(shared + at.sums);
+  A *sums = reinterpret_cast<A*>(shared + at.sums), *middles = reinterpret_cast<A*>(shared + at.middles);
   int n, y0, x0;
   t.place(blockIdx.x, n, y0, x0);
   int vh = min(t.th, a.oh - y0), vw = min(t.tw, a.ow - x0), c = a.c;
@@ -131,16 +147,16 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
       }
     }
     if (!a.partial) continue;
-    // moments about the tile's first pixel: no cancellation where the mean is far from zero
     int groups = max(1, kThreads / c), size = groups * c;
     for (int i = threadIdx.x; i < size; i += kThreads) {
       int ch = i % c;
-      A shift = widen(ys[ch]), sum = 0, square = 0;
+      A shift = middle(ys + ch, c, t.tw, vh, vw), sum = 0, square = 0;
       for (int p = i / c; p < vh * vw; p += groups) {
         A off = widen(ys[(p / vw * t.tw + p % vw) * c + ch]) - shift;
         sum += off;
         square += off * off;
       }
+      if (i < c) middles[ch] = shift;
       sums[2 * i] = sum;
       sums[2 * i + 1] = square;
     }
@@ -153,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
         square += sums[2 * (g * c + ch) + 1];
       }
       A mean = sum / A(vh * vw);
-      out[int64_t(blockIdx.x) * c + ch] = double(widen(ys[ch]) + mean);
+      out[int64_t(blockIdx.x) * c + ch] = double(middles[ch] + mean);
       out[(int64_t(t.count) + blockIdx.x) * c + ch] = double(square - sum * mean);
     }
     // the next branch overwrites ys only after the barrier that follows its depthwise part

@@ -26,14 +26,14 @@ __device__ __forceinline__ void bypass_at(const typename Node<T>::Incoming& in, 
 }
 
 // out channel c K + g: g = 0 the mixed op's channel c, g >= 1 the bypass's channel g C/K + c. Shared memory:
-// [rows + 1][cm] coefficients, the last row a constant.
+// [rows][cm] coefficients, [cm] a constant, [rows][cm] means: what is centred before it is summed cancels least.
 template <class T, int K, int V>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     node_forward_kernel(const __grid_constant__ Node<T> a, Images<T> out) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
-  A* coef = reinterpret_cast<A*>(shared);
   int cm = a.cm, rows = a.rows();
+  A *coef = reinterpret_cast<A*>(shared), *constant = coef + rows * cm, *centre = constant + cm;
   auto term = [&](int row, int& norm, int& mix, int& edge) {
     if (row < a.streams) {
       norm = a.stream[row].norm, mix = a.stream[row].mix, edge = a.stream[row].edge;
@@ -50,17 +50,16 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     term(i / cm, norm, mix, edge);
     A strength = mix < 0 ? A(0) : a.strength(mix, edge);
     coef[i] = norm < 0 ? strength : strength * a.norms.scale(norm, i % cm);
+    centre[i] = norm < 0 ? A(0) : a.norms.centre(norm, i % cm);
   }
-  __syncthreads();
   for (int ch = threadIdx.x; ch < cm; ch += kThreads) {
-    A constant = 0;
+    A sum = 0;
     for (int row = 0; row < rows; row++) {
       int norm, mix, edge;
       term(row, norm, mix, edge);
-      if (mix < 0 || norm < 0) continue;
-      constant += a.strength(mix, edge) * a.norms.beta[norm * cm + ch] - coef[row * cm + ch] * a.norms.centre(norm, ch);
+      if (mix >= 0 && norm >= 0) sum += a.strength(mix, edge) * a.norms.beta[norm * cm + ch];
     }
-    coef[rows * cm + ch] = constant;
+    constant[ch] = sum;
   }
   __syncthreads();
 
@@ -73,12 +72,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     int n = int(pixel / pixels), y = int(pixel % pixels) / a.ow, x = int(pixel % pixels) % a.ow;
     A sum[K][V] = {};
     auto add = [&](int row, const A(&value)[V]) {
-      A k[V];
+      A k[V], mean[V];
       load<V>(coef + row * cm + ch, k);
+      load<V>(centre + row * cm + ch, mean);
 #pragma unroll
-      for (int i = 0; i < V; i++) sum[0][i] += k[i] * value[i];
+      for (int i = 0; i < V; i++) sum[0][i] += k[i] * (value[i] - mean[i]);
     };
-    load<V>(coef + rows * cm + ch, sum[0]);
+    load<V>(constant + ch, sum[0]);
     for (int s = 0; s < a.streams; s++) {
       const auto& stream = a.stream[s];
       A value[V];
@@ -131,6 +131,14 @@ struct NodeSums {
   int K, chunk;
 };
 
+// sum += value, what rounding loses being kept in `lost`: for long sums whose terms are not centred
+template <class A>
+__device__ __forceinline__ void add_compensated(A value, A& sum, A& lost) {
+  A term = value - lost, next = sum + term;
+  lost = next - sum - term;
+  sum = next;
+}
+
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, kResident<T>) node_backward_kernel(const __grid_constant__ NodeSums<T> a) {
   RFDARTS_SHARED(shared);
@@ -156,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) node_backward_kernel(c
     int row = streams ? task : edges ? node.streams + 3 * j : rows + 1 + bypass;
     for (int c0 = 0; c0 < cm; c0 += 32 * V) {
       int lanes = min(32, (cm - c0) / V), step = 32 / lanes, ch = c0 + lane % lanes * V;
-      A sum[3][V] = {}, centre[2][V] = {};
+      A sum[3][V] = {}, centre[2][V] = {}, lost[V] = {};
       int norms[2] = {streams ? node.stream[task].norm : edges ? node.in[j].max_norm : -1,
                       edges ? node.in[j].avg_norm : -1};
 #pragma unroll
@@ -186,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) node_backward_kernel(c
           if (in.identity_mix >= 0) {
             load<V>(in.x.at(n, y, x) + ch, value);
 #pragma unroll
-            for (int i = 0; i < V; i++) sum[2][i] += g[i] * value[i];
+            for (int i = 0; i < V; i++) add_compensated(g[i] * value[i], sum[2][i], lost[i]);
           }
         } else if (bypass < 0) {
 #pragma unroll
@@ -197,7 +205,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) node_backward_kernel(c
           for (int k = 1; k < K; k++) {
             bypass_at<T, V>(in, from + k * cm, value);
 #pragma unroll
-            for (int i = 0; i < V; i++) sum[0][i] += widen(outer[i * K + k]) * value[i];
+            for (int i = 0; i < V; i++)
+              add_compensated(widen(outer[i * K + k]) * value[i], sum[0][i], lost[i]);
           }
         }
       }
@@ -207,12 +216,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) node_backward_kernel(c
         if (k > 0 && !edges) break;
 #pragma unroll
         for (int i = 0; i < V; i++) {
-          A total = sum[k][i];
-          for (int s = 1; s < step; s++) {
-            A other = __shfl_sync(0xffffffffu, sum[k][i], (lane % lanes + s * lanes) & 31);
-            total += other;
-          }
-          if (lane < lanes) a.partial[(int64_t(first + k) * gridDim.x + blockIdx.x) * cm + ch + i] = double(total);
+          double total = double(sum[k][i]);
+          for (int s = 1; s < step; s++)
+            total += double(__shfl_sync(0xffffffffu, sum[k][i], (lane % lanes + s * lanes) & 31));
+          if (lane < lanes) a.partial[(int64_t(first + k) * gridDim.x + blockIdx.x) * cm + ch + i] = total;
         }
       }
     }

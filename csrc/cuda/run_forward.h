@@ -84,7 +84,7 @@ struct RunForward : CellParts<T> {
 
   template <int K, int V>
   void launch_node(const Node<T>& p, const Images<T>& out) {
-    int shared = (p.rows() + 1) * cm * int(sizeof(Acc<T>));
+    int shared = (2 * p.rows() + 1) * cm * int(sizeof(Acc<T>));
     launch(node_forward_kernel<T, K, V>, this->grid(cell.images * cell.pixels() * cm / V), shared, stream, p, out);
   }
   void node(int i) {

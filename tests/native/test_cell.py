@@ -49,6 +49,23 @@ def test_evaluation_mode(case):
     assert_as_good_as_torch(problem)
 
 
+# sums about a value that lies far from the mean, or about none, cancel
+FAR_OUT = {
+    "first pixel": lambda x: x[:, :, 0, 0].uniform_(200, 400),
+    "lower half": lambda x: x[:, :, 16:].add_(50),
+    "all pixels": lambda x: x.add_(100),
+}
+
+
+@pytest.mark.parametrize("case", ["cell", "reduction cell", "narrow", "K=4", "K=4, stride 2"])
+@pytest.mark.parametrize("place", FAR_OUT.values(), ids=FAR_OUT)
+def test_pixels_far_out(place, case):
+    problem = Problem(make_cell(**CASES[case] | {"nodes": 1}), 2, 32, 32)
+    for x in problem.x:
+        place(x)
+    assert_as_good_as_torch(problem)
+
+
 @pytest.mark.parametrize("size", [(1, 2), (1, 1), (3, 5), (7, 9), (9, 16), (17, 8)])
 @pytest.mark.parametrize("channels", [2, 8, 16])
 def test_odd_sizes(size, channels):
