@@ -1,22 +1,22 @@
-"""Interleaved timing, memory in processes of their own, a table and a JSON file."""
+"""Interleaved timing, every variant in a process of its own, a table and a JSON file."""
 
 from __future__ import annotations
 
 import gc
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from rfdarts_fast.bench.roofs import machine_roofs, step_counts
-from rfdarts_fast.bench.variants import VARIANTS, Method, memory_of, step_of
+from rfdarts_fast.bench.variants import VARIANTS, Method, resident, step_of
 from rfdarts_fast.engine.environment import environment
 from rfdarts_fast.engine.files import write_json
 from rfdarts_fast.ops import native
@@ -46,15 +46,14 @@ def run(
     layers: int = 8,
     space: str = "darts",
     rounds: int = 7,
-    memory: bool = True,
     out: Path | None = None,
 ) -> dict:
     """Times one step of a supernet, variants taking turns `rounds` times, so that a busy minute hits all.
+    Each has its own process: one's use of the heap does not change another's.
 
     Args:
         method: "rf-darts" or "rf-pcdarts" (K = 4).
         variants: keys of `VARIANTS`; "compile" takes minutes before its first step.
-        memory: measure each variant's peak memory too, in a process of its own.
         out: folder for a JSON file with the results, the machine, its roofs and versions.
 
     Returns:
@@ -69,30 +68,22 @@ def run(
         if not variant.startswith(("eager", "compile")) and not native.status()["built"]:
             raise ValueError(f"variant: {variant} needs the compiled kernels: {native.status()['reason']}")
     shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
-    steps, losses, first = {}, {}, {}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     cpu: dict[str, list[float]] = {variant: [] for variant in variants}
-    for variant in variants:
-        steps[variant] = step_of(variant, method, **shape)  # type: ignore[arg-type]
-        start = time.perf_counter()
-        losses[variant] = steps[variant]()
-        first[variant] = time.perf_counter() - start
-    # as timeit: a collection would scan the networks of all variants, and fall on any of them
-    gc.collect()
-    gc.disable()
-    try:
+    results = []
+    with ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        workers = {v: stack.enter_context(ProcessPoolExecutor(1, spawn)) for v in variants}
+        threads = torch.get_num_threads()
+        started = {v: workers[v].submit(_start, threads, v, method, shape).result() for v in variants}
         for _ in range(rounds):
             for variant in variants:
-                start, start_cpu = time.perf_counter(), time.process_time()
-                steps[variant]()
-                times[variant].append(time.perf_counter() - start)
-                cpu[variant].append(time.process_time() - start_cpu)
-    finally:
-        gc.enable()
-    results = []
+                seconds, cpu_seconds = workers[variant].submit(_timed_step).result()
+                times[variant].append(seconds)
+                cpu[variant].append(cpu_seconds)
     for variant in variants:
         median = statistics.median(times[variant])
-        peak = _memory(variant, method, shape) if memory and variant != "compile" else None
+        loss, first, peak = started[variant]
         results.append(
             Result(
                 variant,
@@ -100,9 +91,10 @@ def run(
                 min(times[variant]),
                 min(cpu[variant]),
                 batch / median,
-                peak,
-                losses[variant],
-                first[variant],
+                # compiling takes more memory than any step
+                None if variant == "compile" else peak,
+                loss,
+                first,
             )
         )
     report = {
@@ -157,25 +149,28 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _memory(variant: str, method: str, shape: dict) -> int:
-    arguments = json.dumps(
-        {"variant": variant, "method": method, "threads": torch.get_num_threads(), **shape}
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "rfdarts_fast.bench.run", arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    idle, peak = json.loads(done.stdout.splitlines()[-1])
-    return peak - idle
+_step: Callable[[], float] | None = None
 
 
-def _child(arguments: str) -> None:
-    options = json.loads(arguments)
-    torch.set_num_threads(options.pop("threads"))
-    print(json.dumps(memory_of(2, lambda: step_of(**options))))
+def _start(threads: int, variant: str, method: Method, shape: dict) -> tuple[float, float, int]:
+    """In a variant's process: its loss, seconds of the first step, and bytes that two steps took at most."""
+    global _step
+    torch.set_num_threads(threads)
+    _step = step_of(variant, method, **shape)
+    gc.collect()
+    idle = resident("VmRSS")
+    start = time.perf_counter()
+    loss = _step()
+    first = time.perf_counter() - start
+    _step()
+    # as timeit: a collection would fall on any step
+    gc.collect()
+    gc.disable()
+    return loss, first, resident("VmHWM") - idle
 
 
-if __name__ == "__main__":
-    _child(sys.argv[1])
+def _timed_step() -> tuple[float, float]:
+    assert _step is not None
+    start, start_cpu = time.perf_counter(), time.process_time()
+    _step()
+    return time.perf_counter() - start, time.process_time() - start_cpu

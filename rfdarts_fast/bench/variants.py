@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -111,18 +110,8 @@ def compile_mixed_ops(network: SearchNetwork, mode: str = "default") -> None:
     network.cells = nn.ModuleList([_CompiledCell(cell, mode) for cell in network.cells])
 
 
-def memory_of(steps: int, make: Callable[[], Callable[[], float]]) -> tuple[int, int]:
-    """Bytes of this process before the first step, and the most it ever had during `steps`."""
-    step = make()
-    gc.collect()
-    idle = _status("VmRSS")
-    for _ in range(steps):
-        step()
-    return idle, _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    """Bytes; unlike getrusage's maximum, VmHWM does not begin with the parent's."""
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far. (getrusage's maximum begins with the parent's.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
