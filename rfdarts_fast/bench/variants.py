@@ -111,7 +111,7 @@ def compile_mixed_ops(network: SearchNetwork, mode: str = "default") -> None:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far. (getrusage's maximum begins with the parent's.)"""
+    """Bytes of this process: VmRSS now, VmHWM at most so far. (getrusage's begins with the parent's.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
