@@ -1,4 +1,4 @@
-"""Interleaved timing, every variant in a process of its own, a table and a JSON file."""
+"""Interleaved timing, PyTorch in one process and the kernels in another, a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,7 +48,8 @@ def run(
     out: Path | None = None,
 ) -> dict:
     """Times one step of a supernet, variants taking turns `rounds` times, so that a busy minute hits all.
-    Each has its own process: one's use of the heap does not change another's.
+    PyTorch and the kernels are in processes of their own, for what PyTorch's gigabytes leave on the heap slows
+    the kernels; memory is measured in one more process for each variant.
 
     Args:
         method: "rf-darts" or "rf-pcdarts" (K = 4).
@@ -71,19 +71,23 @@ def run(
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     cpu: dict[str, list[float]] = {variant: [] for variant in variants}
     results = []
-    with ExitStack() as stack:
-        spawn = multiprocessing.get_context("spawn")
-        workers = {v: stack.enter_context(ProcessPoolExecutor(1, spawn)) for v in variants}
-        threads = torch.get_num_threads()
-        started = {v: workers[v].submit(_start, threads, v, method, shape).result() for v in variants}
+    peaks: dict[str, int | None] = {}
+    for variant in variants:
+        with _process() as alone:
+            # compiling takes more memory than any step
+            skip = variant == "compile"
+            peaks[variant] = None if skip else alone.submit(_memory, variant, method, shape).result()
+    with _process() as torch_only, _process() as kernels:
+        workers = {v: torch_only if v.startswith(("eager", "compile")) else kernels for v in variants}
+        started = {v: workers[v].submit(_start, v, method, shape).result() for v in variants}
         for _ in range(rounds):
             for variant in variants:
-                seconds, cpu_seconds = workers[variant].submit(_timed_step).result()
+                seconds, cpu_seconds = workers[variant].submit(_timed_step, variant).result()
                 times[variant].append(seconds)
                 cpu[variant].append(cpu_seconds)
     for variant in variants:
         median = statistics.median(times[variant])
-        loss, first, peak = started[variant]
+        loss, first = started[variant]
         results.append(
             Result(
                 variant,
@@ -91,8 +95,7 @@ def run(
                 min(times[variant]),
                 min(cpu[variant]),
                 batch / median,
-                # compiling takes more memory than any step
-                None if variant == "compile" else peak,
+                peaks[variant],
                 loss,
                 first,
             )
@@ -149,28 +152,37 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-_step: Callable[[], float] | None = None
+def _process() -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, spawn, torch.set_num_threads, (torch.get_num_threads(),))
 
 
-def _start(threads: int, variant: str, method: Method, shape: dict) -> tuple[float, float, int]:
-    """In a variant's process: its loss, seconds of the first step, and bytes that two steps took at most."""
-    global _step
-    torch.set_num_threads(threads)
-    _step = step_of(variant, method, **shape)
+def _memory(variant: str, method: Method, shape: dict) -> int:
+    """Bytes that two steps took at most."""
+    step = step_of(variant, method, **shape)
     gc.collect()
     idle = resident("VmRSS")
+    step()
+    step()
+    return resident("VmHWM") - idle
+
+
+_steps: dict[str, Callable[[], float]] = {}
+
+
+def _start(variant: str, method: Method, shape: dict) -> tuple[float, float]:
+    """Loss and seconds of a variant's first step."""
+    _steps[variant] = step_of(variant, method, **shape)
     start = time.perf_counter()
-    loss = _step()
+    loss = _steps[variant]()
     first = time.perf_counter() - start
-    _step()
     # as timeit: a collection would fall on any step
     gc.collect()
     gc.disable()
-    return loss, first, resident("VmHWM") - idle
+    return loss, first
 
 
-def _timed_step() -> tuple[float, float]:
-    assert _step is not None
+def _timed_step(variant: str) -> tuple[float, float]:
     start, start_cpu = time.perf_counter(), time.process_time()
-    _step()
+    _steps[variant]()
     return time.perf_counter() - start, time.process_time() - start_cpu
