@@ -43,7 +43,7 @@ def kernels():
 # what ptxas does spill where it is not told how to use registers, and what uses most of them
 CLOSE = "|".join(
     (
-        r"input_gradient.* BW=16$",
+        r"input_gradient.* TILE=2048 .*BW=16$",
         r"input_gradient.* BW=4$",
         r"depthwise.* KERNEL=3 .*NORM=True .*BW=16$",
         r"depthwise.* KERNEL=5 DILATION=1 STRIDE=2 ",
