@@ -94,11 +94,7 @@ def launched(folder, *options):
 def test_tuned_kernels_are_tuned_once(tmp_path):
     first, second = launched(tmp_path), launched(tmp_path)
     assert first.keys() == kernels()
-    assert {name for name, how in first.items() if how[2]} == {
-        "node_kernel",
-        "inner_gradient_kernel",
-        "input_gradient_kernel",
-    }
+    assert {name for name, how in first.items() if how[2]} == {"node_kernel", "input_gradient_kernel"}
     # found in the cache folder, where this version of Triton has one
     assert {name: how[:2] for name, how in second.items()} == {name: how[:2] for name, how in first.items()}
     assert first["node_kernel"][:2] == [2048, 8] and first["moments_kernel"][:2] == [1024, 4]

@@ -198,7 +198,7 @@ def depthwise_transposed(
     return total
 
 
-@tuned("KERNEL", "DILATION")
+@untuned
 def inner_gradient_kernel(
     z, weights, y, out, partial, table, first, mean, invstd, gamma, beta, M, W, OH, OW, rows_each, parts,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
