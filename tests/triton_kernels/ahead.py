@@ -21,11 +21,11 @@ from rfdarts_fast.ops import triton as engine
 from rfdarts_fast.ops.triton import cell, tuning
 from tests.cuda.emulated import Case
 
-# the first one has all kernels
+# the first one has all kernels, the third the branches of a whole cell
 CELLS = (
     {"channels": 64, "K": 4, "stride": 2, "inputs": 1, "nodes": 1},
     {"channels": 16, "K": 4, "stride": 2},
-    {"channels": 16},
+    {"channels": 16, "nodes": 4},
     {"channels": 64, "K": 2, "nodes": 1},
 )
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -64,9 +64,8 @@ def launches(dtype, cells):
 
 def compiled(kernel, arguments, constants, tile, warps):
     """Registers, bytes of stack (where spilled registers go) and of shared memory, as cuobjdump tells."""
-    made = kernel.fn.warmup(
-        *arguments, **dict(constants), TILE=tile, num_warps=warps, enable_fp_fusion=True, grid=(1,)
-    )
+    options = {"num_warps": warps, "enable_fp_fusion": True} | tuning.registers(dict(constants))
+    made = kernel.fn.warmup(*arguments, **dict(constants), TILE=tile, **options, grid=(1,))
     assert made.metadata.target == driver.active.get_current_target()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -85,19 +84,20 @@ def main():
     parser.add_argument("--tile", type=int, default=tuning.TILE)
     parser.add_argument("--warps", type=int, default=tuning.WARPS)
     parser.add_argument("--cells", type=int, default=len(CELLS), help="how many of CELLS")
-    parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--only", default="", help="pattern of a kernel's name and constants")
     options = parser.parse_args()
     for dtype in options.dtypes:
         found = launches(getattr(torch, dtype), CELLS[: options.cells])
         for arch in options.archs:
             driver.set_active(Nowhere(arch))
             for (kernel, constants), arguments in found.items():
-                if options.only not in kernel.fn.__name__:
-                    continue
                 tiles = [(config.kwargs["TILE"], config.num_warps) for config in kernel.configs]
                 if not options.all_tiles:
                     tiles = [(options.tile, options.warps)]
                 for tile, warps in tiles:
+                    values = [f"TILE={tile}", *(f"{name}={value}" for name, value in constants)]
+                    if not re.search(options.only, " ".join([kernel.fn.__name__, *values])):
+                        continue
                     row = {"kernel": kernel.fn.__name__, "dtype": dtype, "arch": arch}
                     row |= {"tile": tile, "warps": warps}
                     row |= compiled(kernel, arguments, constants, tile, warps)

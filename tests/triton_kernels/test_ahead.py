@@ -28,8 +28,8 @@ def compiled(*options):
     return in_a_process("tests.triton_kernels.ahead", *options)
 
 
-def spilled(rows, allowed=0):
-    return [row for row in rows if row["stack"] > allowed or row["local"]]
+def spilled(rows):
+    return [row for row in rows if row["stack"] or row["local"]]
 
 
 def kernels():
@@ -40,20 +40,38 @@ def kernels():
     return {name for name in found if name.endswith("_kernel")}
 
 
+# what ptxas does spill where it is not told how to use registers, and what uses most of them
+CLOSE = "|".join(
+    (
+        r"input_gradient.* TILE=2048 .*BW=16$",
+        r"input_gradient.* BW=4$",
+        r"depthwise.* KERNEL=3 .*NORM=True .*BW=16$",
+        r"depthwise.* KERNEL=5 DILATION=1 STRIDE=2 ",
+        r"node.* TILE=2048 .*K=4 .*BW=4$",
+    )
+)
+
+
 def test_kernels_compile_without_spills():
     rows = compiled("--archs", "90", "--cells", "1")
     assert {row["kernel"] for row in rows} == kernels()
     assert spilled(rows) == []
 
 
+def test_variants_that_fill_the_registers_compile_without_spills():
+    rows = compiled("--archs", "80", "90", "100", "--cells", "2", "--all-tiles", "--only", CLOSE)
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+    assert {row["tile"] for row in rows} == {1024, 2048}
+    assert spilled(rows) == []
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
-def test_all_variants_compile_with_few_spills(arch):
-    rows = compiled("--archs", arch, "--all-tiles")
-    rows += compiled("--archs", arch, "--dtypes", "float32", "float16")
+def test_all_variants_compile_without_spills(arch, dtype):
+    rows = compiled("--archs", arch, "--dtypes", dtype, "--all-tiles")
     assert {row["kernel"] for row in rows} == kernels()
-    # in a few variants ptxas spills some bytes, at register counts that fit one more block
-    assert spilled(rows, allowed=32) == []
+    assert spilled(rows) == []
 
 
 @pytest.mark.slow
@@ -76,12 +94,7 @@ def launched(folder, *options):
 def test_tuned_kernels_are_tuned_once(tmp_path):
     first, second = launched(tmp_path), launched(tmp_path)
     assert first.keys() == kernels()
-    assert {name for name, how in first.items() if how[2]} == {
-        "depthwise_kernel",
-        "node_kernel",
-        "inner_gradient_kernel",
-        "input_gradient_kernel",
-    }
+    assert {name for name, how in first.items() if how[2]} == {"node_kernel", "input_gradient_kernel"}
     # found in the cache folder, where this version of Triton has one
     assert {name: how[:2] for name, how in second.items()} == {name: how[:2] for name, how in first.items()}
     assert first["node_kernel"][:2] == [2048, 8] and first["moments_kernel"][:2] == [1024, 4]

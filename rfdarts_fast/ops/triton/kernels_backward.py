@@ -198,7 +198,7 @@ def depthwise_transposed(
     return total
 
 
-@tuned("KERNEL", "DILATION")
+@untuned
 def inner_gradient_kernel(
     z, weights, y, out, partial, table, first, mean, invstd, gamma, beta, M, W, OH, OW, rows_each, parts,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BW: tl.constexpr,
@@ -249,8 +249,9 @@ def add_pools(
     average = grads
     if MAX:
         average = grads + tl.cast(M, tl.int64) * W
-    for i in tl.static_range(3):
-        for j in tl.static_range(3):
+    # a window at a time: all nine at once would not fit into the registers
+    for i in range(3):
+        for j in range(3):
             # the window in which this pixel has place (i, j)
             ty = iy + (1 - i)
             tx = ix + (1 - j)
@@ -261,7 +262,9 @@ def add_pools(
             mask = inside[:, None] & (cols < W)[None, :]
             if MAX:
                 place = tl.load(places + at, mask=mask, other=9).to(tl.int32)
-                total += tl.load(grads + at, mask=mask & (place == i * 3 + j), other=0.0).to(ACC)
+                # whole rows are loaded, eight numbers at once
+                value = tl.load(grads + at, mask=mask, other=0.0).to(ACC)
+                total += tl.where(place == i * 3 + j, value, 0.0)
             if AVERAGE:
                 high = tl.minimum(ty + 1, OH * STRIDE - 1) - tl.maximum(ty - 1, 0) + 1
                 wide = tl.minimum(tx + 1, OW * STRIDE - 1) - tl.maximum(tx - 1, 0) + 1

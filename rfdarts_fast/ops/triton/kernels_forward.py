@@ -41,7 +41,7 @@ def divide(a, b, ACC: tl.constexpr):
         return tl.div_rn(a, b)
 
 
-@tuned("KERNEL", "DILATION", "STRIDE", "NORM", "NB")
+@untuned
 def depthwise_kernel(
     x, weights, out, table, first, mean, invstd, gamma, beta, x_group, x_row, M, W, OH, OW, branches,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, NB: tl.constexpr,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton import knobs
 
 # elements of a tile, warps: at most eight elements a thread, more would not fit into its registers
@@ -34,8 +35,18 @@ def tuned(*key: str) -> Callable[[Callable], Any]:
 
 
 def untuned(function: Callable) -> Any:
-    """A kernel that reads its input once and does little else: tuning would take longer than it gains."""
+    """A kernel that reads its input once and does little else, so that tuning would take longer than it
+    gains, or one whose larger tile spills registers."""
     return triton.autotune([triton.Config({"TILE": TILE}, num_warps=WARPS)], [])(triton.jit(function))
+
+
+def registers(constants: dict[str, Any]) -> dict[str, Any]:
+    """What ptxas is told about registers. Left alone, it spills a few so that one more block fits on a
+    multiprocessor: not where it is to use few in the first place, nor where a limit is given; a limit has it
+    use more of them, so that only float64 gets one."""
+    if torch.version.hip is not None:
+        return {}
+    return {"maxnreg": 255} if constants["ACC"] == tl.float64 else {"ptx_options": "--register-usage-level=0"}
 
 
 def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], *arguments: Any, **constants: Any):
@@ -45,6 +56,8 @@ def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], *argu
     """
     # said aloud, as versions of Triton differ in what they take for granted
     constants["enable_fp_fusion"] = True
+    if not interpreted():
+        constants |= registers(constants)
     if interpreted() or torch.are_deterministic_algorithms_enabled():
         kernel.fn[grid](*arguments, **constants, TILE=TILE, num_warps=WARPS)
     else:
