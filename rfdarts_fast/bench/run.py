@@ -48,8 +48,8 @@ def run(
     out: Path | None = None,
 ) -> dict:
     """Times one step of a supernet, variants taking turns `rounds` times, so that a busy minute hits all.
-    PyTorch and the kernels are in processes of their own, for what PyTorch's gigabytes leave on the heap slows
-    the kernels; memory is measured in one more process for each variant.
+    PyTorch and the kernels have a process each, for what PyTorch's gigabytes leave on the heap slows the
+    kernels; memory is measured in one more process for each variant.
 
     Args:
         method: "rf-darts" or "rf-pcdarts" (K = 4).
