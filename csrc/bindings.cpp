@@ -137,11 +137,12 @@ Tensor take_kept(const Cell& cell, const Tensor& x, bool bfloat16) {
   return take({cell.kept_size()}, {1}, type, half ? 2 : x.element_size(), Lifetime::Kept);
 }
 
-std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(const Tensors& inputs, const Tensors& noise, const Tensor& weights,
-                                                    const Tensor& gamma, const Tensor& beta, const Tensor& mix,
-                                                    std::optional<Tensor> edge_weights,
-                                                    std::optional<Tensor> moments, const Ints& spec, double eps,
-                                                    bool bfloat16, bool together) {
+std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(const Tensors& inputs, const Tensors& noise,
+                                                            const Tensor& weights, const Tensor& gamma,
+                                                            const Tensor& beta, const Tensor& mix,
+                                                            std::optional<Tensor> edge_weights,
+                                                            std::optional<Tensor> moments, const Ints& spec,
+                                                            double eps, bool bfloat16, bool together) {
   CellArguments arguments{inputs, noise, weights, gamma, beta, mix, edge_weights, spec, eps};
   Cell cell = arguments.cell();
   STD_TORCH_CHECK(cell.training == !moments.has_value(), "moments: expected in evaluation mode, and only there");

@@ -84,7 +84,9 @@ struct KeptRows {
     if (first == 0) find_shift(d, pixels);
     for_column_groups<L>(c, [&](auto blocks, int64_t o) {
       constexpr int P = kTilePixels<blocks>;
-      auto run = [&](auto kernel) { kernel(d, pixels, ci, pw + o, c, y + first * c + o, shift + o, sum + o, square + o, ahead); };
+      auto run = [&](auto kernel) {
+        kernel(d, pixels, ci, pw + o, c, y + first * c + o, shift + o, sum + o, square + o, ahead);
+      };
       if (bypass_cache)
         run(pointwise_moments<T, S, L, P, blocks, true>);
       else
@@ -106,7 +108,8 @@ void conv_forward_wide(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Con
   KeptRows<T, S, L> kept(c, c, pw, y, bypass_cache && L == kLanes<T>, mean, deviation, scratch, ahead);
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
-    for (int64_t r = 0; r < n; r++) depthwise(x + f.origin, f.pitch, dw, c, r0 + r, h, ow, false, d + r * ow * c, ahead);
+    for (int64_t r = 0; r < n; r++)
+      depthwise(x + f.origin, f.pitch, dw, c, r0 + r, h, ow, false, d + r * ow * c, ahead);
     kept.strip(d, r0 * ow, n * ow);
   }
   finish_moments(kept.shift, oh * ow, c, mean, deviation);

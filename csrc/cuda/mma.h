@@ -70,7 +70,8 @@ __device__ __forceinline__ void multiply_warp(const float* d, int ld, int p0, in
 #pragma unroll 1
   for (int k = 0; k < ci; k += 16) {
     float rows[4][2];
-    load<2>(low + k, rows[0]), load<2>(high + k, rows[1]), load<2>(low + k + 8, rows[2]), load<2>(high + k + 8, rows[3]);
+    load<2>(low + k, rows[0]), load<2>(high + k, rows[1]);
+    load<2>(low + k + 8, rows[2]), load<2>(high + k + 8, rows[3]);
     uint32_t a[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) a[i] = pair<T>(rows[i][0], rows[i][1]);

@@ -26,7 +26,7 @@ from rfdarts_fast.ops.native_plan import (
 )
 from rfdarts_fast.ops.reference import Edge
 
-__all__ = ["mixed_cell", "relu_conv_bn", "status", "why_not", "why_not_conv"]
+__all__ = ["built", "mixed_cell", "relu_conv_bn", "status", "why_not", "why_not_conv"]
 
 _missing: str | None = None
 try:

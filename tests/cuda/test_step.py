@@ -91,7 +91,7 @@ def test_why_not_names_the_reason():
 def test_a_step_never_asks_for_a_value(emulation, monkeypatch):
     """Or it could not be recorded in a CUDA graph."""
     monkeypatch.setattr(native, "why_not", cuda.unsupported)
-    monkeypatch.setattr(native, "status", lambda: {"built": False})
+    monkeypatch.setattr(native, "built", lambda: False)
     network = SearchNetwork(get_space("darts"), C=4, layers=3, K=2, edge_norm=True)
     freeze_random_features(network)
     images, labels, meter = torch.randn(2, 3, 8, 8), torch.tensor([1, 3]), Meter(torch.device("cpu"))
