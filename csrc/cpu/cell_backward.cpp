@@ -59,11 +59,10 @@ struct Backward : CellContext<T, S> {
   }
 
   struct NodeTerms {
-    std::vector<int> slots;
     std::vector<int> kept, states;  // primitives, in the order of the streams
     Coefficients<T> kept_mean, states_mean;
     int first;  // of this edge's sums
-    bool pools = false, identity = false;
+    bool pools = false;
   };
 
   struct Node {
@@ -93,7 +92,6 @@ struct Backward : CellContext<T, S> {
         centre(b.convolves() ? t.kept_mean : t.states_mean, list.size(), b);
         list.push_back(p);
         t.pools |= b.pools();
-        t.identity |= b.op == Op::Identity;
       }
       plan.sums += t.kept.size() + t.states.size();
       plan.widest = std::max(plan.widest, cell.sources[j].w);

@@ -78,8 +78,6 @@ template <class T>
 void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64_t first, int64_t rows, T* max, T* avg,
                   T* scratch) {
   int64_t ow = pooled(w, stride), row = w * c;
-  max -= first * ow * c;
-  avg -= first * ow * c;
   // one row's maxima and sums over its three rows, with one pixel of border; one over the sizes of its windows
   T *tall_max = scratch + c, *tall_sum = tall_max + row + 2 * c, *share = tall_sum + row + c, shared = 0;
   constexpr T lowest = -std::numeric_limits<T>::infinity();
@@ -90,9 +88,10 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64
   for (int64_t r = first; r < first + rows; r++) {
     int64_t y = r * stride;
     const T *mid = x + y * row, *up = y > 0 ? mid - row : mid, *down = y < h - 1 ? mid + row : mid;
+    T *to_max = max + (r - first) * ow * c, *to_avg = avg + (r - first) * ow * c;
     bool has_up = y > 0, has_down = y < h - 1;
     if (stride == 1 && c % kLanes<T> == 0 && w > 1) {
-      pool_row(up, mid, down, has_up, has_down, w, c, max + r * row, avg + r * row);
+      pool_row(up, mid, down, has_up, has_down, w, c, to_max, to_avg);
       continue;
     }
     T tall = window(y, h);
@@ -103,7 +102,7 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64
     }
     if (is_flat<T>(c, stride) && row % kLanes<T> == 0) {
       with_flat_channels<T>(c, [&](auto channels) {
-        pool_row_flat<T, channels>(up, mid, down, has_up, has_down, row, share, max + r * row, avg + r * row);
+        pool_row_flat<T, channels>(up, mid, down, has_up, has_down, row, share, to_max, to_avg);
       });
       continue;
     }
@@ -115,7 +114,6 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64
       Vec<T, L> zero = Vec<T, L>{};
       store<L>(tall_sum + i, b + (has_up ? a : zero) + (has_down ? d : zero));
     });
-    T *to_max = max + r * ow * c, *to_avg = avg + r * ow * c;
     auto pixel = [&](auto lanes, int64_t at, int64_t i, auto scale) __attribute__((always_inline)) {
       constexpr int L = lanes;
       Vec<T, L> left = load<L>(tall_max + i - c), mid = load<L>(tall_max + i), right = load<L>(tall_max + i + c);

@@ -96,7 +96,7 @@ struct Kernels {
                         Ahead& ahead);
   void (*conv_backward_kept)(const S* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
                              const T* dw, const T* pw_t, Frame e_frame, T* e, bool add, T* dx, T* scratch,
-                        Ahead& ahead);
+                             Ahead& ahead);
   void (*reduce_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, const T* pw_t,
                           T* dx, T* scratch, Ahead& ahead);
   // du = dx where scale y + shift > 0; sums of du and du (y - mean). du may be where y2 was.
