@@ -250,51 +250,66 @@ void update_running_op(Tensors means, Tensors variances, Tensors counts, const T
 }
 
 template <class T>
-ConvNorm<T> conv_norm(const Tensor& x, const Tensor& weights, const Tensor& gamma, const Tensor& beta,
-                      const Tensor& y, const Tensor& moments, double eps, bool training, bool reduce) {
-  for (const Tensor* t : {&weights, &gamma, &beta})
-    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "expected the dtype of the input everywhere");
-  int64_t ci = x.size(1), co = gamma.numel();
-  STD_TORCH_CHECK(weights.numel() == 2 * (reduce ? 2 : 1) * ci * co, "weights: expected the matrix and its transpose");
-  return {x.size(0), x.size(2), x.size(3), ci, co, reduce, training, eps, batch<T>(x), pointer<T>(weights),
-          pointer<T>(gamma), pointer<T>(beta), static_cast<T*>(y.data_ptr()), nullptr,
-          static_cast<double*>(moments.data_ptr())};
+ConvNorm<T> conv_norm(const Tensor& x, const Tensors& weights, const Tensors& gammas, const Tensors& betas,
+                      const Tensors& ys, const Tensors& moments, double eps, bool training, bool reduce) {
+  ConvNorm<T> a{x.size(0), x.size(2), x.size(3), x.size(1), reduce, training, eps, batch<T>(x), {}};
+  STD_TORCH_CHECK(!weights.empty() && weights.size() == gammas.size() && gammas.size() == betas.size(),
+                  "weights, gammas, betas: expected as many of each");
+  for (size_t i = 0; i < weights.size(); i++) {
+    for (const Tensor* t : {&weights[i], &gammas[i], &betas[i]})
+      STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "expected the dtype of the input everywhere");
+    int64_t co = gammas[i].numel();
+    STD_TORCH_CHECK(weights[i].numel() == 2 * a.wide() * co, "weights: expected the matrix and its transpose");
+    a.parts.push_back({co, pointer<T>(weights[i]), pointer<T>(gammas[i]), pointer<T>(betas[i]),
+                       static_cast<T*>(ys[i].data_ptr()), nullptr, static_cast<double*>(moments[i].data_ptr())});
+  }
+  return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_bn_forward_op(const Tensor& x, const Tensor& weights, const Tensor& gamma,
-                                                      const Tensor& beta, std::optional<Tensor> moments, double eps,
-                                                      bool reduce) {
-  int64_t co = gamma.numel(), half = reduce ? 2 : 1;
-  Tensor out = take_state(x.size(0), co, x.size(2) / half, x.size(3) / half, x);
-  Tensor y = take_state(x.size(0), co, x.size(2) / half, x.size(3) / half, x);
-  Tensor used = take({2, co}, {co, 1}, ScalarType::Double, 8);
-  if (moments) std::copy_n(pointer<double>(*moments), 2 * co, static_cast<double*>(used.data_ptr()));
+std::tuple<Tensors, Tensors, Tensors> conv_bn_forward_op(const Tensor& x, const Tensors& weights,
+                                                         const Tensors& gammas, const Tensors& betas,
+                                                         const Tensors& moments, double eps, bool reduce) {
+  bool training = moments.empty();
+  int64_t half = reduce ? 2 : 1;
+  Tensors outs, ys, used;
+  for (size_t i = 0; i < gammas.size(); i++) {
+    int64_t co = gammas[i].numel();
+    for (Tensors* list : {&outs, &ys}) list->push_back(take_state(x.size(0), co, x.size(2) / half, x.size(3) / half, x));
+    used.push_back(take({2, co}, {co, 1}, ScalarType::Double, 8));
+    if (!training) std::copy_n(pointer<double>(moments.at(i)), 2 * co, static_cast<double*>(used[i].data_ptr()));
+  }
   with_types(x, false, [&](auto t, auto) {
     using T = decltype(t);
-    auto a = conv_norm<T>(x, weights, gamma, beta, y, used, eps, !moments, reduce);
-    a.out = static_cast<T*>(out.data_ptr());
+    auto a = conv_norm<T>(x, weights, gammas, betas, ys, used, eps, training, reduce);
+    for (size_t i = 0; i < outs.size(); i++) a.parts[i].out = static_cast<T*>(outs[i].data_ptr());
     conv_norm_forward(a, parallel);
   });
-  return {out, y, used};
+  return {outs, ys, used};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_bn_backward_op(const Tensor& grad, const Tensor& x, const Tensor& y,
-                                                       const Tensor& weights, const Tensor& gamma, const Tensor& beta,
-                                                       const Tensor& moments, double eps, bool training, bool reduce,
-                                                       bool wanted) {
-  int64_t co = gamma.numel();
-  STD_TORCH_CHECK(grad.stride(1) == 1 && grad.stride(3) == co && grad.stride(2) == co * grad.size(3),
-                  "grad: expected channels_last order");
+std::tuple<Tensor, Tensors, Tensors> conv_bn_backward_op(const Tensors& grads, const Tensor& x, const Tensors& ys,
+                                                         const Tensors& weights, const Tensors& gammas,
+                                                         const Tensors& betas, const Tensors& moments, double eps,
+                                                         bool training, bool reduce, bool wanted) {
   Tensor dx = wanted ? take_state(x.size(0), x.size(1), x.size(2), x.size(3), x) : take_state(0, 1, 1, 1, x);
-  Tensor grad_gamma = take_vector(co, x.scalar_type(), x.element_size());
-  Tensor grad_beta = take_vector(co, x.scalar_type(), x.element_size());
+  Tensors grad_gammas, grad_betas;
+  for (const Tensor& gamma : gammas)
+    for (Tensors* list : {&grad_gammas, &grad_betas})
+      list->push_back(take_vector(gamma.numel(), x.scalar_type(), x.element_size()));
   with_types(x, false, [&](auto t, auto) {
     using T = decltype(t);
-    auto a = conv_norm<T>(x, weights, gamma, beta, y, moments, eps, training, reduce);
-    conv_norm_backward(a, static_cast<const T*>(grad.data_ptr()), wanted ? static_cast<T*>(dx.data_ptr()) : nullptr,
-                       static_cast<T*>(grad_gamma.data_ptr()), static_cast<T*>(grad_beta.data_ptr()), parallel);
+    auto a = conv_norm<T>(x, weights, gammas, betas, ys, moments, eps, training, reduce);
+    std::vector<ConvNormGradients<T>> gradients;
+    for (size_t i = 0; i < a.parts.size(); i++) {
+      const Tensor& g = grads.at(i);
+      STD_TORCH_CHECK(g.stride(1) == 1 && g.stride(3) == a.parts[i].co && g.stride(2) == a.parts[i].co * g.size(3),
+                      "grads: expected channels_last order");
+      gradients.push_back({static_cast<const T*>(g.data_ptr()), static_cast<T*>(grad_gammas[i].data_ptr()),
+                           static_cast<T*>(grad_betas[i].data_ptr())});
+    }
+    conv_norm_backward(a, gradients, wanted ? static_cast<T*>(dx.data_ptr()) : nullptr, parallel);
   });
-  return {dx, grad_gamma, grad_beta};
+  return {dx, grad_gammas, grad_betas};
 }
 
 std::string isa_op() { return isa_name(); }
@@ -312,10 +327,10 @@ std::string profile_op() {
 
 STABLE_TORCH_LIBRARY(rfdarts, m) {
   define_cell_ops(m);
-  m.def("conv_bn_forward(Tensor x, Tensor weights, Tensor gamma, Tensor beta, Tensor? moments, float eps, bool reduce)"
-        " -> (Tensor, Tensor, Tensor)");
-  m.def("conv_bn_backward(Tensor grad, Tensor x, Tensor y, Tensor weights, Tensor gamma, Tensor beta, Tensor moments,"
-        " float eps, bool training, bool reduce, bool wanted) -> (Tensor, Tensor, Tensor)");
+  m.def("conv_bn_forward(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] moments, float eps,"
+        " bool reduce) -> (Tensor[], Tensor[], Tensor[])");
+  m.def("conv_bn_backward(Tensor[] grads, Tensor x, Tensor[] ys, Tensor[] weights, Tensor[] gammas, Tensor[] betas,"
+        " Tensor[] moments, float eps, bool training, bool reduce, bool wanted) -> (Tensor, Tensor[], Tensor[])");
   m.def("isa() -> str");
   m.def("isa_best() -> str");
   m.def("pool_release() -> ()");

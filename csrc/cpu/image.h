@@ -61,13 +61,10 @@ struct KeptRows {
   KeptRows(int64_t ci, int64_t c, const T* pw, S* y, bool bypass_cache, double* mean, double* deviation, T* scratch,
            Ahead& ahead)
       : ci(ci), c(c), pw(pw), y(y), bypass_cache(bypass_cache), mean(mean), deviation(deviation), shift(scratch),
-        sum(scratch + c), square(scratch + 2 * c), few(scratch + 3 * c), ahead(ahead) {
-    fill(mean, c, 0.0);
-    fill(deviation, c, 0.0);
-  }
+        sum(scratch + c), square(scratch + 2 * c), few(scratch + 3 * c), ahead(ahead) {}
   // Moments are taken about the mean of a few pixels: no cancellation where the mean is far from zero. Not all of
   // them lie at a border, which differs. The 1x1 convolution of their mean is the mean of theirs.
-  void find_shift(const T* d, int64_t pixels) {
+  void begin(const T* d, int64_t pixels) {
     int64_t count = least<int64_t>(pixels, 16);
     T part = T(1) / count;
     fill(few, ci, T(0));
@@ -79,9 +76,11 @@ struct KeptRows {
       }
     });
     pointwise<T, L>(few, 1, ci, pw, c, shift, ahead);
+    fill(mean, c, 0.0);
+    fill(deviation, c, 0.0);
   }
   void strip(const T* d, int64_t first, int64_t pixels) {
-    if (first == 0) find_shift(d, pixels);
+    if (first == 0) begin(d, pixels);
     for_column_groups<L>(c, [&](auto blocks, int64_t o) {
       constexpr int P = kTilePixels<blocks>;
       auto run = [&](auto kernel) {

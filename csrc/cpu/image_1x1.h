@@ -10,29 +10,36 @@ RF_INLINE void relu_pixels(const T* from, int64_t pixels, int64_t step, int64_t 
 }
 
 template <class T>
-void conv1x1_forward(View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co, bool reduce, const T* pw, T* y,
-                     double* mean, double* deviation, T* scratch, Ahead& ahead) {
+void conv1x1_forward(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const Conv1x1<T>* convs,
+                     T* scratch, Ahead& ahead) {
   int64_t wide = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * wide);
-  with_lanes<T>(co, [&](auto lanes) {
-    constexpr int L = lanes;
-    T* d = scratch + 3 * round_up(co, kLanes<T>) + round_up(wide, kLanes<T>);
-    KeptRows<T, T, L> kept(wide, co, pw, y, false, mean, deviation, scratch, ahead);
-    for (int64_t r0 = 0; r0 < oh; r0 += rows) {
-      int64_t n = least(rows, oh - r0);
-      for (int64_t r = r0; r < r0 + n; r++) {
-        T* to = d + (r - r0) * ow * wide;
-        if (!reduce) {
-          relu_pixels(x.data + r * x.row, ow, x.pixel, ci, to, wide);
-          continue;
-        }
-        const T* even = x.data + 2 * r * x.row;
-        relu_pixels(even, ow, 2 * x.pixel, ci, to, wide);
-        relu_pixels(even + x.row + x.pixel, ow, 2 * x.pixel, ci, to + ci, wide);
+  auto room = [&](const Conv1x1<T>& conv) { return 3 * conv.co + round_up(wide, kLanes<T>); };
+  T* d = scratch;
+  for (int i = 0; i < n; i++) d += room(convs[i]);
+  d = scratch + round_up(d - scratch, kLanes<T>);
+  for (int64_t r0 = 0; r0 < oh; r0 += rows) {
+    int64_t count = least(rows, oh - r0);
+    for (int64_t r = r0; r < r0 + count; r++) {
+      T* to = d + (r - r0) * ow * wide;
+      if (!reduce) {
+        relu_pixels(x.data + r * x.row, ow, x.pixel, ci, to, wide);
+        continue;
       }
-      kept.strip(d, r0 * ow, n * ow);
+      const T* even = x.data + 2 * r * x.row;
+      relu_pixels(even, ow, 2 * x.pixel, ci, to, wide);
+      relu_pixels(even + x.row + x.pixel, ow, 2 * x.pixel, ci, to + ci, wide);
     }
-    finish_moments(kept.shift, oh * ow, co, mean, deviation);
-  });
+    T* own = scratch;
+    for (int i = 0; i < n; i++) {
+      const Conv1x1<T>& conv = convs[i];
+      with_lanes<T>(conv.co, [&](auto lanes) {
+        KeptRows<T, T, lanes> kept(wide, conv.co, conv.pw, conv.y, false, conv.mean, conv.deviation, own, ahead);
+        kept.strip(d, r0 * ow, count * ow);
+        if (r0 + count == oh) finish_moments(kept.shift, oh * ow, conv.co, conv.mean, conv.deviation);
+      });
+      own += room(conv);
+    }
+  }
 }
 
 template <class T, bool NonTemporal = false>
@@ -51,17 +58,33 @@ RF_INLINE void masked_pixels(const T* d, const T* x, int64_t pixels, int64_t d_s
   });
 }
 
-// dx dense, and too large to be in the caches when it is read; coef as of norm_backward
+// pixels of d, `step` apart
 template <class T>
-void conv1x1_backward(const T* g, const T* y, const T* coef, View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co,
-                      bool reduce, const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
-  int64_t wide = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * wide);
+RF_INLINE void norm_backward_pixels(const NormBackward<T>& norm, int64_t first, int64_t pixels, T* d, int64_t step) {
+  int64_t c = norm.co, period = repeated<T>(c);
+  const T *g = norm.g + first * c, *y = norm.y + first * c;
+  if (step == c) return norm_backward_dense(g, y, norm.coef, pixels * c, c, d);
+  with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+    for (int64_t p = 0; p < pixels; p++)
+      for (int64_t k = 0; k < c; k += lanes)
+        store<lanes>(d + p * step + k, norm_backward<T, lanes>(g + p * c + k, y + p * c + k, norm.coef + k, period));
+  });
+}
+
+// dx dense, and too large to be in the caches when it is read; pw_t: of all norms, one below the other
+template <class T>
+void conv1x1_backward(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const NormBackward<T>* norms,
+                      const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
+  int64_t wide = reduce ? 2 * ci : ci, co = 0;
+  for (int i = 0; i < n; i++) co += norms[i].co;
+  int64_t rows = strip_rows<T>(oh, ow * most(wide, co));
   T* back = scratch + rows * ow * co;
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
-    int64_t n = least(rows, oh - r0);
-    norm_backward_dense(g + r0 * ow * co, y + r0 * ow * co, coef, n * ow * co, co, scratch);
-    with_lanes<T>(wide, [&](auto lanes) { pointwise<T, lanes>(scratch, n * ow, co, pw_t, wide, back, ahead); });
-    for (int64_t r = r0; r < r0 + n; r++) {
+    int64_t count = least(rows, oh - r0);
+    T* to = scratch;
+    for (int i = 0; i < n; to += norms[i++].co) norm_backward_pixels(norms[i], r0 * ow, count * ow, to, co);
+    with_lanes<T>(wide, [&](auto lanes) { pointwise<T, lanes>(scratch, count * ow, co, pw_t, wide, back, ahead); });
+    for (int64_t r = r0; r < r0 + count; r++) {
       const T* d = back + (r - r0) * ow * wide;
       if (!reduce) {
         masked_pixels<T, true>(d, x.data + r * x.row, ow, wide, x.pixel, ci, ci, dx + r * ow * ci);

@@ -5,6 +5,8 @@ Convolutions have no bias; every BatchNorm has momentum 0.1 and eps 1e-5, PyTorc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -53,8 +55,11 @@ class ReLUConvBN(nn.Module):
             nn.BatchNorm2d(c_out, affine=affine, track_running_stats=track),
         )
 
+    def layer(self) -> tuple[tuple[nn.Conv2d, ...], nn.BatchNorm2d]:
+        return (self.op[1],), self.op[2]  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
-        return ops.relu_conv_bn(x, (self.op[1],), self.op[2])  # type: ignore[arg-type]
+        return ops.relu_conv_bns(x, [ReLUConvBN.layer(self)])[0]
 
 
 class DilConv(nn.Module):
@@ -109,8 +114,26 @@ class FactorizedReduce(nn.Module):
         self.conv_2 = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out, affine=affine, track_running_stats=track)
 
+    def layer(self) -> tuple[tuple[nn.Conv2d, ...], nn.BatchNorm2d]:
+        return (self.conv_1, self.conv_2), self.bn
+
     def forward(self, x: Tensor) -> Tensor:
-        return ops.relu_conv_bn(x, (self.conv_1, self.conv_2), self.bn)
+        return ops.relu_conv_bns(x, [FactorizedReduce.layer(self)])[0]
+
+
+def preprocess(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+    """[module(x) for module in modules], with as few reads of x as there are kinds of modules.
+
+    Only for this package's own modules without hooks: others are called.
+    """
+    together = [m for m in modules if type(m) in (ReLUConvBN, FactorizedReduce) and not _hooked(m)]
+    found = dict(zip(together, ops.relu_conv_bns(x, [m.layer() for m in together]), strict=True))
+    return [found[m] if m in found else m(x) for m in modules]
+
+
+def _hooked(module: nn.Module) -> bool:
+    forward, backward = module._forward_hooks, module._backward_hooks
+    return bool(forward or backward or module._forward_pre_hooks or module._backward_pre_hooks)
 
 
 def make_primitive(name: str, c: int, stride: int, affine: bool = True, track: bool = True) -> nn.Module:

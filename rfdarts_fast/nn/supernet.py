@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rfdarts_fast import ops
-from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN, make_primitive
+from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN, make_primitive, preprocess
 from rfdarts_fast.nn.stems import cifar_stem, imagenet_stem
 from rfdarts_fast.spaces import AnyGenotype, Space, derive
 
@@ -97,8 +97,16 @@ class SearchCell(nn.Module):
         """For subclasses with a mixed op of their own; takes the arguments of `MixedOp`."""
         return MixedOp(*args)
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None) -> Tensor:
-        inputs = [self.preprocess0(s0), self.preprocess1(s1)]
+    def forward(
+        self,
+        s0: Tensor,
+        s1: Tensor,
+        weights: Tensor,
+        edge_weights: Tensor | None = None,
+        preprocessed: bool = False,
+    ) -> Tensor:
+        """preprocessed: s0 and s1 are what `preprocess0` and `preprocess1` return."""
+        inputs = [s0, s1] if preprocessed else [self.preprocess0(s0), self.preprocess1(s1)]
         edges = mixed_ops(self)
         if self.multiplier == self.nodes:
             return ops.concatenated_cell(edges, inputs, weights, edge_weights)
@@ -219,6 +227,30 @@ class SearchNetwork(Supernet):
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(c_prev, num_classes)
 
+    def _run_cells(self, s0: Tensor, s1: Tensor, weights: dict[str, tuple[Tensor, Tensor | None]]) -> Tensor:
+        """From the stem's states to the last cell's. Two cells read a state, which their preprocessing shares."""
+        cells: list[Any] = [*self.cells]
+        # what was made of a state for the cell after the next
+        first: Tensor | None = None
+        for cell, following in zip(cells, [*cells[1:], None], strict=True):
+            arch = weights["reduce" if cell.reduction else "normal"]
+            if not isinstance(cell, SearchCell):
+                s0, s1 = s1, cell(s0, s1, *arch)
+                continue
+            readers = [cell.preprocess1]
+            if first is None and s0 is s1:
+                readers.append(cell.preprocess0)
+            elif first is None:
+                first = cell.preprocess0(s0)
+            if isinstance(following, SearchCell):
+                readers.append(following.preprocess0)
+            second, *others = preprocess(s1, readers)
+            if first is None:
+                first = others.pop(0)
+            s0, s1 = s1, cell(first, second, *arch, preprocessed=True)
+            first = others[0] if others else None
+        return s1
+
     def make_cell(self, *args: Any) -> SearchCell:
         """For subclasses with a cell of their own; takes the arguments of `SearchCell`."""
         return SearchCell(*args)
@@ -231,6 +263,5 @@ class SearchNetwork(Supernet):
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
         weights = {kind: self.cell_weights(kind) for kind in self.space.cells}
-        for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, *weights["reduce" if cell.reduction else "normal"])
+        s1 = self._run_cells(s0, s1, weights)
         return self.classifier(self.global_pooling(s1).flatten(1))

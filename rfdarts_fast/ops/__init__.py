@@ -20,6 +20,7 @@ __all__ = [
     "concatenated_cell",
     "mixed_cell",
     "relu_conv_bn",
+    "relu_conv_bns",
     "use_backend",
 ]
 
@@ -65,11 +66,25 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
 
     See `reference.relu_conv_bn`. Frozen 1x1 convolutions are fused where an engine can.
     """
+    return relu_conv_bns(x, [(tuple(convs), norm)])[0]
+
+
+def relu_conv_bns(x: Tensor, layers: Sequence[native_conv.Layer]) -> list[Tensor]:
+    """`relu_conv_bn` for every pair of convolutions and BatchNorm in `layers`; what one engine can compute
+    together reads x once, forward and backward."""
     [x], _ = _under_autocast([x])
+    outs: dict[int, Tensor] = {}
+    groups: dict[tuple, list[int]] = {}
     fused = backend_name() not in ("reference", "triton") and native.built()
-    if fused and native_conv.why_not_conv(x, tuple(convs), norm) is None:
-        return native_conv.relu_conv_bn(x, tuple(convs), norm, memory=use_backend.memory)
-    return reference.relu_conv_bn(x, convs, norm)
+    for i, layer in enumerate(layers):
+        if fused and native_conv.why_not_conv(x, *layer) is None:
+            groups.setdefault(native_conv.kind(layer), []).append(i)
+        else:
+            outs[i] = reference.relu_conv_bn(x, *layer)
+    for group in groups.values():
+        found = native_conv.relu_conv_bns(x, [layers[i] for i in group], memory=use_backend.memory)
+        outs.update(zip(group, found, strict=True))
+    return [outs[i] for i in range(len(layers))]
 
 
 def _under_autocast(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Memory]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from rfdarts_fast.ops.backend import Memory
 from rfdarts_fast.ops.native_plan import pack_reduce
+
+# a convolution, or FactorizedReduce's two, and the BatchNorm behind
+Layer = tuple[tuple[nn.Conv2d, ...], nn.BatchNorm2d]
 
 _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = weakref.WeakKeyDictionary()
 
@@ -73,50 +77,57 @@ def _weights(convs: tuple[nn.Conv2d, ...]) -> Tensor:
 
 
 class ConvNormFunction(torch.autograd.Function):
-    """ReLU, frozen convolution, BatchNorm; see `relu_conv_bn`."""
+    """ReLU, frozen convolutions, BatchNorms; see `relu_conv_bns`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        weights: Tensor,
-        moments: Tensor | None,
+        weights: list[Tensor],
+        moments: list[Tensor],
         eps: float,
         reduce: bool,
         recompute: bool,
-    ) -> tuple[Tensor, Tensor]:
-        x = channels_inside(x)
-        out, y, used = torch.ops.rfdarts.conv_bn_forward(x, weights, gamma, beta, moments, eps, reduce)
-        ctx.save_for_backward(x, None if recompute else y, gamma, beta, weights, used)
-        ctx.eps, ctx.reduce, ctx.training = eps, reduce, moments is None
-        ctx.mark_non_differentiable(used)
+        x: Tensor,
+        *gammas_betas: Tensor,
+    ) -> tuple[Tensor, ...]:
+        x, n = channels_inside(x), len(weights)
+        gammas, betas = list(gammas_betas[:n]), list(gammas_betas[n:])
+        outs, ys, used = torch.ops.rfdarts.conv_bn_forward(x, weights, gammas, betas, moments, eps, reduce)
+        ctx.save_for_backward(x, *weights, *gammas, *betas, *used, *([] if recompute else ys))
+        ctx.eps, ctx.reduce, ctx.training, ctx.parts = eps, reduce, not moments, n
+        ctx.mark_non_differentiable(*used)
         ctx.set_materialize_grads(False)
-        return out, used
+        return *outs, *used
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 8
-        x, y, gamma, beta, weights, used = ctx.saved_tensors
-        if y is None:
-            y = torch.ops.rfdarts.conv_bn_forward(x, weights, gamma, beta, used, ctx.eps, ctx.reduce)[1]
-        dx, grad_gamma, grad_beta = torch.ops.rfdarts.conv_bn_backward(
-            channels_last(grad),
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n, ops = ctx.parts, torch.ops.rfdarts
+        given = grads[:n]
+        if all(grad is None for grad in given):
+            return (None,) * (6 + 2 * n)
+        x, *lists = ctx.saved_tensors
+        weights, gammas, betas, used, ys = (lists[i * n : (i + 1) * n] for i in range(5))
+        if not ys:
+            ys = ops.conv_bn_forward(x, weights, gammas, betas, used, ctx.eps, ctx.reduce)[1]
+        dense = [
+            torch.zeros_like(y) if grad is None else channels_last(grad)
+            for grad, y in zip(given, ys, strict=True)
+        ]
+        dx, grad_gammas, grad_betas = ops.conv_bn_backward(
+            dense,
             x,
-            y,
+            ys,
             weights,
-            gamma,
-            beta,
+            gammas,
+            betas,
             used,
             ctx.eps,
             ctx.training,
             ctx.reduce,
-            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[5],
         )
-        return dx if ctx.needs_input_grad[0] else None, grad_gamma, grad_beta, *(None,) * 5
+        return *(None,) * 5, dx if ctx.needs_input_grad[5] else None, *grad_gammas, *grad_betas
 
 
 def relu_conv_bn(
@@ -134,24 +145,44 @@ def relu_conv_bn(
     Raises:
         ValueError: in training mode with a single value per channel, as BatchNorm2d.
     """
-    training = norm.training or norm.running_mean is None
-    count = x.shape[0] * (x.shape[2] // len(convs)) * (x.shape[3] // len(convs))
+    return relu_conv_bns(x, [(convs, norm)], memory)[0]
+
+
+def relu_conv_bns(x: Tensor, layers: Sequence[Layer], memory: Memory = "fast") -> list[Tensor]:
+    """`relu_conv_bn` for several layers of one `kind` (see there) that read x, with one read of it."""
+    norms = [norm for _, norm in layers]
+    stride = len(layers[0][0])
+    training = _uses_batch(norms[0])
+    count = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
     if training and count == 1:
         raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
-    gamma = norm.weight if norm.affine else x.new_ones(norm.num_features)
-    beta = norm.bias if norm.affine else x.new_zeros(norm.num_features)
-    moments = None
+    gammas = [norm.weight if norm.affine else x.new_ones(norm.num_features) for norm in norms]
+    betas = [norm.bias if norm.affine else x.new_zeros(norm.num_features) for norm in norms]
+    moments = []
     if not training:
-        moments = torch.stack([norm.running_mean, norm.running_var]).double()  # type: ignore[list-item]
-    reduce, recompute = len(convs) == 2, memory == "recompute"
-    out, used = ConvNormFunction.apply(x, gamma, beta, _weights(convs), moments, norm.eps, reduce, recompute)
-    if norm.training and norm.running_mean is not None:
-        torch.ops.rfdarts.update_running(
-            [norm.running_mean],
-            [norm.running_var],
-            [norm.num_batches_tracked],
-            used[:, None],
-            float(norm.momentum or 0.0),
-            count,
-        )
-    return out
+        moments = [torch.stack([norm.running_mean, norm.running_var]).double() for norm in norms]  # type: ignore[list-item]
+    weights = [_weights(convs) for convs, _ in layers]
+    found = ConvNormFunction.apply(
+        weights, moments, norms[0].eps, stride == 2, memory == "recompute", x, *gammas, *betas
+    )
+    for norm, used in zip(norms, found[len(layers) :], strict=True):
+        if norm.training and norm.running_mean is not None:
+            torch.ops.rfdarts.update_running(
+                [norm.running_mean],
+                [norm.running_var],
+                [norm.num_batches_tracked],
+                used[:, None],
+                float(norm.momentum or 0.0),
+                count,
+            )
+    return list(found[: len(layers)])
+
+
+def _uses_batch(norm: nn.BatchNorm2d) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def kind(layer: Layer) -> tuple:
+    """What layers must have in common to share a read: stride, eps, whether statistics are the batch's."""
+    convs, norm = layer
+    return len(convs), norm.eps, _uses_batch(norm)

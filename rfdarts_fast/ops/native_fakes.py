@@ -60,15 +60,15 @@ def _cell_backward(
     )
 
 
-def _conv_bn_forward(x, weights, gamma, beta, moments, eps, reduce):
-    half = 2 if reduce else 1
-    out = [_state(x, gamma.shape[0], x.shape[2] // half, x.shape[3] // half) for _ in range(2)]
-    return *out, x.new_empty(2, gamma.shape[0], dtype=torch.float64)
+def _conv_bn_forward(x, weights, gammas, betas, moments, eps, reduce):
+    half, widths = 2 if reduce else 1, [gamma.shape[0] for gamma in gammas]
+    outs, ys = ([_state(x, c, x.shape[2] // half, x.shape[3] // half) for c in widths] for _ in range(2))
+    return outs, ys, [x.new_empty(2, c, dtype=torch.float64) for c in widths]
 
 
-def _conv_bn_backward(grad, x, y, weights, gamma, beta, moments, eps, training, reduce, wanted):
+def _conv_bn_backward(grads, x, ys, weights, gammas, betas, moments, eps, training, reduce, wanted):
     dx = _state(x, *x.shape[1:]) if wanted else x.new_empty_strided((0, 1, 1, 1), (1, 1, 1, 1))
-    return dx, torch.empty_like(gamma), torch.empty_like(gamma)
+    return dx, [torch.empty_like(g) for g in gammas], [torch.empty_like(g) for g in gammas]
 
 
 def register() -> None:

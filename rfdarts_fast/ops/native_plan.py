@@ -67,21 +67,27 @@ class Plan:
     packers: list = field(default_factory=list)
     size: int = 0
 
+    def __post_init__(self) -> None:
+        """What is looked at in every call; a module never exchanges these dictionaries."""
+        self.conv_parameters = [conv._parameters for conv in self.convs]
+        self.norm_parameters = [norm._parameters for norm in self.norms]
+        self.norm_buffers = [norm._buffers for norm in self.norms]
+
     def current(self) -> bool:
         return [*map(dict.get, self.parents, self.names)] == self.modules
 
     def conv_weights(self) -> list[Tensor]:
-        return [*map(_weight, (conv._parameters for conv in self.convs))]
+        return [*map(_weight, self.conv_parameters)]
 
     def gammas(self) -> list[Tensor | None]:
-        return [*map(_weight, (norm._parameters for norm in self.norms))]
+        return [*map(_weight, self.norm_parameters)]
 
     def betas(self) -> list[Tensor | None]:
-        return [*map(_bias, (norm._parameters for norm in self.norms))]
+        return [*map(_bias, self.norm_parameters)]
 
     def running(self) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
         """Running means, variances and counts of batches of all BatchNorms; None where not tracked."""
-        buffers = [norm._buffers for norm in self.norms]
+        buffers = self.norm_buffers
         return [*map(_mean, buffers)], [*map(_variance, buffers)], [*map(_batches, buffers)]
 
     def objection(self, dtype: torch.dtype) -> str | None:
@@ -118,12 +124,13 @@ class Plan:
 _plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Plan | str]] = weakref.WeakKeyDictionary()
 
 
-def plan_of(edges: Sequence[Edge], inputs: int) -> Plan | str:
-    """The plan of a cell, or the reason why there is none."""
-    key = (inputs, *(id(edge) for edge in edges))
+def plan_of(edges: Sequence[Edge], inputs: int, check: bool = True) -> Plan | str:
+    """The plan of a cell, or the reason why there is none. check=False: right after a call that did check."""
+    key = (inputs, *map(id, edges))
     found = _plans.get(edges[0])  # type: ignore[call-overload]
-    if found is not None and found[0] == key and (isinstance(found[1], str) or found[1].current()):
-        return found[1]
+    if found is not None and found[0] == key:
+        if isinstance(found[1], str) or not check or found[1].current():
+            return found[1]
     plan: Plan | str
     try:
         plan = _make(edges, inputs)
@@ -162,6 +169,7 @@ def _make(edges: Sequence[Edge], inputs: int) -> Plan:
     if plan.norms and plan.norms[0].momentum is None:
         raise Unsupported("BatchNorm with a cumulative average (momentum=None)")
     plan.spec = [inputs, nodes, primitives, len(plan.norms), first.K, 0, *body]
+    plan.__post_init__()
     return plan
 
 

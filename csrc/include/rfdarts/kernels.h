@@ -42,6 +42,21 @@ struct Ahead {
   int64_t rate = 0, due = 0;
 };
 
+// One of several 1x1 convolutions of an image: pw [ci][co], y [oh][ow][co] with its moments.
+template <class T>
+struct Conv1x1 {
+  int64_t co;
+  const T* pw;
+  T* y;
+  double *mean, *deviation;
+};
+// Its gradient, coef0 g + coef1 (y - coef2) + coef3, coef [4][repeat].
+template <class T>
+struct NormBackward {
+  int64_t co;
+  const T *g, *y, *coef;
+};
+
 // Per-channel coefficients, repeated until they fill whole vectors: see `repeat`.
 // T: arithmetic and states. S: how branch outputs are kept (T, or bf16 beside float).
 template <class T, class S>
@@ -105,11 +120,11 @@ struct Kernels {
   void (*relu_backward_add)(const T* dx, const T* x, T* rest, int64_t size, int64_t c);
   void (*divide_by_window)(T* d, int64_t h, int64_t w, int64_t c, int stride);
 
-  // One image through ReLU and a 1x1 convolution; see image_1x1.h.
-  void (*conv1x1_forward)(View<T> x, int64_t oh, int64_t ow, int64_t ci, int64_t co, bool reduce, const T* pw, T* y,
-                          double* mean, double* deviation, T* scratch, Ahead& ahead);
-  void (*conv1x1_backward)(const T* g, const T* y, const T* coef, View<T> x, int64_t oh, int64_t ow, int64_t ci,
-                           int64_t co, bool reduce, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
+  // One image through ReLU and 1x1 convolutions; see image_1x1.h.
+  void (*conv1x1_forward)(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const Conv1x1<T>* convs,
+                          T* scratch, Ahead& ahead);
+  void (*conv1x1_backward)(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
+                           const NormBackward<T>* norms, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
   // dense pixels to pixels `step` apart, past the caches
   void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
   void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out);
