@@ -348,9 +348,12 @@ struct Backward : CellContext<T, S> {
     }
   };
   // `queue`: what follows the convolutions; returned with what they read themselves in between
-  void fetch_stage1(const Stage1& plan, int64_t n, int64_t next, Stage1Room& room, Queue& queue) {
+  void fetch_stage1(int s, const Stage1& plan, int64_t n, int64_t next, Stage1Room& room, Queue& queue) {
+    const Source& source = cell.sources[s];
     int64_t size = cell.pixels() * cm, full = cell.pixels() * cell.channels;
     room.extra.clear();
+    room.extra.add(plan.outer[n], source.h * source.w, cell.channels);
+    if (!plan.dots.empty()) room.extra.add(bypass[s][n], cell.pixels(), cell.channels);
     for (const T* p : plan.around) room.extra.add(p + n * full, full * sizeof(T));
     room.extra.append(queue);
     queue.clear();
@@ -468,7 +471,7 @@ struct Backward : CellContext<T, S> {
           for (int j = 0; j < plan.count; j++) this->make_dense(j, n);
         if (leaves) {
           if (i >= 0) fetch_node(plan, n, queue);
-          fetch_stage1(stage, n, next, stage_room, queue);
+          fetch_stage1(s, stage, n, next, stage_room, queue);
           stage1(s, n, stage, stage_room, queue);
         }
         if (i >= 0) node(i, n, plan, node_room);

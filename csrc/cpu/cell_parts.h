@@ -83,32 +83,39 @@ struct Moments {
 // What an image's convolutions should fetch meanwhile, in the order in which it is needed.
 class Queue {
  public:
-  void clear() { ranges_.clear(), bytes_ = 0; }
-  void add(const void* p, int64_t bytes) {
+  void clear() { ranges_.clear(), lines_ = 0; }
+  void add(const void* p, int64_t bytes, int64_t step = kLine) {
     if (!p) return;
-    ranges_.push_back({static_cast<const char*>(p), bytes});
-    bytes_ += bytes;
+    ranges_.push_back({static_cast<const char*>(p), (bytes + kLine - 1) / kLine, step});
+    lines_ += ranges_.back().lines;
   }
-  int64_t bytes() const { return bytes_; }
+  // an image of `pixels`, c channels each
+  template <class T>
+  void add(View<T> x, int64_t pixels, int64_t c) {
+    if (x.pixel == c) return add(x.data, pixels * c * sizeof(T));
+    for (int64_t k = 0; k < c && x.data; k += kLine / sizeof(T)) add(x.data + k, pixels * kLine, x.pixel * sizeof(T));
+  }
+  int64_t bytes() const { return lines_ * kLine; }
   // over so many multiply-adds of 16 lanes
   Ahead over(int64_t work) {
     if (ranges_.empty()) return {};
-    int64_t lines = bytes_ / 64 + ranges_.size();
-    return {ranges_.data(), ranges_.data() + ranges_.size(), (lines << 16) / std::max<int64_t>(work, 1) + 1, 0};
+    return {ranges_.data(), ranges_.data() + ranges_.size(), (lines_ << 16) / std::max<int64_t>(work, 1) + 1, 0};
   }
   void append(const Queue& other) {
-    for (const auto& range : other.ranges_) add(range.at, range.bytes);
+    for (const auto& range : other.ranges_) add(range);
   }
   // another queue's ranges, a share of them after each of `count` steps
   void add_share(const Queue& other, int64_t step, int64_t count) {
     int64_t size = other.ranges_.size();
     for (int64_t i = step * size / count; i < (step + 1) * size / count; i++)
-      add(other.ranges_[i].at, other.ranges_[i].bytes);
+      add(other.ranges_[i]);
   }
 
  private:
+  static constexpr int64_t kLine = 64;
+  void add(const Ahead::Range& range) { ranges_.push_back(range), lines_ += range.lines; }
   std::vector<Ahead::Range> ranges_;
-  int64_t bytes_ = 0;
+  int64_t lines_ = 0;
 };
 // more than this would push out what is being computed
 constexpr int64_t kFetchAtMost = 384 << 10;

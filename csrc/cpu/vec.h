@@ -40,11 +40,10 @@ RF_INLINE void fetch(Ahead& ahead, int64_t count) {
   Ahead::Range& range = *ahead.next;
   int64_t lines = ahead.due >> 16;
   ahead.due &= (1 << 16) - 1;
+  range.lines -= lines;
   // addresses past the end do no harm
-  for (int64_t j = 0; j < lines; j++) __builtin_prefetch(range.at + j * 64, 0, 2);
-  range.at += lines * 64;
-  range.bytes -= lines * 64;
-  if (range.bytes <= 0 && ++ahead.next == ahead.end) ahead.rate = ahead.due = 0;
+  for (; lines > 0; lines--, range.at += range.step) __builtin_prefetch(range.at, 0, 2);
+  if (range.lines <= 0 && ++ahead.next == ahead.end) ahead.rate = ahead.due = 0;
 }
 
 template <class F, int... I>

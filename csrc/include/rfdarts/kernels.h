@@ -32,9 +32,10 @@ struct Frame {
 // What will be read soon, fetched into the second-level cache while the convolutions compute: memory and arithmetic
 // would otherwise take turns.
 struct Ahead {
+  // cache lines, `step` bytes apart
   struct Range {
     const char* at;
-    int64_t bytes;
+    int64_t lines, step;
   };
   Range *next = nullptr, *end = nullptr;
   // cache lines per 2^16 multiply-adds of 16 lanes, and what is due: a few at a time, for a burst would hold up the
