@@ -289,6 +289,8 @@ struct Forward : CellContext<T, S> {
         if (sums) {
           node(s - cell.inputs, n, plan, node_room);
           if (next >= 0) fetch_node(plan, next, queue);
+        } else if (next >= 0) {
+          queue.add(states[s][next], cell.sources[s].h * cell.sources[s].w, cell.channels);
         }
         if (!leaves) return;
         this->make_dense(s, n);
