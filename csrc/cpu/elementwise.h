@@ -16,6 +16,20 @@ RF_INLINE void sweep(int64_t size, int64_t period, F&& f) {
   });
 }
 
+// f(lanes, coefficient) gives what each(element) does with a vector: coefficients are loaded once, for channels are the
+// outer loop
+template <class T, class F>
+RF_INLINE void sweep_channels(int64_t size, int64_t period, F&& f) {
+  int64_t whole = size / period * period;
+  with_lanes<T>(period, [&](auto lanes) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < period; k += lanes) {
+      auto each = f(lanes, k);
+      for (int64_t i = k; i < whole; i += period) each(i);
+    }
+  });
+  for (int64_t i = whole; i < size; i++) f(std::integral_constant<int, 1>{}, i - whole)(i);
+}
+
 // out[o][k] = sum over elements of what f(lanes, element, coefficient, acc) adds to acc[o]
 template <class T, int Outs, class F>
 RF_INLINE void reduce_sweep(int64_t size, int64_t period, T* out, F&& f) {
@@ -62,6 +76,11 @@ RF_INLINE void fold(const T* lanes, int64_t period, int64_t c, double* out) {
 // floats add up to this many elements before they go to doubles; a whole number of periods
 inline int64_t chunk_size(int64_t period) { return most<int64_t>(1, 2048 / period) * period; }
 
+template <class T, int L, int N>
+struct Streams {
+  Vec<T, L> coef[N], mean[N];
+};
+
 template <class T, class Src>
 void sum_streams(T* dst, bool first, int n, const Src* const* src, const T* coef, const T* mean, const T* bias,
                  int64_t size, int64_t period) {
@@ -74,13 +93,21 @@ void sum_streams(T* dst, bool first, int n, const Src* const* src, const T* coef
         store<lanes>(to + i, bias ? load<lanes>(bias + k) : Vec<T, lanes>{});
       });
     auto add = [&](auto count, int k0) __attribute__((always_inline)) {
-      sweep<T>(len, period, [&](auto lanes, int64_t i, int64_t k) __attribute__((always_inline)) {
-        auto acc = load<lanes>(to + i);
-        unroll<count>(RF_LAMBDA(j) {
-          int64_t row = (k0 + j) * period + k;
-          acc += load<lanes>(coef + row) * (load<lanes>(src[k0 + j] + at + i) - load<lanes>(mean + row));
+      constexpr int N = count;
+      const Src* from[N];
+      unroll<N>(RF_LAMBDA(j) { from[j] = src[k0 + j] + at; });
+      sweep_channels<T>(len, period, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
+        constexpr int L = lanes;
+        Streams<T, L, N> stream;
+        unroll<N>(RF_LAMBDA(j) {
+          stream.coef[j] = load<L>(coef + (k0 + j) * period + k);
+          stream.mean[j] = load<L>(mean + (k0 + j) * period + k);
         });
-        store<lanes>(to + i, acc);
+        return [=, &from](int64_t i) __attribute__((always_inline)) {
+          auto acc = load<L>(to + i);
+          unroll<N>(RF_LAMBDA(j) { acc += stream.coef[j] * (load<L>(from[j] + i) - stream.mean[j]); });
+          store<L>(to + i, acc);
+        };
       });
     };
     int j = 0;

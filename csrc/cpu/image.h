@@ -29,10 +29,12 @@ void frame_affine_relu(const S* y, const T* scale, const T* shift, int64_t h, in
   for (int64_t r = 0; r < h; r++) {
     const S* in = y + r * w * c;
     T* out = dst + f.origin + r * f.pitch;
-    sweep<T>(w * c, repeated<T>(c), [&](auto lanes, int64_t i, int64_t k) __attribute__((always_inline)) {
+    sweep_channels<T>(w * c, repeated<T>(c), [&](auto lanes, int64_t k) __attribute__((always_inline)) {
       constexpr int L = lanes;
-      Vec<T, L> u = load<L>(scale + k) * load<L>(in + i) + load<L>(shift + k);
-      store<L>(out + i, relu_vec<T, L>(u));
+      auto a = load<L>(scale + k), b = load<L>(shift + k);
+      return [=](int64_t i) __attribute__((always_inline)) {
+        store<L>(out + i, relu_vec<T, L>(a * load<L>(in + i) + b));
+      };
     });
   }
 }

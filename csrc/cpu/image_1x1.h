@@ -65,9 +65,10 @@ RF_INLINE void norm_backward_pixels(const NormBackward<T>& norm, int64_t first, 
   const T *g = norm.g + first * c, *y = norm.y + first * c;
   if (step == c) return norm_backward_dense(g, y, norm.coef, pixels * c, c, d);
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
-    for (int64_t p = 0; p < pixels; p++)
-      for (int64_t k = 0; k < c; k += lanes)
-        store<lanes>(d + p * step + k, norm_backward<T, lanes>(g + p * c + k, y + p * c + k, norm.coef + k, period));
+    for (int64_t k = 0; k < c; k += lanes) {
+      NormCoefficients<T, lanes> coef(norm.coef + k, period);
+      for (int64_t p = 0; p < pixels; p++) store<lanes>(d + p * step + k, coef(g + p * c + k, y + p * c + k));
+    }
   });
 }
 
@@ -102,8 +103,10 @@ void conv1x1_backward(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce
 // out = scale y + shift
 template <class T>
 void affine(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out) {
-  sweep<T>(size, period, [&](auto lanes, int64_t i, int64_t k) __attribute__((always_inline)) {
-    store<lanes>(out + i, load<lanes>(scale + k) * load<lanes>(y + i) + load<lanes>(shift + k));
+  sweep_channels<T>(size, period, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
+    constexpr int L = lanes;
+    auto a = load<L>(scale + k), b = load<L>(shift + k);
+    return [=](int64_t i) __attribute__((always_inline)) { store<L>(out + i, a * load<L>(y + i) + b); };
   });
 }
 

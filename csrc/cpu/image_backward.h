@@ -1,15 +1,23 @@
 // d = coef0 g + coef1 (y - coef2) + coef3: the gradient at a BatchNorm's input, formed where it is used.
-template <class T, int L, class G, class S>
-RF_INLINE Vec<T, L> norm_backward(const G* g, const S* y, const T* coef, int64_t period) {
-  return load<L>(coef) * load<L>(g) +
-         (load<L>(coef + period) * (load<L>(y) - load<L>(coef + 2 * period)) + load<L>(coef + 3 * period));
-}
+template <class T, int L>
+struct NormCoefficients {
+  Vec<T, L> slope, factor, mean, constant;
+  RF_INLINE NormCoefficients(const T* coef, int64_t period)
+      : slope(load<L>(coef)), factor(load<L>(coef + period)), mean(load<L>(coef + 2 * period)),
+        constant(load<L>(coef + 3 * period)) {}
+  template <class G, class S>
+  RF_INLINE Vec<T, L> operator()(const G* g, const S* y) const {
+    return slope * load<L>(g) + (factor * (load<L>(y) - mean) + constant);
+  }
+};
 
 template <class T, class G, class S>
 RF_INLINE void norm_backward_dense(const G* g, const S* y, const T* coef, int64_t size, int64_t c, T* d) {
   int64_t period = repeated<T>(c);
-  sweep<T>(size, period, [&](auto lanes, int64_t i, int64_t k) __attribute__((always_inline)) {
-    store<lanes>(d + i, norm_backward<T, lanes>(g + i, y + i, coef + k, period));
+  sweep_channels<T>(size, period, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
+    constexpr int L = lanes;
+    NormCoefficients<T, L> norm(coef + k, period);
+    return [=](int64_t i) __attribute__((always_inline)) { store<L>(d + i, norm(g + i, y + i)); };
   });
 }
 
@@ -63,19 +71,20 @@ void pointwise_flat_backward(const G* g, const S* y, const T* coef, int64_t h, i
   constexpr int L = kLanes<T>;
   Vec<T, L> weights[C];
   unroll<C>(RF_LAMBDA(j) { weights[j] = load<L>(pw_t + j * L); });
+  NormCoefficients<T, L> norm(coef, L);
   for (int64_t r = 0; r < h; r++)
     for (int64_t i = 0; i < w * C; i += L) {
       int64_t at = r * w * C + i, count = w * C - i;
       T* to = e + f.origin + r * f.pitch + i;
       fetch<L>(ahead, C);
       if (count >= L) {
-        store<L>(to, pointwise_flat<T, C>(norm_backward<T, L>(g + at, y + at, coef, L), weights));
+        store<L>(to, pointwise_flat<T, C>(norm(g + at, y + at), weights));
       } else {
         alignas(64) G some_g[L] = {};
         alignas(64) S some_y[L] = {};
         copy(g + at, count, some_g);
         copy(y + at, count, some_y);
-        store_some<T>(to, pointwise_flat<T, C>(norm_backward<T, L>(some_g, some_y, coef, L), weights), count);
+        store_some<T>(to, pointwise_flat<T, C>(norm(some_g, some_y), weights), count);
       }
     }
 }

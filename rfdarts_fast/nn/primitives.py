@@ -6,6 +6,7 @@ Convolutions have no bias; every BatchNorm has momentum 0.1 and eps 1e-5, PyTorc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ def preprocess(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
 
     Only for this package's own modules without hooks: others are called.
     """
-    together = [m for m in modules if type(m) in (ReLUConvBN, FactorizedReduce) and not _hooked(m)]
+    together: list[Any] = [m for m in modules if type(m) in (ReLUConvBN, FactorizedReduce) and not _hooked(m)]
     found = dict(zip(together, ops.relu_conv_bns(x, [m.layer() for m in together]), strict=True))
     return [found[m] if m in found else m(x) for m in modules]
 

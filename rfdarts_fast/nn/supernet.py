@@ -228,27 +228,19 @@ class SearchNetwork(Supernet):
         self.classifier = nn.Linear(c_prev, num_classes)
 
     def _run_cells(self, s0: Tensor, s1: Tensor, weights: dict[str, tuple[Tensor, Tensor | None]]) -> Tensor:
-        """From the stem's states to the last cell's. Two cells read a state, which their preprocessing shares."""
+        """From the stem's states to the last cell's. What two cells make of a state shares one read of it."""
         cells: list[Any] = [*self.cells]
-        # what was made of a state for the cell after the next
-        first: Tensor | None = None
-        for cell, following in zip(cells, [*cells[1:], None], strict=True):
-            arch = weights["reduce" if cell.reduction else "normal"]
-            if not isinstance(cell, SearchCell):
-                s0, s1 = s1, cell(s0, s1, *arch)
-                continue
-            readers = [cell.preprocess1]
-            if first is None and s0 is s1:
-                readers.append(cell.preprocess0)
-            elif first is None:
-                first = cell.preprocess0(s0)
-            if isinstance(following, SearchCell):
-                readers.append(following.preprocess0)
-            second, *others = preprocess(s1, readers)
-            if first is None:
-                first = others.pop(0)
-            s0, s1 = s1, cell(first, second, *arch, preprocessed=True)
-            first = others[0] if others else None
+        arch = [weights["reduce" if cell.reduction else "normal"] for cell in cells]
+        if any(type(cell).forward is not SearchCell.forward for cell in cells):
+            for cell, of_cell in zip(cells, arch, strict=True):
+                s0, s1 = s1, cell(s0, s1, *of_cell)
+            return s1
+        waiting = [] if s0 is s1 else [cells[0].preprocess0(s0)]
+        for i, cell in enumerate(cells):
+            readers = [*([] if waiting else [cell]), *cells[i + 1 : i + 2]]
+            second, *others = preprocess(s1, [cell.preprocess1, *(reader.preprocess0 for reader in readers)])
+            first, *waiting = waiting + others
+            s1 = cell(first, second, *arch[i], preprocessed=True)
         return s1
 
     def make_cell(self, *args: Any) -> SearchCell:

@@ -15,7 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from rfdarts_fast.ops import native_fakes
 from rfdarts_fast.ops.backend import Memory
-from rfdarts_fast.ops.native_conv import channels_inside, channels_last, relu_conv_bn, why_not_conv
+from rfdarts_fast.ops.native_conv import (
+    channels_inside,
+    channels_last,
+    relu_conv_bn,
+    relu_conv_bns,
+    why_not_conv,
+)
 from rfdarts_fast.ops.native_plan import (
     Plan,
     gamma_beta,
@@ -26,7 +32,15 @@ from rfdarts_fast.ops.native_plan import (
 )
 from rfdarts_fast.ops.reference import Edge
 
-__all__ = ["built", "mixed_cell", "relu_conv_bn", "status", "why_not", "why_not_conv"]
+__all__ = [
+    "built",
+    "mixed_cell",
+    "relu_conv_bn",
+    "relu_conv_bns",
+    "status",
+    "why_not",
+    "why_not_conv",
+]
 
 _missing: str | None = None
 try:

@@ -127,11 +127,10 @@ _plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Plan | str]]
 def plan_of(edges: Sequence[Edge], inputs: int, check: bool = True) -> Plan | str:
     """The plan of a cell, or the reason why there is none. check=False: right after a call that did check."""
     key = (inputs, *map(id, edges))
-    found = _plans.get(edges[0])  # type: ignore[call-overload]
-    if found is not None and found[0] == key:
-        if isinstance(found[1], str) or not check or found[1].current():
-            return found[1]
     plan: Plan | str
+    made_for, plan = _plans.get(edges[0], ((), ""))  # type: ignore[call-overload]
+    if made_for == key and (isinstance(plan, str) or not check or plan.current()):
+        return plan
     try:
         plan = _make(edges, inputs)
     except Unsupported as reason:

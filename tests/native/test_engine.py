@@ -13,7 +13,7 @@ from cells import Problem, make_cell, needs_kernels
 from torch import library, nn
 
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from rfdarts_fast.ops import native
+from rfdarts_fast.ops import native, reference
 from rfdarts_fast.ops.native_plan import plan_of
 
 pytestmark = needs_kernels
@@ -90,12 +90,15 @@ def test_opcheck():
     )
     library.opcheck(ops.cell_backward, backward, test_utils=tests)
     for reduce in (False, True):
-        weights = torch.rand((4 if reduce else 2) * 8 * 4)
-        library.opcheck(
-            ops.conv_bn_forward, (x[0], weights, gamma[0], beta[0], None, 1e-5, reduce), test_utils=tests
+        widths = (4, 6)
+        layers = (
+            [torch.rand((4 if reduce else 2) * 8 * c) for c in widths],
+            [torch.rand(c) for c in widths],
+            [torch.rand(c) for c in widths],
         )
-        out, y, used = ops.conv_bn_forward(x[0], weights, gamma[0], beta[0], None, 1e-5, reduce)
-        backward = (out, x[0], y, weights, gamma[0], beta[0], used, 1e-5, True, reduce, True)
+        library.opcheck(ops.conv_bn_forward, (x[0], *layers, [], 1e-5, reduce), test_utils=tests)
+        outs, ys, used = ops.conv_bn_forward(x[0], *layers, [], 1e-5, reduce)
+        backward = (outs, x[0], ys, *layers, used, 1e-5, True, reduce, True)
         library.opcheck(ops.conv_bn_backward, backward, test_utils=tests)
     running = ([torch.zeros(4)], [torch.ones(4)], [torch.tensor(0)], moments[:, :1].contiguous(), 0.1, 32)
     library.opcheck(ops.update_running, running, test_utils=tests)
@@ -160,6 +163,36 @@ def test_relu_conv_bn(kind, c_in, c_out, training, dtype):
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-11}
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("widths", [(16, 16), (16, 32), (5, 3, 8)], ids=str)
+@pytest.mark.parametrize("kind", [ReLUConvBN, FactorizedReduce])
+def test_layers_that_share_a_read_are_what_each_is_by_itself(kind, widths, training):
+    widths = [c + c % 2 for c in widths] if kind is FactorizedReduce else widths
+    modules = [kind(12, c, 1) if kind is ReLUConvBN else kind(12, c) for c in widths]
+    for parameter in nn.ModuleList(modules).train(training).double().parameters():
+        parameter.requires_grad_(parameter.dim() == 1)
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, -1, 1)
+    x, grads = torch.randn(3, 12, 6, 8, dtype=torch.double), None
+    results = []
+    for memory in (None, "fast", "recompute"):
+        copied = copy.deepcopy(modules)
+        leaf = x.clone().requires_grad_()
+        if memory is None:
+            outs = [reference.relu_conv_bn(leaf, *module.layer()) for module in copied]
+        else:
+            outs = native.relu_conv_bns(leaf, [module.layer() for module in copied], memory)
+        grads = [torch.randn_like(out) for out in outs] if grads is None else grads
+        # the last is not used
+        parameters = [p for module in copied[:-1] for p in module.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(outs[:-1], [leaf, *parameters], grads[:-1])
+        results.append([*outs, *gradients, *(b for module in copied for b in module.buffers())])
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    for ours, theirs in zip(results[2], results[1], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_memory_returns_to_the_pool():

@@ -1,10 +1,13 @@
 """The parts of a supernet that neither its size nor its mixed ops show."""
 
+import copy
+
 import pytest
 import torch
 
 from rfdarts_fast.nn import NasBench201SearchNetwork, Network, SearchNetwork
 from rfdarts_fast.nn.derived import Cell, drop_path
+from rfdarts_fast.nn.random_features import freeze_random_features
 from rfdarts_fast.spaces import PUBLISHED, get_space
 
 
@@ -40,6 +43,28 @@ def test_each_cell_type_uses_its_own_weights():
     kinds = ["normal", "reduce", "reduce"]
     for i, kind in enumerate(kinds):
         torch.testing.assert_close(inputs[i], getattr(network, f"alphas_{kind}").softmax(dim=-1))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_cells_may_share_the_preprocessing_of_a_state(hooked):
+    network = SearchNetwork(get_space("darts"), C=4, layers=4).double()
+    freeze_random_features(network)
+    x, calls = torch.randn(2, 3, 8, 8, dtype=torch.double), []
+    if hooked:
+        for cell in network.cells:
+            cell.preprocess0.register_forward_hook(lambda *args: calls.append(args))
+    alone = copy.deepcopy(network)
+    weights = {kind: alone.cell_weights(kind) for kind in ("normal", "reduce")}
+    s0 = s1 = alone.stem(x)
+    for cell in alone.cells:
+        s0, s1 = s1, cell(s0, s1, *weights["reduce" if cell.reduction else "normal"])
+    calls.clear()
+    output = network(x)
+    assert len(calls) == (4 if hooked else 0)
+    expected = alone.classifier(alone.global_pooling(s1).flatten(1))
+    torch.testing.assert_close(output, expected)
+    for a, b in zip(network.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_nasbench201_cells_share_one_table():
