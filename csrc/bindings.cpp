@@ -311,11 +311,7 @@ std::string profile_op() {
 }  // namespace rfdarts
 
 STABLE_TORCH_LIBRARY(rfdarts, m) {
-  define_cell_ops(m);
-  m.def("conv_bn_forward(Tensor x, Tensor weights, Tensor gamma, Tensor beta, Tensor? moments, float eps, bool reduce)"
-        " -> (Tensor, Tensor, Tensor)");
-  m.def("conv_bn_backward(Tensor grad, Tensor x, Tensor y, Tensor weights, Tensor gamma, Tensor beta, Tensor moments,"
-        " float eps, bool training, bool reduce, bool wanted) -> (Tensor, Tensor, Tensor)");
+  define_shared_ops(m);
   m.def("isa() -> str");
   m.def("isa_best() -> str");
   m.def("pool_release() -> ()");

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from rfdarts_fast.ops import cuda, native, native_conv, reference, triton
+from rfdarts_fast.ops import cuda, native, reference, triton
 from rfdarts_fast.ops.backend import Backend, BackendError, Memory, backend_name, fall_back, use_backend
 from rfdarts_fast.ops.reference import Edge
 
@@ -66,9 +66,9 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
     See `reference.relu_conv_bn`. Frozen 1x1 convolutions are fused where an engine can.
     """
     [x], _ = _under_autocast([x])
-    fused = backend_name() not in ("reference", "triton") and native.built()
-    if fused and native_conv.why_not_conv(x, tuple(convs), norm) is None:
-        return native_conv.relu_conv_bn(x, tuple(convs), norm, memory=use_backend.memory)
+    engine = cuda if x.device.type == "cuda" else native
+    if backend_name() not in ("reference", "triton") and engine.why_not_conv(x, tuple(convs), norm) is None:
+        return engine.relu_conv_bn(x, tuple(convs), norm, memory=use_backend.memory)
     return reference.relu_conv_bn(x, convs, norm)
 
 

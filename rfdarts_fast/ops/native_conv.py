@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from rfdarts_fast.ops.backend import Memory
@@ -32,11 +33,20 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def why_not_conv(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module) -> str | None:
-    """Why the kernels cannot compute ReLU, these convolutions (one, or FactorizedReduce's two) and `norm`."""
+    """Why the CPU kernels cannot compute ReLU, one convolution or FactorizedReduce's two, and `norm`."""
     if x.device.type != "cpu":
         return f"no kernels for device {x.device.type}"
-    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4 or x.numel() == 0:
-        return f"no kernels for a {x.dim()}-dimensional input of {x.dtype}"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"no kernels for dtype {x.dtype}"
+    return unsupported_conv(x, convs, norm, x.dtype)
+
+
+def unsupported_conv(
+    x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module, parameters: torch.dtype
+) -> str | None:
+    """What no device has kernels for, or None; weights and BatchNorm must have the dtype `parameters`."""
+    if x.dim() != 4 or x.numel() == 0:
+        return f"an input of shape {[*x.shape]}"
     stride = len(convs)
     if stride == 2 and (x.shape[2] % 2 or x.shape[3] % 2):
         return "a reduction of an odd image size"
@@ -47,18 +57,25 @@ def why_not_conv(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module) -> st
             return "a convolution that is not 1x1"
         if conv.weight.requires_grad:
             return "a convolution is trained; the kernels have no weight gradients"
-        if conv.weight.dtype != x.dtype:
+        if conv.weight.dtype != parameters:
             return "convolution and input of different dtypes"
     if type(norm) is not nn.BatchNorm2d or norm.momentum is None:
         return "no BatchNorm2d with a fixed momentum"
-    if norm.affine and norm.weight.dtype != x.dtype:
+    if norm.affine and norm.weight.dtype != parameters:
         return "BatchNorm and input of different dtypes"
     return None
 
 
+def _state(weight: Tensor) -> tuple:
+    """What differs when a weight has changed."""
+    # a tensor without data, for tracing, has no address
+    address = id(weight) if isinstance(weight, FakeTensor) else weight.data_ptr()
+    return address, weight._version, weight.dtype
+
+
 def _weights(convs: tuple[nn.Conv2d, ...]) -> Tensor:
     """The matrix [in, out] and its transpose, packed again when a weight has changed."""
-    state = tuple((c.weight.data_ptr(), c.weight._version, c.weight.dtype) for c in convs)
+    state = tuple(_state(conv.weight) for conv in convs)
     found = _packed.get(convs[0])
     if found is None or found[0] != state:
         with torch.no_grad():
@@ -127,7 +144,7 @@ def relu_conv_bn(
 ) -> Tensor:
     """norm(conv(relu(x))) with a frozen 1x1 convolution, or FactorizedReduce with its two.
 
-    For arguments that `why_not_conv` has nothing against. x [N, C, H, W] -> [N, C', H, W], or
+    For arguments that the engine's `why_not_conv` has nothing against. x [N, C, H, W] -> [N, C', H, W], or
     [N, C', H/2, W/2] for a reduction; the running statistics are updated as BatchNorm2d does.
     `memory` "recompute" keeps nothing but x for the backward.
 
@@ -138,19 +155,20 @@ def relu_conv_bn(
     count = x.shape[0] * (x.shape[2] // len(convs)) * (x.shape[3] // len(convs))
     if training and count == 1:
         raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
-    gamma = norm.weight if norm.affine else x.new_ones(norm.num_features)
-    beta = norm.bias if norm.affine else x.new_zeros(norm.num_features)
+    weights = _weights(convs)
+    gamma = norm.weight if norm.affine else weights.new_ones(norm.num_features)
+    beta = norm.bias if norm.affine else weights.new_zeros(norm.num_features)
     moments = None
     if not training:
         moments = torch.stack([norm.running_mean, norm.running_var]).double()  # type: ignore[list-item]
     reduce, recompute = len(convs) == 2, memory == "recompute"
-    out, used = ConvNormFunction.apply(x, gamma, beta, _weights(convs), moments, norm.eps, reduce, recompute)
+    out, used = ConvNormFunction.apply(x, gamma, beta, weights, moments, norm.eps, reduce, recompute)
     if norm.training and norm.running_mean is not None:
         torch.ops.rfdarts.update_running(
             [norm.running_mean],
             [norm.running_var],
             [norm.num_batches_tracked],
-            used[:, None],
+            used.unsqueeze(1),
             float(norm.momentum or 0.0),
             count,
         )
