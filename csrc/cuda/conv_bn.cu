@@ -7,7 +7,7 @@
 namespace rfdarts::cuda {
 namespace {
 
-// Blocks whose statistics or sums are merged: enough to fill a device, few for the merge.
+// Blocks: enough to fill a device, few where their statistics or sums are merged.
 constexpr int kMaxParts = 2048, kMaxSums = 512;
 // Weights are loaded once for all of a block's tiles where they take no more than this.
 constexpr int kWeightsGoal = 40 << 10;
@@ -72,7 +72,8 @@ struct RunConvNorm {
   void normalize(T* out) const {
     ConvNormAffine<T> p{norms, pixels, y(), out};
     int64_t items = ceil_div<int64_t>(int64_t(pixels) * std::min(co, kChannels), V * kThreads);
-    launch(conv_norm_affine_kernel<T, V>, channel_grid(std::min(items, kMaxBlocks)), 0, stream, p);
+    int shared = 3 * kChannels * int(sizeof(Acc<T>));
+    launch(conv_norm_affine_kernel<T, V>, channel_grid(std::min<int64_t>(items, kMaxParts)), shared, stream, p);
   }
   void forward(T* out) const {
     int half = co / passes;

@@ -149,25 +149,34 @@ struct ConvNormAffine {
 // channels of a block that takes them as they come
 constexpr int kChannels = 64;
 
-// Blocks: pixels x groups of kChannels.
+// Blocks: pixels x groups of kChannels. Shared memory: [3][kChannels].
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     conv_norm_affine_kernel(const __grid_constant__ ConvNormAffine<T> a) {
+  RFDARTS_SHARED(shared);
   using A = Acc<T>;
-  int c = a.norms.c, c0 = int(blockIdx.y) * kChannels;
-  Lanes<V> lane(min(kChannels, c - c0));
-  int ch = c0 + lane.channel;
+  A *scales = reinterpret_cast<A*>(shared), *centres = scales + kChannels, *betas = centres + kChannels;
+  int c = a.norms.c, c0 = int(blockIdx.y) * kChannels, count = min(kChannels, c - c0);
+  // roots are slow: one thread each
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    scales[i] = a.norms.scale(0, c0 + i);
+    centres[i] = a.norms.centre(0, c0 + i);
+    betas[i] = a.norms.beta[c0 + i];
+  }
+  __syncthreads();
+  Lanes<V> lane(count);
   A scale[V], centre[V], beta[V];
-#pragma unroll
-  for (int i = 0; i < V; i++)
-    scale[i] = a.norms.scale(0, ch + i), centre[i] = a.norms.centre(0, ch + i), beta[i] = a.norms.beta[ch + i];
+  load<V>(scales + lane.channel, scale);
+  load<V>(centres + lane.channel, centre);
+  load<V>(betas + lane.channel, beta);
   int apart = int(gridDim.x) * lane.step;
   for (int64_t p = int64_t(blockIdx.x) * lane.step + lane.pixel; p < a.pixels; p += apart) {
+    int64_t at = p * c + c0 + lane.channel;
     A value[V];
-    load<V>(a.y + p * c + ch, value);
+    load<V>(a.y + at, value);
 #pragma unroll
     for (int i = 0; i < V; i++) value[i] = scale[i] * (value[i] - centre[i]) + beta[i];
-    store<V>(a.out + p * c + ch, value);
+    store<V>(a.out + at, value);
   }
 }
 
