@@ -233,7 +233,8 @@ ConvNorm conv_norm(const Tensor& x, const Tensor& weights, const Tensor& gamma, 
   int64_t ci = x.size(1), co = gamma.numel();
   STD_TORCH_CHECK(weights.numel() == 2 * (reduce ? 2 : 1) * ci * co, "weights: expected the matrix and its transpose");
   STD_TORCH_CHECK(beta.numel() == co && moments.numel() == 2 * co, "gamma, beta, moments: expected [C], [C], [2, C]");
-  STD_TORCH_CHECK(!reduce || co % 2 == 0, "gamma: a reduction has an even number of channels");
+  STD_TORCH_CHECK(!reduce || (co % 2 == 0 && x.size(2) % 2 == 0 && x.size(3) % 2 == 0),
+                  "x, gamma: a reduction needs an even height, width and number of outputs");
   return {x.size(0), x.size(2), x.size(3), ci, co, reduce, training, eps, states(x, x), pointer(weights),
           pointer(gamma), pointer(beta), y.data_ptr(), static_cast<double*>(moments.data_ptr())};
 }

@@ -26,8 +26,10 @@ struct RunConvNorm {
     return static_cast<U*>(allocate(count * int64_t(sizeof(U))));
   }
   T* y() const { return static_cast<T*>(a.y); }
-  // channels of y and of each convolution's part of it are whole vectors; fresh memory is aligned
-  bool wide_y() const { return co / passes % kWide<T> == 0; }
+  // channels of y and of each convolution's part of it are whole vectors. Fresh memory is aligned, gradients may not be.
+  bool wide_y(const T* g = nullptr) const {
+    return co / passes % kWide<T> == 0 && reinterpret_cast<uintptr_t>(g) % 16 == 0;
+  }
   // `columns` outputs from k inputs
   bool tensor_cores(int k, int columns) const { return sizeof(T) == 2 && k % 16 == 0 && columns % 8 == 0; }
 
@@ -106,13 +108,13 @@ struct RunConvNorm {
     ConvNormBackward<T> p{};
     lay_out(p);
     p.shape = shape<TensorCores, kFewColumns>(co / passes, ci, false);
-    p.wide_y = wide_y(), p.g = g, p.y = y(), p.coef = coef, p.dx = dx;
+    p.wide_y = wide_y(g), p.g = g, p.y = y(), p.coef = coef, p.dx = dx;
     launch(conv_norm_backward_kernel<T, TensorCores>, dim3(ceil_div(pixels, p.shape.pixels)),
            ProductShared<T, TensorCores>(p.shape).bytes, stream, p);
   }
   void backward(const T* g, T* dx, Acc<T>* grad_gamma, Acc<T>* grad_beta) const {
     Acc<T>* coef = take<Acc<T>>(int64_t(4) * co);
-    wide_y() ? sum<kWide<T>>(g, grad_gamma, grad_beta, coef) : sum<1>(g, grad_gamma, grad_beta, coef);
+    wide_y(g) ? sum<kWide<T>>(g, grad_gamma, grad_beta, coef) : sum<1>(g, grad_gamma, grad_beta, coef);
     if (!dx) return;
     if constexpr (sizeof(T) == 2)
       tensor_cores(co / passes, ci) ? spread<true>(g, coef, dx) : spread<false>(g, coef, dx);

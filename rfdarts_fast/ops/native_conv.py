@@ -57,8 +57,8 @@ def unsupported_conv(
             return "a convolution that is not 1x1"
         if conv.weight.requires_grad:
             return "a convolution is trained; the kernels have no weight gradients"
-        if conv.weight.dtype != parameters:
-            return "convolution and input of different dtypes"
+        if conv.weight.dtype != parameters or conv.weight.device != x.device:
+            return "convolution and input of different dtypes or devices"
     if type(norm) is not nn.BatchNorm2d or norm.momentum is None:
         return "no BatchNorm2d with a fixed momentum"
     if norm.affine and norm.weight.dtype != parameters:

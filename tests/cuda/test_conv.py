@@ -11,9 +11,10 @@ from tests.cuda.test_kernels import assert_as_good_as_torch, assert_exact
 
 SHAPES = [(1, 7, 5), (3, 1, 3), (2, 5, 1), (2, 18, 10)]
 EVEN_SHAPES = [(1, 2, 6), (3, 10, 2), (2, 14, 34)]
-CHANNELS = [(1, 1), (3, 5), (5, 3), (7, 1), (1, 7), (16, 16), (48, 16), (64, 80), (80, 64), (33, 70)]
-# tensor cores take: one chunk, several, several groups of columns; the outputs, not the gradients; nothing
-TENSOR_CHANNELS = [(16, 16), (64, 16), (80, 48), (160, 80), (24, 16), (20, 12)]
+CHANNELS = [(1, 1), (3, 5), (5, 3), (7, 1), (1, 7), (16, 16), (48, 16), (64, 80), (96, 64), (33, 70)]
+# tensor cores take: one chunk, several, several groups of columns, more weights than shared memory keeps;
+# the outputs, not the gradients; nothing
+TENSOR_CHANNELS = [(16, 16), (64, 16), (80, 48), (160, 80), (336, 64), (24, 16), (20, 12)]
 
 
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
@@ -103,6 +104,20 @@ def test_strided_inputs(emulation, dtype, reduce):
         torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_that_are_expanded_or_not_aligned(emulation, dtype):
+    # where the mean goes into the gradient, the same sums in another order would differ
+    case = ConvCase((2, 6, 10), dtype, (16, 32), train=False)
+    convs, norm = case.parts(case.module.to(cuda.parameter_dtype(dtype)))
+    x = case.inputs[0].to(dtype).requires_grad_()
+    out = cuda.relu_conv_bn(x, convs, norm)
+    shifted = torch.ones(out.numel() + 1).to(dtype)[1:].view(2, 6, 10, 32).permute(0, 3, 1, 2)
+    grads = [torch.ones_like(out), torch.ones(()).to(dtype).expand_as(out), shifted]
+    aligned, *found = [torch.autograd.grad(out, x, grad, retain_graph=True)[0] for grad in grads]
+    for dx in found:
+        torch.testing.assert_close(dx, aligned, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("reduce", [False, True])
 def test_nan_in_nan_out(emulation, reduce):
     case = ConvCase((1, 8, 8), reduce=reduce, train=False)
@@ -141,6 +156,7 @@ def test_why_not_names_the_reason():
     assert cuda.why_not_conv(x, convs, norm) == "no CUDA kernels for device cpu"
     assert cuda.unsupported_conv(x, convs, norm) is None
     assert "dtype" in cuda.unsupported_conv(x.to(torch.int32), convs, norm)
+    assert "devices" in cuda.unsupported_conv(x.to("meta"), convs, norm)
     assert "different dtypes" in cuda.unsupported_conv(x.bfloat16(), convs, norm)
     convs[0].requires_grad_(True)
     assert "trained" in cuda.unsupported_conv(x, convs, norm)
