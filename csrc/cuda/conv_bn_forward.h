@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
   A* sums = reinterpret_cast<A*>(shared + at.sums);
   int groups = int(gridDim.y) / a.passes, pass = int(blockIdx.y) / groups;
   int within = int(blockIdx.y) % groups * Columns, count = min(Columns, a.half() - within);
-  int o0 = pass * a.half() + within, i0 = pass * a.ci, wide = a.passes * a.ci;
+  int o0 = pass * a.half() + within, i0 = pass * a.ci, inputs = a.passes * a.ci;
   // a thread keeps its channel for the statistics
   int parts = kThreads / count, ch = threadIdx.x % count, part = threadIdx.x / count;
   A shift = 0, sum = 0, square = 0;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
     Product<T, TensorCores, Columns> product(s);
     for (int c0 = 0; c0 < a.ci; c0 += s.ck) {
       int k = min(s.ck, a.ci - c0);
-      // and everyone is done with what this overwrites
+      // the places are known, and nobody needs what this overwrites
       __syncthreads();
       if (a.wide)
         load_relu<T, kWide<T>, kAhead>(a.x.data, places, s.pixels, c0, k, ds, at.ldd);
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
       // weights that all fit stay
       if (c0 % s.wk == 0 && (done == 0 || s.wk < a.ci))
         stage_weights<TensorCores>(a.weights + int64_t(i0 + c0) * a.co + o0, a.co,
-                                   a.transposed() + int64_t(o0) * wide + i0 + c0, wide, min(s.wk, a.ci - c0), count,
-                                   s.columns, ws, at.ldw);
+                                   a.transposed() + int64_t(o0) * inputs + i0 + c0, inputs,
+                                   min(s.wk, a.ci - c0), count, s.columns, ws, at.ldw);
       __syncthreads();
       int skipped = c0 % s.wk * (TensorCores ? 1 : at.ldw);
       product.add(ds, at.ldd, ws + skipped, at.ldw, k, count);

@@ -14,7 +14,7 @@ EVEN_SHAPES = [(1, 2, 6), (3, 10, 2), (2, 14, 34)]
 CHANNELS = [(1, 1), (3, 5), (5, 3), (7, 1), (1, 7), (16, 16), (48, 16), (64, 80), (96, 64), (33, 70)]
 # tensor cores take: one chunk, several, several groups of columns, more weights than shared memory keeps;
 # the outputs, not the gradients; nothing
-TENSOR_CHANNELS = [(16, 16), (64, 16), (80, 48), (160, 80), (336, 64), (24, 16), (20, 12)]
+TENSOR_CHANNELS = [(16, 16), (64, 16), (80, 48), (160, 80), (336, 64), (24, 16), (20, 12), (7, 6)]
 
 
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
@@ -66,12 +66,16 @@ def test_error_is_that_of_pytorch_where_pixels_lie_far_out(emulation, place, cha
     assert_as_good_as_torch(case, floor=torch.finfo(torch.float32).eps / 2)
 
 
-def test_blocks_with_several_tiles(emulation):
-    """More pixels than there are blocks for; the first tiles far from the others."""
-    case = ConvCase((2, 280, 260), torch.float32, (2, 36))
+@pytest.mark.parametrize(
+    ("dtype", "shape", "channels"),
+    [(torch.float32, (2, 280, 260), (2, 36)), (torch.bfloat16, (2, 400, 340), (32, 8))],
+)
+def test_blocks_with_several_tiles(emulation, dtype, shape, channels):
+    """More pixels than there are blocks for; some rows far from the others."""
+    case = ConvCase(shape, dtype, channels)
     case.inputs[0][:, :, 100:200].add_(50)
-    case.inputs = [case.inputs[0].float().double()]
-    assert_as_good_as_torch(case, floor=torch.finfo(torch.float32).eps / 2)
+    case.inputs = [case.inputs[0].to(dtype).double()]
+    assert_as_good_as_torch(case, floor=torch.finfo(dtype).eps / 2)
 
 
 @pytest.mark.parametrize("reduce", [False, True])
