@@ -214,8 +214,9 @@ if __name__ == "__main__":
         # what tensor cores take: one chunk of channels, two
         cells = {"channels": 16, "inputs": 1}, {"channels": 48, "inputs": 1}
     checks = [(Case, {"nodes": 1, **options}) for options in cells]
-    # several chunks, several groups of columns
-    checks += [(ConvCase, {"channels": (80, 96), "reduce": reduce}) for reduce in (False, True)]
+    # several chunks and groups of columns; columns that are no whole group
+    for widths in ((80, 96), (7, 6)):
+        checks += [(ConvCase, {"channels": widths, "reduce": reduce}) for reduce in (False, True)]
     for seed, (make, options) in enumerate(checks):
         torch.manual_seed(seed)
         case = make((2, 10, 18), kind, **options)

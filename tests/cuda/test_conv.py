@@ -78,6 +78,14 @@ def test_blocks_with_several_tiles(emulation, dtype, shape, channels):
     assert_as_good_as_torch(case, floor=torch.finfo(dtype).eps / 2)
 
 
+def test_blocks_with_several_tiles_and_more_weights_than_they_keep(emulation):
+    case = ConvCase((1, 364, 364), channels=(84, 64))
+    convs, norm = case.parts(case.module)
+    with torch.no_grad():
+        found, expected = (engine.relu_conv_bn(case.inputs[0], convs, norm) for engine in (cuda, reference))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("channels", [(12, 10), (80, 32)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
