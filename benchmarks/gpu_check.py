@@ -92,12 +92,16 @@ def sanitize(tool: str, seconds: float) -> dict[str, Any] | str:
 
 
 def small_case() -> None:
-    """For compute-sanitizer: both strides, partial channels, tensor cores, forward and backward."""
+    """For compute-sanitizer: both strides, partial channels, tensor cores, preprocessing; with gradients."""
+    from tests.cuda.convs import ConvCase
     from tests.cuda.emulated import Case
 
     for options in ({"channels": 16, "nodes": 1}, {"channels": 32, "nodes": 1, "stride": 2, "K": 4}):
         for dtype in (torch.float32, torch.bfloat16):
             Case((1, 10, 18), dtype, **options).kernels()
+    for reduce in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            ConvCase((2, 10, 18), dtype, (80, 96), reduce).kernels()
 
 
 def compiled(name: str, quick: bool, device: str, mode: str, engine: str = "compile") -> list[str]:

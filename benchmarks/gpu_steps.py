@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from rfdarts_fast.nn import SearchNetwork, freeze_random_features
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.search.architect import descend, gradients
 from rfdarts_fast.spaces import get_space
+
+if TYPE_CHECKING:
+    from benchmarks.cuda_predicted import Work
 
 # K, stem, image side
 NETWORKS = {
@@ -167,20 +170,22 @@ def largest_batch(name: str, device: str, least: int = 128, most: int = 1 << 15)
 
 
 def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, Any]:
-    """Of each kernel in the first cell's forward and backward: milliseconds, GB/s over the bytes it needs and
-    their share of `roof`'s copy, TFLOP/s."""
+    """Of each kernel in the first cell's forward and backward, and in the preprocessing's: milliseconds, GB/s
+    over the bytes it needs and their share of `roof`'s copy, TFLOP/s."""
     from benchmarks import cuda_predicted
     from rfdarts_fast.ops import cuda
-    from tests.cuda import emulated
+    from tests.cuda import convs, emulated
+
+    def tensor(*shape: int) -> Tensor:
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        return x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     found: dict[str, Any] = {}
     for name, (K, stem, _) in NETWORKS.items():
         if stem == "imagenet":
             continue
         edges = list(emulated.make_edges("darts", 16, 1, K, nodes=4).to(device))
-        shape = batch, 16, 32, 32
-        inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2)]
-        inputs = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in inputs]
+        inputs = [tensor(batch, 16, 32, 32) for _ in range(2)]
         weights = torch.rand(len(edges), 8, device=device, requires_grad=True)
         edge_weights = torch.rand(len(edges), device=device, requires_grad=True) if K > 1 else None
 
@@ -188,28 +193,46 @@ def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, A
             nodes = cuda.mixed_cell(edges, inputs, weights, edge_weights)
             torch.autograd.backward(nodes, [torch.ones_like(node) for node in nodes])
 
-        for _ in range(2):
-            step()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step()
-            torch.cuda.synchronize()
-        needed: dict[str, list[float]] = {}
-        for one in cuda_predicted.work(K, 16, 32, 1, batch):
-            row = needed.setdefault(one.kernel, [0.0, 0.0])
-            row[0], row[1] = row[0] + one.bytes, row[1] + one.adds + one.tensor_adds
-        rows: dict[str, dict[str, float]] = {}
-        for kernel, (size, adds) in needed.items():
-            events = [event for event in profile.key_averages() if kernel in event.key]
-            ms = sum(event.device_time_total for event in events) / 1e3
-            if not ms:
-                continue
-            rows[kernel] = {"ms": round(ms, 4)}
-            if size:
-                speed = size / ms / 1e6
-                rows[kernel] |= {"gb_s": round(speed, 1), "of_copy": round(speed / roof["copy_gb_s"], 3)}
-                rows[kernel]["tflop_s"] = round(2 * adds / ms / 1e9, 2)
-        found[f"{name}, batch {batch}"] = rows
+        found[f"{name}, batch {batch}"] = profiled(step, cuda_predicted.work(K, 16, 32, 1, batch), roof)
+    for stride, width in ((1, 16), (2, 32)):
+        case = convs.ConvCase((1, 2, 2), torch.float32, (64, width), reduce=stride == 2)
+        parts = case.parts(case.module.float().to(device))
+        x = tensor(batch, 64, 32, 32)
+
+        def preprocess(x=x, parts=parts) -> None:
+            out = cuda.relu_conv_bn(x, *parts)
+            out.backward(torch.ones_like(out))
+
+        needed = cuda_predicted.preprocessing_work(64, width, 32, stride, batch)
+        found[f"preprocessing, stride {stride}, batch {batch}"] = profiled(preprocess, needed, roof)
     return found
+
+
+def profiled(
+    step: Callable[[], None], works: Sequence[Work], roof: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """The kernels of a step that needs `works`; see `kernel_times`."""
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    needed: dict[str, list[float]] = {}
+    for one in works:
+        row = needed.setdefault(one.kernel, [0.0, 0.0])
+        row[0], row[1] = row[0] + one.bytes, row[1] + one.adds + one.tensor_adds
+    rows: dict[str, dict[str, float]] = {}
+    for kernel, (size, adds) in needed.items():
+        events = [event for event in profile.key_averages() if kernel in event.key]
+        ms = sum(event.device_time_total for event in events) / 1e3
+        if not ms:
+            continue
+        rows[kernel] = {"ms": round(ms, 4)}
+        if size:
+            speed = size / ms / 1e6
+            rows[kernel] |= {"gb_s": round(speed, 1), "of_copy": round(speed / roof["copy_gb_s"], 3)}
+            rows[kernel]["tflop_s"] = round(2 * adds / ms / 1e9, 2)
+    return rows
 
 
 def main() -> None:

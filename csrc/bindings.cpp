@@ -326,11 +326,7 @@ std::string profile_op() {
 }  // namespace rfdarts
 
 STABLE_TORCH_LIBRARY(rfdarts, m) {
-  define_cell_ops(m);
-  m.def("conv_bn_forward(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] moments, float eps,"
-        " bool reduce) -> (Tensor[], Tensor[], Tensor[])");
-  m.def("conv_bn_backward(Tensor[] grads, Tensor x, Tensor[] ys, Tensor[] weights, Tensor[] gammas, Tensor[] betas,"
-        " Tensor[] moments, float eps, bool training, bool reduce, bool wanted) -> (Tensor, Tensor[], Tensor[])");
+  define_shared_ops(m);
   m.def("isa() -> str");
   m.def("isa_best() -> str");
   m.def("pool_release() -> ()");

@@ -1,4 +1,4 @@
-// The ops of a cell for CUDA tensors, beside a torch with or without CUDA. Torch's stable ABI only. With
+// The ops of every device for CUDA tensors, beside a torch with or without CUDA. Torch's stable ABI only. With
 // RFDARTS_EMULATION: the same kernels on CPU tensors, as a library of its own.
 #ifndef RFDARTS_EMULATION
 #include <Python.h>
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "rfdarts/cuda_cell.h"
+#include "rfdarts/cuda_conv_bn.h"
 #include "rfdarts/schemas.h"
 
 #ifdef RFDARTS_EMULATION
@@ -224,6 +225,61 @@ void update_running_op(Tensors means, Tensors variances, Tensors counts, const T
   update_running(storage_of(means[0]), running, data, moments.size(2), momentum, count, device.stream());
 }
 
+ConvNorm conv_norm(const Tensor& x, const Tensor& weights, const Tensor& gamma, const Tensor& beta, const Tensor& y,
+                   const Tensor& moments, double eps, bool training, bool reduce) {
+  ScalarType parameters = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  for (const Tensor* t : {&weights, &gamma, &beta})
+    STD_TORCH_CHECK(t->scalar_type() == parameters, "parameters: expected float64 beside float64, else float32");
+  int64_t ci = x.size(1), co = gamma.numel();
+  STD_TORCH_CHECK(weights.numel() == 2 * (reduce ? 2 : 1) * ci * co, "weights: expected the matrix and its transpose");
+  STD_TORCH_CHECK(beta.numel() == co && moments.numel() == 2 * co, "gamma, beta, moments: expected [C], [C], [2, C]");
+  STD_TORCH_CHECK(!reduce || (co % 2 == 0 && x.size(2) % 2 == 0 && x.size(3) % 2 == 0),
+                  "x, gamma: a reduction needs an even height, width and number of outputs");
+  return {x.size(0), x.size(2), x.size(3), ci, co, reduce, training, eps, states(x, x), pointer(weights),
+          pointer(gamma), pointer(beta), y.data_ptr(), static_cast<double*>(moments.data_ptr())};
+}
+
+const Tensor& only(const Tensors& list) {
+  STD_TORCH_CHECK(list.size() == 1, "weights: the CUDA kernels take one layer at a time");
+  return list[0];
+}
+
+std::tuple<Tensors, Tensors, Tensors> conv_bn_forward_op(const Tensor& x, const Tensors& weights, const Tensors& gammas,
+                                                         const Tensors& betas, const Tensors& moments, double eps,
+                                                         bool reduce) {
+  Device device(x);
+  const Tensor& gamma = only(gammas);
+  int64_t co = gamma.numel(), half = reduce ? 2 : 1;
+  Tensor out = new_state(x, x.size(0), co, x.size(2) / half, x.size(3) / half);
+  Tensor y = new_state(x, x.size(0), co, x.size(2) / half, x.size(3) / half);
+  Tensor used =
+      moments.empty() ? torch::stable::new_empty(x, {2, co}, ScalarType::Double) : torch::stable::clone(only(moments));
+  ConvNorm a = conv_norm(x, only(weights), gamma, only(betas), y, used, eps, moments.empty(), reduce);
+  Room room{x, {}};
+  conv_norm_forward(storage_of(x), a, out.data_ptr(), device.stream(), std::ref(room));
+  return {Tensors{out}, Tensors{y}, Tensors{used}};
+}
+
+std::tuple<Tensor, Tensors, Tensors> conv_bn_backward_op(const Tensors& grads, const Tensor& x, const Tensors& ys,
+                                                         const Tensors& weights, const Tensors& gammas,
+                                                         const Tensors& betas, const Tensors& moments, double eps,
+                                                         bool training, bool reduce, bool wanted) {
+  Device device(x);
+  const Tensor &grad = only(grads), &y = only(ys), &gamma = only(gammas);
+  int64_t co = gamma.numel();
+  for (const Tensor* t : {&grad, &y})
+    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type() && t->stride(1) == 1 && t->stride(3) == co &&
+                        t->stride(2) == co * t->size(3) && t->stride(0) == t->stride(2) * t->size(2),
+                    "grad, y: expected the dtype of x in channels_last order");
+  Tensor dx = wanted ? new_state(x, x.size(0), x.size(1), x.size(2), x.size(3)) : new_state(x, 0, 1, 1, 1);
+  Tensor grad_gamma = torch::stable::new_empty(gamma, {co}), grad_beta = torch::stable::new_empty(gamma, {co});
+  ConvNorm a = conv_norm(x, only(weights), gamma, only(betas), y, only(moments), eps, training, reduce);
+  Room room{x, {}};
+  conv_norm_backward(storage_of(x), a, grad.data_ptr(), wanted ? dx.data_ptr() : nullptr, grad_gamma.data_ptr(),
+                     grad_beta.data_ptr(), device.stream(), std::ref(room));
+  return {dx, Tensors{grad_gamma}, Tensors{grad_beta}};
+}
+
 #ifdef RFDARTS_EMULATION
 void shuffle_op(bool on) { emulation::shuffle(on); }
 void record_op(bool on) { emulation::record(on); }
@@ -243,7 +299,7 @@ std::string cuda_archs_op() { return RFDARTS_CUDA_ARCHS; }
 
 #ifdef RFDARTS_EMULATION
 STABLE_TORCH_LIBRARY(rfdarts_emulated, m) {
-  define_cell_ops(m);
+  define_shared_ops(m);
   m.def("shuffle(bool on) -> ()");
   m.def("record(bool on) -> ()");
   m.def("recorded() -> str");
@@ -259,6 +315,8 @@ STABLE_TORCH_LIBRARY_IMPL(rfdarts, CUDA, m) {
   m.impl("cell_forward", TORCH_BOX(&rfdarts::cuda::cell_forward_op));
   m.impl("cell_kept", TORCH_BOX(&rfdarts::cuda::cell_kept_op));
   m.impl("cell_backward", TORCH_BOX(&rfdarts::cuda::cell_backward_op));
+  m.impl("conv_bn_forward", TORCH_BOX(&rfdarts::cuda::conv_bn_forward_op));
+  m.impl("conv_bn_backward", TORCH_BOX(&rfdarts::cuda::conv_bn_backward_op));
   m.impl("update_running", TORCH_BOX(&rfdarts::cuda::update_running_op));
 }
 #ifdef RFDARTS_EMULATION

@@ -39,16 +39,6 @@ void run_update(const std::vector<Running>& running, const double* moments, int6
     launch(update_running_kernel<A>, dim3(p.norms), 0, stream, p);
   }
 }
-
-template <class F>
-void with_storage(Storage storage, F&& f) {
-  switch (storage) {
-    case Storage::Float: return f.template operator()<float>();
-    case Storage::Double: return f.template operator()<double>();
-    case Storage::BFloat16: return f.template operator()<__nv_bfloat16>();
-    case Storage::Half: return f.template operator()<__half>();
-  }
-}
 }  // namespace
 
 void cell_forward(Storage storage, const Cell& cell, const CellForward& data, bool nodes, void* stream,

@@ -32,6 +32,17 @@ void launch(void (*kernel)(const Params, Rest...), dim3 grid, int shared, cudaSt
   check(cudaGetLastError(), "launch");
 }
 
+// f(T), the type of states and branch outputs
+template <class F>
+void with_storage(Storage storage, F&& f) {
+  switch (storage) {
+    case Storage::Float: return f.template operator()<float>();
+    case Storage::Double: return f.template operator()<double>();
+    case Storage::BFloat16: return f.template operator()<__nv_bfloat16>();
+    case Storage::Half: return f.template operator()<__half>();
+  }
+}
+
 struct TileSize {
   int th, tw;
 };

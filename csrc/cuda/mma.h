@@ -61,6 +61,15 @@ __device__ __forceinline__ void multiply_tile<__half>(float (&c)[4], const uint3
 #undef RFDARTS_MMA
 #endif
 
+// two neighbours in memory, the first one even
+template <class T>
+__device__ __forceinline__ uint32_t pair_at(const T* from) {
+  Pack<T, 2> two = *reinterpret_cast<const Pack<T, 2>*>(from);
+  uint32_t bits;
+  memcpy(&bits, &two, sizeof(bits));
+  return bits;
+}
+
 // acc += rows p0 .. p0 + 15 of d, ci long and ld (even) apart, times columns o0 .. o0 + 7 of w [ci][ldw]
 template <class T>
 __device__ __forceinline__ void multiply_warp(const float* d, int ld, int p0, int ci, const float* w, int ldw, int o0,

@@ -320,12 +320,13 @@ __global__ void __launch_bounds__(kThreads) node_finish_kernel(const __grid_cons
   if (threadIdx.x == 0) a.grad_edge_weights[edge] = Acc<T>(edge_gradient);
 }
 
-// The inner BatchNorms of a node's separable convolutions, from B2's sums; one block per branch.
+// BatchNorms of which nothing but the sums is needed, such as the inner ones of separable convolutions, from B2's
+// sums. Blocks: branches x groups of `channels`.
 template <class T>
 struct InnerFinish {
   Norms<T> norms;
   const double* partial;  // [branches][2][blocks][c]
-  int blocks;
+  int blocks, channels;   // channels: at most kThreads
   double m;
   bool training;
   Acc<T>*grad_gamma, *grad_beta, *coef;
@@ -336,16 +337,12 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) inner_finish_kernel(const __grid_constant__ InnerFinish<T> a) {
   RFDARTS_SHARED(shared);
   double* room = reinterpret_cast<double*>(shared);
-  int c = a.norms.c, channels = min(c, kThreads);
+  int c = a.norms.c, c0 = int(blockIdx.y) * a.channels, ch = min(c0 + int(threadIdx.x) % a.channels, c - 1);
   const double* sums = a.partial + int64_t(blockIdx.x) * 2 * a.blocks * c;
-  for (int c0 = 0; c0 < c; c0 += channels) {
-    int ch = min(c0 + int(threadIdx.x) % channels, c - 1);
-    double s0 = sum_partials(sums, a.blocks, c, ch, channels, room);
-    double dot = sum_partials(sums + int64_t(a.blocks) * c, a.blocks, c, ch, channels, room);
-    if (int(threadIdx.x) < channels && c0 + int(threadIdx.x) < c)
-      norm_gradient<T>(a.norms, a.norm[blockIdx.x], ch, 1, s0, dot, a.m, a.training, a.grad_gamma, a.grad_beta,
-                       a.coef);
-  }
+  double s0 = sum_partials(sums, a.blocks, c, ch, a.channels, room);
+  double dot = sum_partials(sums + int64_t(a.blocks) * c, a.blocks, c, ch, a.channels, room);
+  if (int(threadIdx.x) < a.channels && c0 + int(threadIdx.x) < c)
+    norm_gradient<T>(a.norms, a.norm[blockIdx.x], ch, 1, s0, dot, a.m, a.training, a.grad_gamma, a.grad_beta, a.coef);
 }
 
 // The channels that bypass: dx [h][w][full] from channel c on = sum over leaving edges of weight g, through the 2x2

@@ -57,11 +57,14 @@ __device__ __forceinline__ void load(const T* from, Acc<T> (&to)[V]) {
 }
 template <int V, class T>
 __device__ __forceinline__ void store(T* to, const Acc<T> (&from)[V]) {
-  static_assert(V <= kWide<T>);
-  Pack<T, V> p;
+  constexpr int W = V < kWide<T> ? V : kWide<T>;
 #pragma unroll
-  for (int i = 0; i < V; i++) p.v[i] = narrow<T>(from[i]);
-  *reinterpret_cast<Pack<T, V>*>(to) = p;
+  for (int i = 0; i < V; i += W) {
+    Pack<T, W> p;
+#pragma unroll
+    for (int j = 0; j < W; j++) p.v[j] = narrow<T>(from[i + j]);
+    *reinterpret_cast<Pack<T, W>*>(to + i) = p;
+  }
 }
 
 // a NaN is not <= 0 and passes, as in torch

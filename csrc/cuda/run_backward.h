@@ -92,9 +92,11 @@ struct RunBackward : CellParts<T> {
     int shared = BackwardShared<T>(p.tiling, p.region, false).bytes;
     launch(inner_backward_kernel<T>, dim3(p.tiling.count, p.branches), shared, stream, p);
     f.norms = norms, f.partial = p.partial, f.blocks = p.tiling.count, f.training = cell.training;
+    f.channels = std::min(cm, kThreads);
     f.m = double(cell.images * cell.pixels());
     f.grad_gamma = grad_gamma, f.grad_beta = grad_beta, f.coef = coef;
-    launch(inner_finish_kernel<T>, dim3(p.branches), kThreads * sizeof(double), stream, f);
+    dim3 grid(p.branches, ceil_div(cm, f.channels));
+    launch(inner_finish_kernel<T>, grid, kThreads * sizeof(double), stream, f);
   }
 
   // The gradient of state s, from every edge that leaves it and from outside the cell.

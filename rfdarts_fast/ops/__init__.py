@@ -75,14 +75,15 @@ def relu_conv_bns(x: Tensor, layers: Sequence[native_conv.Layer]) -> list[Tensor
     [x], _ = _under_autocast([x])
     outs: dict[int, Tensor] = {}
     groups: dict[tuple, list[int]] = {}
-    fused = backend_name() not in ("reference", "triton") and native.built()
+    engine = cuda if x.device.type == "cuda" else native
+    fused = backend_name() not in ("reference", "triton")
     for i, layer in enumerate(layers):
-        if fused and native_conv.why_not_conv(x, *layer) is None:
+        if fused and engine.why_not_conv(x, *layer) is None:
             groups.setdefault(native_conv.kind(layer), []).append(i)
         else:
             outs[i] = reference.relu_conv_bn(x, *layer)
     for group in groups.values():
-        found = native_conv.relu_conv_bns(x, [layers[i] for i in group], memory=use_backend.memory)
+        found = engine.relu_conv_bns(x, [layers[i] for i in group], memory=use_backend.memory)
         outs.update(zip(group, found, strict=True))
     return [outs[i] for i in range(len(layers))]
 

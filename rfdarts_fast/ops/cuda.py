@@ -1,4 +1,5 @@
-"""The CUDA engine for mixed ops with frozen convolutions: the kernels of csrc/cuda under the ops of `native`.
+"""The CUDA engine for mixed ops and cells' preprocessing with frozen convolutions: the kernels of csrc/cuda
+under the ops of `native`.
 
 States and branch outputs are float32, bfloat16, float16 or float64; arithmetic, statistics, parameters and
 their gradients are float32 (float64 for float64). The same inputs give the same bits: no atomics. Launches
@@ -12,15 +13,19 @@ import importlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rfdarts_fast.ops import native
+from rfdarts_fast.ops import native, native_conv
 from rfdarts_fast.ops.backend import Memory
 from rfdarts_fast.ops.reference import Edge
 
 # of csrc/cuda/params.h
 MAX_INCOMING = 8
 MAX_BRANCHES = 48
+# of csrc/cuda/conv_bn.cu
+MAX_PIXELS = 1 << 30
+
+STORAGE = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 _missing: str | None = native.status().get("reason")  # type: ignore[assignment]
@@ -72,7 +77,7 @@ def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
 def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
     """What the kernels cannot compute in this cell, on any machine, or None."""
     storage = storage_dtype(inputs[0])
-    if storage not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    if storage not in STORAGE:
         return f"no kernels for dtype {storage}"
     if any(storage_dtype(x) != storage for x in inputs):
         return "inputs of different dtypes"
@@ -118,3 +123,44 @@ def mixed_cell(
     weights = weights.to(parameters)
     memory = "fast" if memory == "bfloat16" else memory
     return native.mixed_cell(edges, states, weights, edge_weights, memory=memory, concatenate=concatenate)
+
+
+def why_not_conv(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module) -> str | None:
+    """Why the engine cannot compute ReLU, these convolutions and `norm`, or None if it can."""
+    if x.device.type != "cuda":
+        return f"no CUDA kernels for device {x.device.type}"
+    reason = missing()
+    return reason if reason is not None else unsupported_conv(x, convs, norm)
+
+
+def unsupported_conv(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module) -> str | None:
+    """What the kernels cannot compute of these, on any machine, or None."""
+    storage = storage_dtype(x)
+    if storage not in STORAGE:
+        return f"no kernels for dtype {storage}"
+    reason = native_conv.unsupported_conv(x, convs, norm, parameter_dtype(storage))
+    if reason is not None:
+        return reason
+    if len({conv.out_channels for conv in convs}) > 1:
+        return "a FactorizedReduce of two different halves"
+    if x.numel() // x.shape[1] >= MAX_PIXELS:
+        return f"an input of {x.numel() // x.shape[1]} pixels"
+    return None
+
+
+def relu_conv_bn(
+    x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.BatchNorm2d, memory: Memory = "fast"
+) -> Tensor:
+    """The engine behind `rfdarts_fast.ops.relu_conv_bn`, for what `why_not_conv` has nothing against.
+
+    Under autocast, a float32 x is cast to its dtype, in which the result is.
+
+    Raises:
+        ValueError: as `native_conv.relu_conv_bn`.
+    """
+    return native_conv.relu_conv_bn(x.to(storage_dtype(x)), convs, norm, memory)
+
+
+def relu_conv_bns(x: Tensor, layers: Sequence[native_conv.Layer], memory: Memory = "fast") -> list[Tensor]:
+    """`relu_conv_bn` for each of several layers that read x."""
+    return [relu_conv_bn(x, *layer, memory) for layer in layers]

@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rfdarts_fast.ops import native_fakes
+from rfdarts_fast.ops import native_conv, native_fakes
 from rfdarts_fast.ops.backend import Memory
 from rfdarts_fast.ops.native_conv import (
     channels_inside,
     channels_last,
     relu_conv_bn,
     relu_conv_bns,
-    why_not_conv,
 )
 from rfdarts_fast.ops.native_plan import (
     Plan,
@@ -33,7 +32,6 @@ from rfdarts_fast.ops.native_plan import (
 from rfdarts_fast.ops.reference import Edge
 
 __all__ = [
-    "built",
     "mixed_cell",
     "relu_conv_bn",
     "relu_conv_bns",
@@ -48,11 +46,6 @@ try:
     native_fakes.register()
 except ImportError as error:
     _missing = f"the compiled kernels were not built or do not load ({error})"
-
-
-def built() -> bool:
-    """Whether the kernels were built and load."""
-    return _missing is None
 
 
 def status() -> dict[str, str | bool]:
@@ -95,6 +88,11 @@ def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor], parameters: tor
     if plan.stride == 2 and any(x.shape[2] % 2 or x.shape[3] % 2 for x in inputs):
         return "a reduction of an odd image size"
     return plan.objection(parameters)
+
+
+def why_not_conv(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module) -> str | None:
+    """Why the engine cannot compute `relu_conv_bn` of these, or None if it can."""
+    return _missing if _missing is not None else native_conv.why_not_conv(x, convs, norm)
 
 
 class CellFunction(torch.autograd.Function):

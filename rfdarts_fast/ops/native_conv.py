@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from rfdarts_fast.ops.backend import Memory
@@ -36,11 +37,20 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def why_not_conv(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module) -> str | None:
-    """Why the kernels cannot compute ReLU, these convolutions (one, or FactorizedReduce's two) and `norm`."""
+    """Why the CPU kernels cannot compute ReLU, one convolution or FactorizedReduce's two, and `norm`."""
     if x.device.type != "cpu":
         return f"no kernels for device {x.device.type}"
-    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4 or x.numel() == 0:
-        return f"no kernels for a {x.dim()}-dimensional input of {x.dtype}"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"no kernels for dtype {x.dtype}"
+    return unsupported_conv(x, convs, norm, x.dtype)
+
+
+def unsupported_conv(
+    x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module, parameters: torch.dtype
+) -> str | None:
+    """What no device has kernels for, or None; weights and BatchNorm must have the dtype `parameters`."""
+    if x.dim() != 4 or x.numel() == 0:
+        return f"an input of shape {[*x.shape]}"
     stride = len(convs)
     if stride == 2 and (x.shape[2] % 2 or x.shape[3] % 2):
         return "a reduction of an odd image size"
@@ -51,18 +61,25 @@ def why_not_conv(x: Tensor, convs: tuple[nn.Conv2d, ...], norm: nn.Module) -> st
             return "a convolution that is not 1x1"
         if conv.weight.requires_grad:
             return "a convolution is trained; the kernels have no weight gradients"
-        if conv.weight.dtype != x.dtype:
-            return "convolution and input of different dtypes"
+        if conv.weight.dtype != parameters or conv.weight.device != x.device:
+            return "convolution and input of different dtypes or devices"
     if type(norm) is not nn.BatchNorm2d or norm.momentum is None:
         return "no BatchNorm2d with a fixed momentum"
-    if norm.affine and norm.weight.dtype != x.dtype:
+    if norm.affine and norm.weight.dtype != parameters:
         return "BatchNorm and input of different dtypes"
     return None
 
 
+def _state(weight: Tensor) -> tuple:
+    """What differs when a weight has changed."""
+    # a tensor without data, for tracing, has no address
+    address = id(weight) if isinstance(weight, FakeTensor) else weight.data_ptr()
+    return address, weight._version, weight.dtype
+
+
 def _weights(convs: tuple[nn.Conv2d, ...]) -> Tensor:
     """The matrix [in, out] and its transpose, packed again when a weight has changed."""
-    state = tuple((c.weight.data_ptr(), c.weight._version, c.weight.dtype) for c in convs)
+    state = tuple(_state(conv.weight) for conv in convs)
     found = _packed.get(convs[0])
     if found is None or found[0] != state:
         with torch.no_grad():
@@ -138,7 +155,7 @@ def relu_conv_bn(
 ) -> Tensor:
     """norm(conv(relu(x))) with a frozen 1x1 convolution, or FactorizedReduce with its two.
 
-    For arguments that `why_not_conv` has nothing against. x [N, C, H, W] -> [N, C', H, W], or
+    For arguments that the engine's `why_not_conv` has nothing against. x [N, C, H, W] -> [N, C', H, W], or
     [N, C', H/2, W/2] for a reduction; the running statistics are updated as BatchNorm2d does.
     `memory` "recompute" keeps nothing but x for the backward.
 
@@ -156,12 +173,13 @@ def relu_conv_bns(x: Tensor, layers: Sequence[Layer], memory: Memory = "fast") -
     count = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
     if training and count == 1:
         raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
-    gammas = [norm.weight if norm.affine else x.new_ones(norm.num_features) for norm in norms]
-    betas = [norm.bias if norm.affine else x.new_zeros(norm.num_features) for norm in norms]
+    weights = [_weights(convs) for convs, _ in layers]
+    like = weights[0]
+    gammas = [norm.weight if norm.affine else like.new_ones(norm.num_features) for norm in norms]
+    betas = [norm.bias if norm.affine else like.new_zeros(norm.num_features) for norm in norms]
     moments = []
     if not training:
         moments = [torch.stack([norm.running_mean, norm.running_var]).double() for norm in norms]  # type: ignore[list-item]
-    weights = [_weights(convs) for convs, _ in layers]
     found = ConvNormFunction.apply(
         weights, moments, norms[0].eps, stride == 2, memory == "recompute", x, *gammas, *betas
     )
@@ -171,7 +189,7 @@ def relu_conv_bns(x: Tensor, layers: Sequence[Layer], memory: Memory = "fast") -
                 [norm.running_mean],
                 [norm.running_var],
                 [norm.num_batches_tracked],
-                used[:, None],
+                used.unsqueeze(1),
                 float(norm.momentum or 0.0),
                 count,
             )

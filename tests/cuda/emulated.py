@@ -88,14 +88,14 @@ def build(folder, flags=()):
     return link(objects, folder, flags)
 
 
-def mutated(folder, objects, header, before, after, kind="f64"):
-    """The library with one place of a header changed, rebuilt for one storage type only."""
+def mutated(folder, objects, header, before, after, source):
+    """The library with one place of a header changed, rebuilt for one source only."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     text = (csrc / header).read_text()
     assert text.count(before) == 1, f"{header}: expected {before!r} once"
     (csrc / header).write_text(text.replace(before, after))
-    changed = compile_one(f"cuda/cell_{kind}.cu", csrc, folder, ())
+    changed = compile_one(source, csrc, folder, ())
     # first, so that the linker takes its copy of what every type has in common
     return link([changed, *(path for path in objects if path.name != changed.name)], folder)
 
@@ -201,6 +201,8 @@ if __name__ == "__main__":
     # compares a library in a process of its own: library, thread order, dtype
     import sys
 
+    from tests.cuda.convs import ConvCase
+
     load(sys.argv[1])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -211,9 +213,13 @@ if __name__ == "__main__":
     if kind.itemsize == 2:
         # what tensor cores take: one chunk of channels, two
         cells = {"channels": 16, "inputs": 1}, {"channels": 48, "inputs": 1}
-    for seed, options in enumerate(cells):
+    checks = [(Case, {"nodes": 1, **options}) for options in cells]
+    # several chunks and groups of columns; columns that are no whole group
+    for widths in ((80, 96), (7, 6)):
+        checks += [(ConvCase, {"channels": widths, "reduce": reduce}) for reduce in (False, True)]
+    for seed, (make, options) in enumerate(checks):
         torch.manual_seed(seed)
-        case = Case((2, 10, 18), kind, nodes=1, **options)
+        case = make((2, 10, 18), kind, **options)
         worst = errors(case.emulated(), case.reference())
         if kind != torch.float64:
             worst = {name: worst[name] for name in ("states", "running", "inputs")}

@@ -12,6 +12,7 @@ from rfdarts_fast.ops import cuda, reference, use_backend
 from rfdarts_fast.search import search
 from rfdarts_fast.search.architect import descend, gradients
 from rfdarts_fast.spaces import get_space
+from tests.cuda.convs import ConvCase
 from tests.cuda.emulated import Case, errors
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=f"needs a GPU: {cuda.missing()}")
@@ -36,10 +37,22 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
+# channels of a cell's preprocessing
+CONVS = [(16, 16), (64, 16), (192, 48), (256, 64), (40, 140), (5, 6)]
+
+
 def plain(case, dtype):
     """PyTorch on the same device in the same dtype."""
     with use_backend("reference"):
         return case.run(reference.mixed_cell, dtype, device="cuda")
+
+
+def assert_error_is_that_of_pytorch(found, theirs, dtype):
+    # in float64, PyTorch on either device may be the truth itself
+    floor = (100 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
+    for name, error in found.items():
+        times = 2 if name in ("states", "running") else 3
+        assert error <= times * theirs[name] + floor, (name, error, theirs[name])
 
 
 @pytest.mark.parametrize("options", CELLS, ids=str)
@@ -49,14 +62,68 @@ def test_error_is_that_of_pytorch(dtype, options):
         case = Case(shape, dtype, **options)
         expected = case.reference()
         found, theirs = errors(case.kernels(), expected), errors(plain(case, dtype), expected)
-        for name, error in found.items():
-            times = 2 if name in ("states", "running") else 3
-            assert error <= times * theirs[name] + 4 * torch.finfo(dtype).eps, (
-                shape,
-                name,
-                error,
-                theirs[name],
-            )
+        assert_error_is_that_of_pytorch(found, theirs, dtype)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("channels", CONVS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_error_of_the_preprocessing_is_that_of_pytorch(dtype, channels, reduce, train):
+    for shape in SHAPES:
+        case = ConvCase(shape, dtype, channels, reduce, train)
+        expected = case.reference()
+        found = errors(case.kernels(), expected)
+        assert_error_is_that_of_pytorch(found, errors(case.reference(dtype, "cuda"), expected), dtype)
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_preprocessing_is_deterministic(dtype, reduce):
+    # several tiles a block
+    case = ConvCase((64, 80, 80), dtype, (64, 16), reduce)
+    first = case.kernels()
+    for again in (case.kernels(), case.kernels(memory="recompute")):
+        for name, group in first.items():
+            for a, b in zip(group, again[name], strict=True):
+                assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+def test_poisoned_memory_in_the_preprocessing(reduce):
+    case = ConvCase((2, 12, 20), channels=(24, 20), reduce=reduce)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = errors(case.kernels(), case.reference())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(error < 1e-10 for error in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_preprocessing_of_views(dtype):
+    case = ConvCase((2, 6, 10), dtype, (16, 32))
+    convs, norm = case.parts(case.module.float().cuda())
+    wide = torch.randn(2, 40, 8, 12).to(dtype).cuda().contiguous(memory_format=torch.channels_last)
+    # aligned to vectors, and not
+    for view in (wide[:, 8:24, 1:7, 1:11], wide[:, 3:19, 2:, 2:]):
+        found = [cuda.relu_conv_bn(x, convs, norm) for x in (view, view.contiguous())]
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+def test_opcheck_of_the_preprocessing(reduce):
+    native = torch.ops.rfdarts
+    x = torch.randn(2, 8, 4, 4).cuda().contiguous(memory_format=torch.channels_last)
+    weights, gamma, beta = torch.rand((4 if reduce else 2) * 8 * 6).cuda(), *torch.rand(2, 6).cuda()
+    tests = ("test_schema", "test_faketensor")
+    layer = [weights], [gamma], [beta]
+    forward = (x, *layer, [], 1e-5, reduce)
+    library.opcheck(native.conv_bn_forward.default, forward, test_utils=tests)
+    outs, ys, used = native.conv_bn_forward(*forward)
+    for wanted in (True, False):
+        backward = (outs, x, ys, *layer, used, 1e-5, True, reduce, wanted)
+        library.opcheck(native.conv_bn_backward.default, backward, test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -202,29 +202,92 @@ def run_library(library, order, dtype="float64", **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=emulated.CSRC.parent, env=variables)
 
 
+F64, BF16, CONV = "cuda/cell_f64.cu", "cuda/cell_bf16.cu", "cuda/conv_bn.cu"
+# header, what is there, what is planted, the source that is compiled again, dtype
 MUTATIONS = {
     "missing barrier, forward": (
         "cuda/conv_forward.h",
         "      }\n      __syncthreads();\n      if (pools) continue;",
         "      }\n      if (pools) continue;",
+        F64,
+        "float64",
     ),
     "missing barrier, backward": (
         "cuda/conv_backward.h",
         "    __syncthreads();\n    if (!strip.valid) continue;",
         "    if (!strip.valid) continue;",
+        F64,
+        "float64",
     ),
-    "off by one, width": ("cuda/tile.h", "unsigned(z) < unsigned(w)", "unsigned(z) <= unsigned(w)"),
+    "off by one, width": (
+        "cuda/tile.h",
+        "unsigned(z) < unsigned(w)",
+        "unsigned(z) <= unsigned(w)",
+        F64,
+        "float64",
+    ),
     "off by one, window": (
         "cuda/conv_backward.h",
         "if (y - u < 0 || x - v < 0 || q >= high || p >= wide) continue;",
         "if (y - u < 0 || x - v < 0 || q >= high || p >= wide - 1) continue;",
+        F64,
+        "float64",
     ),
-    "off by one, tensor cores": ("cuda/mma.h", "*high = low + 8 * ld", "*high = low + 7 * ld", "bf16"),
+    "off by one, tensor cores": (
+        "cuda/mma.h",
+        "*high = low + 8 * ld,",
+        "*high = low + 7 * ld,",
+        BF16,
+        "bfloat16",
+    ),
     "missing sum, tensor cores": (
         "cuda/conv_backward.h",
         "if (c0 && has_high) acc[2] = high[0], acc[3] = high[1];",
         "if (c0 && has_high) acc[2] = high[0];",
-        "bf16",
+        BF16,
+        "bfloat16",
+    ),
+    "missing barrier before a chunk, preprocessing": (
+        "cuda/conv_bn_forward.h",
+        "      __syncthreads();\n      if (a.wide)",
+        "      if (a.wide)",
+        CONV,
+        "float64",
+    ),
+    "missing barrier after the product, preprocessing": (
+        "cuda/conv_bn_backward.h",
+        "      product.put(es, at.ldy, count);\n      __syncthreads();",
+        "      product.put(es, at.ldy, count);",
+        CONV,
+        "float64",
+    ),
+    "off by one, the second pixel of a reduction": (
+        "cuda/conv_bn_forward.h",
+        "(p - row * ow) * passes + pass) * x.pixel",
+        "(p - row * ow) * passes) * x.pixel",
+        CONV,
+        "float64",
+    ),
+    "no zeros between the pixels of a reduction": (
+        "cuda/conv_bn_backward.h",
+        "if (a.passes == 2) *reinterpret_cast",
+        "if (a.passes == 2 && pass) *reinterpret_cast",
+        CONV,
+        "float64",
+    ),
+    "off by one, tensor cores of preprocessing": (
+        "cuda/product.h",
+        "*high = low + 8 * ldd",
+        "*high = low + 7 * ldd",
+        CONV,
+        "bfloat16",
+    ),
+    "weights of the first chunk for all": (
+        "cuda/conv_bn_forward.h",
+        "int skipped = c0 % s.wk *",
+        "int skipped = 0 *",
+        CONV,
+        "bfloat16",
     ),
 }
 
@@ -238,8 +301,9 @@ def test_the_check_passes_unchanged(emulated_library):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_planted_bugs_are_caught(emulated_library, tmp_path, name):
     objects = [emulated_library.parent / (source.replace("/", "_") + ".o") for source in emulated.sources()]
-    library = emulated.mutated(tmp_path, objects, *MUTATIONS[name])
-    result = run_library(library, "shuffled", "bfloat16" if "bf16" in MUTATIONS[name] else "float64")
+    *change, dtype = MUTATIONS[name]
+    library = emulated.mutated(tmp_path, objects, *change)
+    result = run_library(library, "shuffled", dtype)
     assert "too large an error" in result.stderr, result.stderr
 
 

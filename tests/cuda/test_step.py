@@ -1,6 +1,7 @@
 """What the host does around the kernels: tracing, recording a step, autocast."""
 
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from rfdarts_fast import ops
 from rfdarts_fast.engine.graph import GraphedStep
 from rfdarts_fast.engine.meters import Meter
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
-from rfdarts_fast.ops import cuda, native, use_backend
+from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
+from rfdarts_fast.ops import cuda, native, native_conv, use_backend
 from rfdarts_fast.search import run as search_run
 from rfdarts_fast.search import search
 from rfdarts_fast.search.architect import gradients
@@ -78,6 +80,34 @@ def test_host_side_on_a_device_that_is_not_there(monkeypatch, dtype, concatenate
         assert all(x.device.type == "cuda" for x in grads[5:])
 
 
+@needs_schemas
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("memory", ["fast", "recompute"])
+def test_host_side_of_the_preprocessing(monkeypatch, dtype, reduce, memory):
+    modules = FactorizedReduce(16, 8) if reduce else ReLUConvBN(16, 8, 1)
+    context = Context()
+
+    def apply(*arguments):
+        context.needs_input_grad = [True] * len(arguments)
+        return native_conv.ConvNormFunction.forward(context, *arguments)
+
+    monkeypatch.setattr(native_conv.ConvNormFunction, "apply", apply)
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    modules.requires_grad_(False)
+    side = (3, 5) if reduce else (6, 10)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), use_backend("native", memory):
+        module, x = without_data(modules), torch.empty(2, 6, 10, 16, dtype=dtype).permute(0, 3, 1, 2)
+        out = module(x)
+        assert (tuple(out.shape), out.dtype, out.device.type) == ((2, 8, *side), dtype, "cuda")
+        *options, dx, gamma, beta = native_conv.ConvNormFunction.backward(
+            context, torch.empty_like(out), None
+        )
+        assert (tuple(dx.shape), dx.dtype, dx.stride()) == ((2, 16, 6, 10), dtype, x.stride())
+        assert [(tuple(x.shape), x.dtype) for x in (gamma, beta)] == 2 * [((8,), torch.float32)]
+        assert options == [None] * 5
+
+
 def test_why_not_names_the_reason():
     edges = list(make_edges(channels=6, K=3))
     x = torch.empty(2, 6, 4, 4)
@@ -91,7 +121,9 @@ def test_why_not_names_the_reason():
 def test_a_step_never_asks_for_a_value(emulation, monkeypatch):
     """Or it could not be recorded in a CUDA graph."""
     monkeypatch.setattr(native, "why_not", cuda.unsupported)
-    monkeypatch.setattr(native, "built", lambda: False)
+    monkeypatch.setattr(native, "why_not_conv", cuda.unsupported_conv)
+    preprocess = Mock(side_effect=cuda.relu_conv_bns)
+    monkeypatch.setattr(native, "relu_conv_bns", preprocess)
     network = SearchNetwork(get_space("darts"), C=4, layers=3, K=2, edge_norm=True)
     freeze_random_features(network)
     images, labels, meter = torch.randn(2, 3, 8, 8), torch.tensor([1, 3]), Meter(torch.device("cpu"))
@@ -106,6 +138,8 @@ def test_a_step_never_asks_for_a_value(emulation, monkeypatch):
         meter.add(loss, logits, labels)
     assert asked.found == []
     assert loss.isfinite()
+    # two in every cell
+    assert sum(len(call.args[1]) for call in preprocess.call_args_list) == 6
 
 
 def played_back(work):

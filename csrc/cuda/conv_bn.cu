@@ -1,0 +1,149 @@
+// ReLU, frozen 1x1 convolution, BatchNorm as sequences of launches: forward three, backward three.
+#include "rfdarts/cuda_conv_bn.h"
+
+#include "cuda/cell_parts.h"
+#include "cuda/conv_bn_backward.h"
+
+namespace rfdarts::cuda {
+namespace {
+
+// Blocks: enough to fill a device, few where their statistics or sums are merged.
+constexpr int kMaxParts = 2048, kMaxSums = 512;
+// Weights are loaded once for all of a block's tiles where they take no more than this.
+constexpr int kWeightsGoal = 40 << 10;
+
+template <class T>
+struct RunConvNorm {
+  const ConvNorm& a;
+  cudaStream_t stream;
+  const Allocate& allocate;
+  int pixels = int(a.images * a.oh() * a.ow()), co = int(a.co), ci = int(a.ci), passes = a.reduce ? 2 : 1;
+  Norms<T> norms{static_cast<const Acc<T>*>(a.gamma), static_cast<const Acc<T>*>(a.beta), a.moments,
+                 a.moments + a.co, Acc<T>(a.eps), co};
+
+  template <class U>
+  U* take(int64_t count) const {
+    return static_cast<U*>(allocate(count * int64_t(sizeof(U))));
+  }
+  T* y() const { return static_cast<T*>(a.y); }
+  // channels of y and of each convolution's part of it are whole vectors. Fresh memory is aligned, gradients may not be.
+  bool wide_y(const T* g = nullptr) const {
+    return co / passes % kWide<T> == 0 && reinterpret_cast<uintptr_t>(g) % 16 == 0;
+  }
+  // `columns` outputs from k inputs
+  bool tensor_cores(int k, int columns) const { return sizeof(T) == 2 && k % 16 == 0 && columns % 8 == 0; }
+
+  template <bool TensorCores, int Columns>
+  ProductShape shape(int k, int columns, bool all_weights) const {
+    using P = Product<T, TensorCores, Columns>;
+    int most = round_up(std::min(columns, Columns), P::kGroup), ck = std::min(k, P::kChunk);
+    ProductShape s{P::pixels(most), most, ck, ck};
+    // whole chunks, or all
+    if (all_weights && int64_t(k) * most * int(sizeof(typename P::Factor)) <= kWeightsGoal) s.wk = k;
+    return s;
+  }
+  void lay_out(ConvNormLayout<T>& p) const {
+    p.x = images<T>(a.x);
+    p.oh = int(a.oh()), p.ow = int(a.ow()), p.pixels = pixels, p.ci = ci, p.co = co, p.passes = passes;
+    p.wide = ci % kWide<T> == 0 && aligned(p.x, kWide<T>);
+    p.weights = static_cast<const Acc<T>*>(a.weights);
+  }
+  dim3 channel_grid(int64_t blocks) const { return dim3(unsigned(blocks), ceil_div(co, kChannels)); }
+
+  template <bool TensorCores, int Columns>
+  void convolve() const {
+    ConvNormForward<T> p{};
+    lay_out(p);
+    int half = co / passes;
+    p.shape = shape<TensorCores, Columns>(ci, half, true);
+    int tiles = ceil_div(pixels, p.shape.pixels);
+    p.rounds = ceil_div(tiles, kMaxParts);
+    int blocks = ceil_div(tiles, p.rounds);
+    p.wide_y = wide_y(), p.y = y();
+    p.partial = a.training ? take<double>(int64_t(2) * blocks * co) : nullptr;
+    dim3 grid(blocks, passes * ceil_div(half, Columns));
+    int shared = ProductShared<T, TensorCores>(p.shape).bytes;
+    launch(conv_norm_forward_kernel<T, TensorCores, Columns>, grid, shared, stream, p);
+    if (!a.training) return;
+    // all pixels as one row, a block's as one tile
+    Moments m{Tiling(1, p.rounds * p.shape.pixels, 0, 1, 1, pixels), 1, 1, pixels, co, 1, p.partial, a.moments, 1, {}};
+    dim3 merges(1, ceil_div(co, kMergeChannels));
+    launch(merge_moments_kernel<kMergeChannels>, merges, kThreads * int(sizeof(double)), stream, m);
+  }
+  template <int V>
+  void normalize(T* out) const {
+    ConvNormAffine<T> p{norms, pixels, y(), out};
+    int64_t items = ceil_div<int64_t>(int64_t(pixels) * std::min(co, kChannels), V * kThreads);
+    int shared = 3 * kChannels * int(sizeof(Acc<T>));
+    launch(conv_norm_affine_kernel<T, V>, channel_grid(std::min<int64_t>(items, kMaxParts)), shared, stream, p);
+  }
+  void forward(T* out) const {
+    int half = co / passes;
+    if constexpr (sizeof(T) == 2) {
+      if (tensor_cores(ci, half))
+        half > kFewColumns ? convolve<true, kManyColumns>() : convolve<true, kFewColumns>();
+      else
+        convolve<false, kManyColumns>();
+    } else {
+      convolve<false, kManyColumns>();
+    }
+    wide_y() ? normalize<kWide<T>>(out) : normalize<1>(out);
+  }
+
+  template <int V>
+  void sum(const T* g, Acc<T>* grad_gamma, Acc<T>* grad_beta, Acc<T>* coef) const {
+    ConvNormSums<T> p{norms, pixels, std::max(128, ceil_div(pixels, kMaxSums)), g, y(), nullptr};
+    int blocks = ceil_div(pixels, p.chunk);
+    p.partial = take<double>(int64_t(2) * blocks * co);
+    launch(conv_norm_sums_kernel<T, V>, channel_grid(blocks), 2 * kThreads * V * int(sizeof(Acc<T>)), stream, p);
+    InnerFinish<T> f{};
+    f.norms = norms, f.partial = p.partial, f.blocks = blocks, f.channels = std::min(co, kMergeChannels);
+    f.m = double(pixels), f.training = a.training;
+    f.grad_gamma = grad_gamma, f.grad_beta = grad_beta, f.coef = coef;
+    dim3 grid(1, ceil_div(co, f.channels));
+    launch(inner_finish_kernel<T>, grid, kThreads * int(sizeof(double)), stream, f);
+  }
+  template <bool TensorCores>
+  void spread(const T* g, const Acc<T>* coef, T* dx) const {
+    ConvNormBackward<T> p{};
+    lay_out(p);
+    p.shape = shape<TensorCores, kFewColumns>(co / passes, ci, false);
+    p.wide_y = wide_y(g), p.g = g, p.y = y(), p.coef = coef, p.dx = dx;
+    launch(conv_norm_backward_kernel<T, TensorCores>, dim3(ceil_div(pixels, p.shape.pixels)),
+           ProductShared<T, TensorCores>(p.shape).bytes, stream, p);
+  }
+  void backward(const T* g, T* dx, Acc<T>* grad_gamma, Acc<T>* grad_beta) const {
+    Acc<T>* coef = take<Acc<T>>(int64_t(4) * co);
+    wide_y(g) ? sum<kWide<T>>(g, grad_gamma, grad_beta, coef) : sum<1>(g, grad_gamma, grad_beta, coef);
+    if (!dx) return;
+    if constexpr (sizeof(T) == 2)
+      tensor_cores(co / passes, ci) ? spread<true>(g, coef, dx) : spread<false>(g, coef, dx);
+    else
+      spread<false>(g, coef, dx);
+  }
+};
+
+void check_size(const ConvNorm& a) {
+  // threads without a pixel have the number 2^30
+  if (a.images * a.oh() * a.ow() >= 1 << 30)
+    throw std::invalid_argument("x: more pixels than the CUDA kernels have numbers for");
+}
+}  // namespace
+
+void conv_norm_forward(Storage storage, const ConvNorm& a, void* out, void* stream, const Allocate& allocate) {
+  check_size(a);
+  with_storage(storage, [&]<class T>() {
+    RunConvNorm<T>{a, static_cast<cudaStream_t>(stream), allocate}.forward(static_cast<T*>(out));
+  });
+}
+void conv_norm_backward(Storage storage, const ConvNorm& a, const void* g, void* dx, void* grad_gamma,
+                        void* grad_beta, void* stream, const Allocate& allocate) {
+  check_size(a);
+  with_storage(storage, [&]<class T>() {
+    auto parameters = [](void* p) { return static_cast<Acc<T>*>(p); };
+    RunConvNorm<T>{a, static_cast<cudaStream_t>(stream), allocate}.backward(
+        static_cast<const T*>(g), static_cast<T*>(dx), parameters(grad_gamma), parameters(grad_beta));
+  });
+}
+
+}  // namespace rfdarts::cuda

@@ -1,0 +1,183 @@
+// ReLU, 1x1 convolution and its statistics from one pass over x; then the BatchNorm. FactorizedReduce: two
+// convolutions ("passes"), one for each half of the outputs, of every other pixel, the second one pixel further on.
+#pragma once
+#include "cuda/conv_forward.h"
+#include "cuda/product.h"
+
+namespace rfdarts::cuda {
+
+// Where things lie: x and, dense, y. Pixels are those of y, of all images.
+template <class T>
+struct ConvNormLayout {
+  ProductShape shape;
+  Images<T> x;
+  int oh, ow, pixels, ci, co, passes;
+  bool wide;  // 16-byte accesses are aligned
+  const Acc<T>* weights;
+
+  // of y's channels, those of one convolution
+  __host__ __device__ int half() const { return co / passes; }
+  __device__ const Acc<T>* transposed() const { return weights + int64_t(passes) * ci * co; }
+  // where the pixel of x that a convolution reads for pixel p lies
+  __device__ int64_t place(int p, int pass) const {
+    int row = p / ow, n = row / oh;
+    return n * x.image + int64_t((row - n * oh) * passes + pass) * x.row +
+           int64_t((p - row * ow) * passes + pass) * x.pixel;
+  }
+};
+
+template <class T>
+struct ConvNormForward : ConvNormLayout<T> {
+  int rounds;  // tiles of a block, next to each other
+  bool wide_y;
+  T* y;
+  double* partial;  // [2][blocks][co] mean and squared deviations, or null
+};
+
+// ds [pixels][ld] = relu of `count` channels of x from c0 on; 0 where there is no place. A thread waits for Ahead loads
+// together.
+template <class T, int V, int Ahead, class F>
+__device__ void load_relu(const T* x, const int64_t* places, int pixels, int c0, int count, F* ds, int ld) {
+  Lanes<V> lane(count);
+  for (int p = lane.pixel; p < pixels; p += Ahead * lane.step) {
+    Pack<T, V> found[Ahead];
+#pragma unroll
+    for (int j = 0; j < Ahead; j++) {
+      int64_t place = p + j * lane.step < pixels ? places[p + j * lane.step] : -1;
+      found[j] = place < 0 ? Pack<T, V>{} : *reinterpret_cast<const Pack<T, V>*>(x + place + c0 + lane.channel);
+    }
+#pragma unroll
+    for (int j = 0; j < Ahead; j++) {
+      if (p + j * lane.step >= pixels) break;
+      Acc<T> v[V];
+#pragma unroll
+      for (int i = 0; i < V; i++) v[i] = relu(widen(found[j].v[i]));
+      store<V>(ds + (p + j * lane.step) * ld + lane.channel, v);
+    }
+  }
+}
+
+// Blocks: groups of tiles x groups of columns, those of the second convolution after those of the first.
+template <class T, bool TensorCores, int Columns>
+__global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
+    conv_norm_forward_kernel(const __grid_constant__ ConvNormForward<T> a) {
+  RFDARTS_SHARED(shared);
+  using A = Acc<T>;
+  using F = typename ProductShared<T, TensorCores>::Factor;
+  // more columns leave fewer registers
+  constexpr int kAhead = TensorCores && Columns == kManyColumns ? 2 : 4;
+  const ProductShape& s = a.shape;
+  ProductShared<T, TensorCores> at(s);
+  F *ds = reinterpret_cast<F*>(shared), *ws = reinterpret_cast<F*>(shared + at.ws);
+  T* ys = reinterpret_cast<T*>(shared + at.ys);
+  int64_t* places = reinterpret_cast<int64_t*>(shared + at.places);
+  A* sums = reinterpret_cast<A*>(shared + at.sums);
+  int groups = int(gridDim.y) / a.passes, pass = int(blockIdx.y) / groups;
+  int within = int(blockIdx.y) % groups * Columns, count = min(Columns, a.half() - within);
+  int o0 = pass * a.half() + within, i0 = pass * a.ci, inputs = a.passes * a.ci;
+  // a thread keeps its channel for the statistics
+  int parts = kThreads / count, ch = threadIdx.x % count, part = threadIdx.x / count;
+  A shift = 0, sum = 0, square = 0;
+  int first = int(blockIdx.x) * a.rounds * s.pixels, all = min(a.rounds * s.pixels, a.pixels - first);
+
+  for (int done = 0; done < all; done += s.pixels) {
+    int begin = first + done, valid = min(s.pixels, all - done);
+    for (int p = threadIdx.x; p < s.pixels; p += kThreads) places[p] = p < valid ? a.place(begin + p, pass) : -1;
+    Product<T, TensorCores, Columns> product(s);
+    for (int c0 = 0; c0 < a.ci; c0 += s.ck) {
+      int k = min(s.ck, a.ci - c0);
+      // the places are known, and nobody needs what this overwrites
+      __syncthreads();
+      if (a.wide)
+        load_relu<T, kWide<T>, kAhead>(a.x.data, places, s.pixels, c0, k, ds, at.ldd);
+      else
+        load_relu<T, 1, kAhead>(a.x.data, places, s.pixels, c0, k, ds, at.ldd);
+      // weights that all fit stay
+      if (c0 % s.wk == 0 && (done == 0 || s.wk < a.ci))
+        stage_weights<TensorCores>(a.weights + int64_t(i0 + c0) * a.co + o0, a.co,
+                                   a.transposed() + int64_t(o0) * inputs + i0 + c0, inputs,
+                                   min(s.wk, a.ci - c0), count, s.columns, ws, at.ldw);
+      __syncthreads();
+      int skipped = c0 % s.wk * (TensorCores ? 1 : at.ldw);
+      product.add(ds, at.ldd, ws + skipped, at.ldw, k, count);
+    }
+    product.put(ys, at.ldy, count);
+    __syncthreads();
+    T* to = a.y + int64_t(begin) * a.co + o0;
+    if (a.wide_y) {
+      constexpr int V = kWide<T>;
+      int vectors = count / V;
+      for (int i = threadIdx.x; i < valid * vectors; i += kThreads)
+        *reinterpret_cast<Pack<T, V>*>(to + int64_t(i / vectors) * a.co + i % vectors * V) =
+            *reinterpret_cast<const Pack<T, V>*>(ys + i / vectors * at.ldy + i % vectors * V);
+    } else {
+      for (int i = threadIdx.x; i < valid * count; i += kThreads)
+        to[int64_t(i / count) * a.co + i % count] = ys[i / count * at.ldy + i % count];
+    }
+    if (!a.partial || part >= parts) continue;
+    // of the first tile: where others lie far from it, so does their mean, and squares cancel by no more than `rounds`
+    if (done == 0) shift = middle(ys + ch, at.ldy, s.pixels, 1, valid);
+    for (int p = part; p < valid; p += parts) {
+      A off = widen(ys[p * at.ldy + ch]) - shift;
+      sum += off;
+      square += off * off;
+    }
+  }
+  if (!a.partial) return;
+  sums[2 * threadIdx.x] = sum;
+  sums[2 * threadIdx.x + 1] = square;
+  __syncthreads();
+  if (int(threadIdx.x) >= count) return;
+  double total = 0, squares = 0;
+  for (int i = 0; i < parts; i++) {
+    total += double(sums[2 * (i * count + ch)]);
+    squares += double(sums[2 * (i * count + ch) + 1]);
+  }
+  double mean = total / all;
+  a.partial[int64_t(blockIdx.x) * a.co + o0 + ch] = double(shift) + mean;
+  a.partial[(int64_t(gridDim.x) + blockIdx.x) * a.co + o0 + ch] = squares - total * mean;
+}
+
+template <class T>
+struct ConvNormAffine {
+  Norms<T> norms;
+  int pixels;
+  const T* y;
+  T* out;
+};
+
+// channels of a block that takes them as they come
+constexpr int kChannels = 64;
+
+// Blocks: pixels x groups of kChannels. Shared memory: [3][kChannels].
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    conv_norm_affine_kernel(const __grid_constant__ ConvNormAffine<T> a) {
+  RFDARTS_SHARED(shared);
+  using A = Acc<T>;
+  A *scales = reinterpret_cast<A*>(shared), *centres = scales + kChannels, *betas = centres + kChannels;
+  int c = a.norms.c, c0 = int(blockIdx.y) * kChannels, count = min(kChannels, c - c0);
+  // roots are slow: one thread each
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    scales[i] = a.norms.scale(0, c0 + i);
+    centres[i] = a.norms.centre(0, c0 + i);
+    betas[i] = a.norms.beta[c0 + i];
+  }
+  __syncthreads();
+  Lanes<V> lane(count);
+  A scale[V], centre[V], beta[V];
+  load<V>(scales + lane.channel, scale);
+  load<V>(centres + lane.channel, centre);
+  load<V>(betas + lane.channel, beta);
+  int apart = int(gridDim.x) * lane.step;
+  for (int64_t p = int64_t(blockIdx.x) * lane.step + lane.pixel; p < a.pixels; p += apart) {
+    int64_t at = p * c + c0 + lane.channel;
+    A value[V];
+    load<V>(a.y + at, value);
+#pragma unroll
+    for (int i = 0; i < V; i++) value[i] = scale[i] * (value[i] - centre[i]) + beta[i];
+    store<V>(a.out + at, value);
+  }
+}
+
+}  // namespace rfdarts::cuda
