@@ -1,6 +1,7 @@
 """Random cells of mixed ops, and what the engine and the reference make of them."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -63,6 +64,20 @@ class Problem:
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             result[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
         return result | {name: buffer.clone() for name, buffer in cell.named_buffers()}
+
+
+def nearest_kink(problem):
+    """How close a ReLU between two halves comes to 0 in float64, where its derivative jumps."""
+    cell, found = copy.deepcopy(problem.cell).double(), [math.inf]
+    for relu in (m for m in cell.modules() if isinstance(m, nn.ReLU)):
+        relu.register_forward_pre_hook(lambda _, x: found.append(x[0].abs().min().item()))
+    weights = problem.edge_weights
+    with torch.no_grad():
+        inputs = [x.double() for x in problem.x]
+        reference.mixed_cell(
+            list(cell), inputs, problem.mix.double(), None if weights is None else weights.double()
+        )
+    return min(found)
 
 
 def _whole(edges, inputs):
