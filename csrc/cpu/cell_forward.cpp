@@ -8,9 +8,6 @@
 namespace rfdarts {
 namespace {
 
-// beyond this a stage's outputs are gone from the caches before they are read
-constexpr int64_t kBypassCache = 1 << 20;
-
 template <class T, class S>
 struct Forward : CellContext<T, S> {
   using CellContext<T, S>::CellContext;

@@ -119,6 +119,8 @@ class Queue {
 };
 // more than this would push out what is being computed
 constexpr int64_t kFetchAtMost = 384 << 10;
+// what a pass writes beyond this is gone from the caches before it is read
+constexpr int64_t kBypassCache = 1 << 20;
 
 template <class T, class S>
 struct CellContext {

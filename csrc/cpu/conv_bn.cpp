@@ -63,12 +63,14 @@ void conv_norm_forward(const ConvNorm<T>& a, const Parallel& parallel) {
       to.set(1, c, part.beta[c] - part.moments[c] * scale);
     }
   }
+  bool bypass_cache = a.images * pixels * a.co() * int64_t(sizeof(T)) > kBypassCache;
   parallel(a.images, [&](Images& images) {
     images.each([&](int64_t n, int64_t) {
       for (int64_t i = 0; i < parts; i++) {
         const auto& part = a.parts[i];
         int64_t size = pixels * part.co;
-        k.affine(part.y + n * size, affine[i].row(0), affine[i].row(1), size, k.repeat(part.co), part.out + n * size);
+        k.affine(part.y + n * size, affine[i].row(0), affine[i].row(1), size, k.repeat(part.co), bypass_cache,
+                 part.out + n * size);
       }
     });
   });

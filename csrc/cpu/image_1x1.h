@@ -102,12 +102,25 @@ void conv1x1_backward(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce
 
 // out = scale y + shift
 template <class T>
-void affine(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out) {
-  sweep_channels<T>(size, period, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
-    constexpr int L = lanes;
-    auto a = load<L>(scale + k), b = load<L>(shift + k);
-    return [=](int64_t i) __attribute__((always_inline)) { store<L>(out + i, a * load<L>(y + i) + b); };
-  });
+void affine(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, bool bypass_cache, T* out) {
+  auto run = [&](auto bypass) __attribute__((always_inline)) {
+    sweep_channels<T>(size, period, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      auto a = load<L>(scale + k), b = load<L>(shift + k);
+      return [=](int64_t i) __attribute__((always_inline)) {
+        Vec<T, L> v = a * load<L>(y + i) + b;
+        if constexpr (bypass && L == kLanes<T>)
+          stream<L>(out + i, v);
+        else
+          store<L>(out + i, v);
+      };
+    });
+  };
+  // an image of few channels may begin amidst a vector
+  if (bypass_cache && reinterpret_cast<uintptr_t>(out) % 64 == 0)
+    run(std::true_type{});
+  else
+    run(std::false_type{});
 }
 
 template <class T>

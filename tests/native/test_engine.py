@@ -13,7 +13,7 @@ from cells import Problem, make_cell, needs_kernels
 from torch import library, nn
 
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from rfdarts_fast.ops import native, reference
+from rfdarts_fast.ops import native, reference, use_backend
 from rfdarts_fast.ops.native_plan import plan_of
 
 pytestmark = needs_kernels
@@ -193,6 +193,13 @@ def test_layers_that_share_a_read_are_what_each_is_by_itself(kind, widths, train
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     for ours, theirs in zip(results[2], results[1], strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_outputs_past_the_caches_where_images_begin_amidst_a_vector():
+    module, x = ReLUConvBN(3, 4, 1).requires_grad_(False), torch.randn(400, 3, 15, 15)
+    with use_backend("reference"):
+        expected = copy.deepcopy(module)(x)
+    torch.testing.assert_close(native.relu_conv_bn(x, *module.layer()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_returns_to_the_pool():

@@ -128,7 +128,7 @@ struct Kernels {
                            const NormBackward<T>* norms, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
   // dense pixels to pixels `step` apart, past the caches
   void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
-  void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, T* out);
+  void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, bool bypass_cache, T* out);
 
   // Partial channels; see bypass.h. mixed = the mixed op's channels of a shuffled image
   void (*take_mixed)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed);
