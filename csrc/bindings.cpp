@@ -261,7 +261,7 @@ ConvNorm<T> conv_norm(const Tensor& x, const Tensors& weights, const Tensors& ga
     int64_t co = gammas[i].numel();
     STD_TORCH_CHECK(weights[i].numel() == 2 * a.wide() * co, "weights: expected the matrix and its transpose");
     a.parts.push_back({co, pointer<T>(weights[i]), pointer<T>(gammas[i]), pointer<T>(betas[i]),
-                       static_cast<T*>(ys[i].data_ptr()), nullptr, static_cast<double*>(moments[i].data_ptr())});
+                       static_cast<T*>(ys.at(i).data_ptr()), nullptr, static_cast<double*>(moments.at(i).data_ptr())});
   }
   return a;
 }
@@ -274,7 +274,8 @@ std::tuple<Tensors, Tensors, Tensors> conv_bn_forward_op(const Tensor& x, const 
   Tensors outs, ys, used;
   for (size_t i = 0; i < gammas.size(); i++) {
     int64_t co = gammas[i].numel();
-    for (Tensors* list : {&outs, &ys}) list->push_back(take_state(x.size(0), co, x.size(2) / half, x.size(3) / half, x));
+    for (Tensors* list : {&outs, &ys})
+      list->push_back(take_state(x.size(0), co, x.size(2) / half, x.size(3) / half, x));
     used.push_back(take({2, co}, {co, 1}, ScalarType::Double, 8));
     if (!training) std::copy_n(pointer<double>(moments.at(i)), 2 * co, static_cast<double*>(used[i].data_ptr()));
   }

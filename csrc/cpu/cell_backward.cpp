@@ -349,10 +349,9 @@ struct Backward : CellContext<T, S> {
   };
   // `queue`: what follows the convolutions; returned with what they read themselves in between
   void fetch_stage1(int s, const Stage1& plan, int64_t n, int64_t next, Stage1Room& room, Queue& queue) {
-    const Source& source = cell.sources[s];
     int64_t size = cell.pixels() * cm, full = cell.pixels() * cell.channels;
     room.extra.clear();
-    room.extra.add(plan.outer[n], source.h * source.w, cell.channels);
+    room.extra.add(plan.outer[n], cell.sources[s].h * cell.sources[s].w, cell.channels);
     if (!plan.dots.empty()) room.extra.add(bypass[s][n], cell.pixels(), cell.channels);
     for (const T* p : plan.around) room.extra.add(p + n * full, full * sizeof(T));
     room.extra.append(queue);
@@ -467,8 +466,7 @@ struct Backward : CellContext<T, S> {
       images.each([&](int64_t n, int64_t next) {
         queue.clear();
         // the first pass reads all states
-        if (i == cell.nodes - 1)
-          for (int j = 0; j < plan.count; j++) this->make_dense(j, n);
+        for (int j = 0; j < plan.count && i == cell.nodes - 1; j++) this->make_dense(j, n);
         if (leaves) {
           if (i >= 0) fetch_node(plan, n, queue);
           fetch_stage1(s, stage, n, next, stage_room, queue);

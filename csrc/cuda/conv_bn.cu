@@ -26,7 +26,7 @@ struct RunConvNorm {
     return static_cast<U*>(allocate(count * int64_t(sizeof(U))));
   }
   T* y() const { return static_cast<T*>(a.y); }
-  // channels of y and of each convolution's part of it are whole vectors. Fresh memory is aligned, gradients may not be.
+  // channels of y and of each convolution's part of it are whole vectors; fresh memory is aligned, gradients may not be
   bool wide_y(const T* g = nullptr) const {
     return co / passes % kWide<T> == 0 && reinterpret_cast<uintptr_t>(g) % 16 == 0;
   }

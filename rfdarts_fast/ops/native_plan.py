@@ -49,12 +49,17 @@ class Plan:
         spec: the flat description that the ops take; `training` is written into it at each call.
         norms: all BatchNorms, in the order of the rows of gamma, beta and the moments.
         convs: groups of convolutions whose weights are packed together, in packing order.
+        conv_parameters, norm_parameters, norm_buffers: the modules' own dictionaries, looked at in every call;
+            a module never exchanges them.
         parents, names, modules: where each module was found, so that a replaced one is noticed.
     """
 
     spec: list[int] = field(default_factory=list)
     norms: list[nn.BatchNorm2d] = field(default_factory=list)
     convs: list[nn.Conv2d] = field(default_factory=list)
+    conv_parameters: list[dict] = field(default_factory=list)
+    norm_parameters: list[dict] = field(default_factory=list)
+    norm_buffers: list[dict] = field(default_factory=list)
     parents: list[dict] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     modules: list[nn.Module | None] = field(default_factory=list)
@@ -66,12 +71,6 @@ class Plan:
     packed_from: tuple = ()
     packers: list = field(default_factory=list)
     size: int = 0
-
-    def __post_init__(self) -> None:
-        """What is looked at in every call; a module never exchanges these dictionaries."""
-        self.conv_parameters = [conv._parameters for conv in self.convs]
-        self.norm_parameters = [norm._parameters for norm in self.norms]
-        self.norm_buffers = [norm._buffers for norm in self.norms]
 
     def current(self) -> bool:
         return [*map(dict.get, self.parents, self.names)] == self.modules
@@ -168,7 +167,9 @@ def _make(edges: Sequence[Edge], inputs: int) -> Plan:
     if plan.norms and plan.norms[0].momentum is None:
         raise Unsupported("BatchNorm with a cumulative average (momentum=None)")
     plan.spec = [inputs, nodes, primitives, len(plan.norms), first.K, 0, *body]
-    plan.__post_init__()
+    plan.conv_parameters = [conv._parameters for conv in plan.convs]
+    plan.norm_parameters = [norm._parameters for norm in plan.norms]
+    plan.norm_buffers = [norm._buffers for norm in plan.norms]
     return plan
 
 
