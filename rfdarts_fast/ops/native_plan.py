@@ -49,7 +49,7 @@ class Plan:
         spec: the flat description that the ops take; `training` is written into it at each call.
         norms: all BatchNorms, in the order of the rows of gamma, beta and the moments.
         convs: groups of convolutions whose weights are packed together, in packing order.
-        conv_parameters, norm_parameters, norm_buffers: the modules' own dictionaries, looked at in every call;
+        conv_parameters, norm_parameters, norm_buffers: the modules' own dictionaries, read in every call;
             a module never exchanges them.
         parents, names, modules: where each module was found, so that a replaced one is noticed.
     """
