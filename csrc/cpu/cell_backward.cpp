@@ -466,7 +466,8 @@ struct Backward : CellContext<T, S> {
       images.each([&](int64_t n, int64_t next) {
         queue.clear();
         // the first pass reads all states
-        for (int j = 0; j < plan.count && i == cell.nodes - 1; j++) this->make_dense(j, n);
+        if (i == cell.nodes - 1)
+          for (int j = 0; j < plan.count; j++) this->make_dense(j, n);
         if (leaves) {
           if (i >= 0) fetch_node(plan, n, queue);
           fetch_stage1(s, stage, n, next, stage_room, queue);

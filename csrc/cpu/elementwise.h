@@ -76,6 +76,7 @@ RF_INLINE void fold(const T* lanes, int64_t period, int64_t c, double* out) {
 // floats add up to this many elements before they go to doubles; a whole number of periods
 inline int64_t chunk_size(int64_t period) { return most<int64_t>(1, 2048 / period) * period; }
 
+// what N streams are multiplied with, and what is taken off them before
 template <class T, int L, int N>
 struct Streams {
   Vec<T, L> coef[N], mean[N];

@@ -56,11 +56,12 @@ class ReLUConvBN(nn.Module):
             nn.BatchNorm2d(c_out, affine=affine, track_running_stats=track),
         )
 
-    def layer(self) -> tuple[tuple[nn.Conv2d, ...], nn.BatchNorm2d]:
+    def layer(self) -> ops.Layer:
         return (self.op[1],), self.op[2]  # type: ignore[return-value]
 
+    # self may be a foreign module of the same layout: see drop_in/fused.py
     def forward(self, x: Tensor) -> Tensor:
-        return ops.relu_conv_bns(x, [ReLUConvBN.layer(self)])[0]
+        return ops.relu_conv_bn(x, *ReLUConvBN.layer(self))
 
 
 class DilConv(nn.Module):
@@ -115,11 +116,12 @@ class FactorizedReduce(nn.Module):
         self.conv_2 = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out, affine=affine, track_running_stats=track)
 
-    def layer(self) -> tuple[tuple[nn.Conv2d, ...], nn.BatchNorm2d]:
+    def layer(self) -> ops.Layer:
         return (self.conv_1, self.conv_2), self.bn
 
+    # as in ReLUConvBN
     def forward(self, x: Tensor) -> Tensor:
-        return ops.relu_conv_bns(x, [FactorizedReduce.layer(self)])[0]
+        return ops.relu_conv_bn(x, *FactorizedReduce.layer(self))
 
 
 def preprocess(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from rfdarts_fast.ops import cuda, native, native_conv, reference, triton
 from rfdarts_fast.ops.backend import Backend, BackendError, Memory, backend_name, fall_back, use_backend
-from rfdarts_fast.ops.reference import Edge
+from rfdarts_fast.ops.reference import Edge, Layer
 
 __all__ = [
     "Backend",
     "BackendError",
     "Edge",
+    "Layer",
     "Memory",
     "concatenated_cell",
     "mixed_cell",
@@ -69,7 +70,7 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
     return relu_conv_bns(x, [(tuple(convs), norm)])[0]
 
 
-def relu_conv_bns(x: Tensor, layers: Sequence[native_conv.Layer]) -> list[Tensor]:
+def relu_conv_bns(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     """`relu_conv_bn` for every pair of convolutions and BatchNorm in `layers`; what one engine can compute
     together reads x once, forward and backward."""
     [x], _ = _under_autocast([x])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rfdarts_fast.ops import native, native_conv
 from rfdarts_fast.ops.backend import Memory
-from rfdarts_fast.ops.reference import Edge
+from rfdarts_fast.ops.reference import Edge, Layer
 
 # of csrc/cuda/params.h
 MAX_INCOMING = 8
@@ -161,6 +161,6 @@ def relu_conv_bn(
     return native_conv.relu_conv_bn(x.to(storage_dtype(x)), convs, norm, memory)
 
 
-def relu_conv_bns(x: Tensor, layers: Sequence[native_conv.Layer], memory: Memory = "fast") -> list[Tensor]:
+def relu_conv_bns(x: Tensor, layers: Sequence[Layer], memory: Memory = "fast") -> list[Tensor]:
     """`relu_conv_bn` for each of several layers that read x."""
     return [relu_conv_bn(x, *layer, memory) for layer in layers]

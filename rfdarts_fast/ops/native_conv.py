@@ -13,9 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from rfdarts_fast.ops.backend import Memory
 from rfdarts_fast.ops.native_plan import pack_reduce
-
-# a convolution, or FactorizedReduce's two, and the BatchNorm behind
-Layer = tuple[tuple[nn.Conv2d, ...], nn.BatchNorm2d]
+from rfdarts_fast.ops.reference import Layer
 
 _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = weakref.WeakKeyDictionary()
 

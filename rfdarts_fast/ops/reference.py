@@ -33,6 +33,10 @@ class Edge(Protocol):
     K: int
 
 
+# a convolution, or FactorizedReduce's two, and the BatchNorm behind
+Layer = tuple[tuple[nn.Conv2d, ...], nn.BatchNorm2d]
+
+
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """Channel g * C/groups + c of x [N, C, H, W] becomes channel c * groups + g."""
     n, c, h, w = x.shape

@@ -47,6 +47,23 @@ def plain(case, dtype):
         return case.run(reference.mixed_cell, dtype, device="cuda")
 
 
+def assert_same_bits(case):
+    first = case.kernels()
+    for again in (case.kernels(), case.kernels(memory="recompute")):
+        for name, group in first.items():
+            for a, b in zip(group, again[name], strict=True):
+                assert torch.equal(a, b), name
+
+
+def assert_exact_on_poisoned_memory(case):
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = errors(case.kernels(), case.reference())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(error < 1e-10 for error in found.values()), found
+
+
 def assert_error_is_that_of_pytorch(found, theirs, dtype):
     # in float64, PyTorch on either device may be the truth itself
     floor = (100 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
@@ -81,23 +98,12 @@ def test_error_of_the_preprocessing_is_that_of_pytorch(dtype, channels, reduce, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_preprocessing_is_deterministic(dtype, reduce):
     # several tiles a block
-    case = ConvCase((64, 80, 80), dtype, (64, 16), reduce)
-    first = case.kernels()
-    for again in (case.kernels(), case.kernels(memory="recompute")):
-        for name, group in first.items():
-            for a, b in zip(group, again[name], strict=True):
-                assert torch.equal(a, b), name
+    assert_same_bits(ConvCase((64, 80, 80), dtype, (64, 16), reduce))
 
 
 @pytest.mark.parametrize("reduce", [False, True])
 def test_poisoned_memory_in_the_preprocessing(reduce):
-    case = ConvCase((2, 12, 20), channels=(24, 20), reduce=reduce)
-    torch.use_deterministic_algorithms(True)
-    try:
-        found = errors(case.kernels(), case.reference())
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(error < 1e-10 for error in found.values()), found
+    assert_exact_on_poisoned_memory(ConvCase((2, 12, 20), channels=(24, 20), reduce=reduce))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,22 +135,11 @@ def test_opcheck_of_the_preprocessing(reduce):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("K", [1, 4])
 def test_deterministic(dtype, K):
-    case = Case((8, 32, 32), dtype, channels=16, K=K, nodes=4)
-    first = case.kernels()
-    for again in (case.kernels(), case.kernels(memory="recompute")):
-        for name, group in first.items():
-            for a, b in zip(group, again[name], strict=True):
-                assert torch.equal(a, b), name
+    assert_same_bits(Case((8, 32, 32), dtype, channels=16, K=K, nodes=4))
 
 
 def test_poisoned_memory():
-    case = Case((2, 12, 20), channels=8, K=2, stride=2)
-    torch.use_deterministic_algorithms(True)
-    try:
-        found = errors(case.kernels(), case.reference())
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(error < 1e-10 for error in found.values()), found
+    assert_exact_on_poisoned_memory(Case((2, 12, 20), channels=8, K=2, stride=2))
 
 
 def test_gradcheck():
