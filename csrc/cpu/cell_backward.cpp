@@ -341,7 +341,7 @@ struct Backward : CellContext<T, S> {
       rest = room.take<T>(in);
       scratch = room.take<T>(4 * (source.w + 2) * cell.mixed + 16384);
       for (T** p : {&d_max, &d_avg}) *p = room.take<T>(source.pools ? size : 0);
-      pool_scratch = room.take<T>(source.pools ? 10 * ((source.w + 4) * cell.mixed + 16) : 0);
+      pool_scratch = room.take<T>(source.pools ? 8 * (source.w * cell.mixed + 96) : 0);
       pools = run.take_pool_room(room, source.w);
       summed = room.take<T>(cell.K > 1 && source.stride == 2 ? cell.pixels() * cell.channels : 0);
       rows = room.take<T>((2 * source.w + 1) * cell.channels);

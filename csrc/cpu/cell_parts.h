@@ -146,7 +146,7 @@ struct CellContext {
     if (period == cm) return;
     repeated.resize(data.weights_size / cm * period);
     for (int64_t r = 0; r < data.weights_size / cm; r++)
-      for (int64_t j = 0; j < period; j++) repeated[r * period + j] = data.weights[r * cm + j % cm];
+      for (int64_t j = 0; j < period; j += cm) std::copy_n(data.weights + r * cm, cm, repeated.data() + r * period + j);
   }
 
   // packed weights of one convolution pair

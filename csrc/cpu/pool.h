@@ -141,106 +141,151 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64
   }
 }
 
-// The first maximum in row-major order takes its window's gradient, as in torch: of the first row that has it, the
-// first column. So a window's gradient goes to the maximum of three in one of its rows, and from there to a pixel.
-template <class T>
-struct PoolRows {
-  int64_t c, row, step;
-  T *x, *top, *d_top;
-  static constexpr T lowest = -std::numeric_limits<T>::infinity();
-
-  PoolRows(int64_t w, int64_t c, T* scratch) : c(c), row(w * c), step(w * c + 4 * c + kLanes<T>) {
-    x = scratch + 2 * c, top = x + 3 * step, d_top = top + 3 * step;
-    fill(scratch, 9 * step, T(0));
-    for (int64_t y = 0; y < 3; y++) {
-      fill(x + y * step - 2 * c, 2 * c, lowest);
-      fill(x + y * step + row, c, lowest);
-    }
+// Neighbours along a row of vectors. C: channels that divide a vector, or 0 where each pixel has one of its own.
+template <class T, int L, int C>
+struct Neighbours {
+  using V = Vec<T, L>;
+  static constexpr auto lanes = std::make_integer_sequence<int, L>{};
+  static RF_INLINE V left(V before, V here) {
+    if constexpr (C == 0)
+      return before;
+    else
+      return consecutive_lanes<L - C>(before, here, lanes);
   }
-  int64_t at(int64_t y) const { return y % 3 * step; }
-  template <class F>
-  RF_INLINE void each(F&& f) {
-    sweep<T>(row, repeated<T>(c), f);
+  static RF_INLINE V right(V here, V after) {
+    if constexpr (C == 0)
+      return after;
+    else
+      return consecutive_lanes<C>(here, after, lanes);
   }
-
-  void begin(const T* from, int64_t y) {
-    T *to = x + at(y), *most = top + at(y), *d = d_top + at(y);
-    each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
-      store<lanes>(to + i, load<lanes>(from + i));
-      store<lanes>(d + i, Vec<T, lanes>{});
-    });
-    each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
-      constexpr int L = lanes;
-      Vec<T, L> left = load<L>(to + i - c), mid = load<L>(to + i), right = load<L>(to + i + c);
-      store<L>(most + i, max_or_second<T, L>(max_or_second<T, L>(left, mid), right));
-    });
-  }
-  // the windows around row y; has_up, has_down: whether they have all three rows
-  void windows(const T* d_max, int64_t y, bool has_up, bool has_down) {
-    int64_t above = at(y + 2), here = at(y), below = at(y + 1);
-    each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
-      constexpr int L = lanes;
-      Vec<T, L> none = Vec<T, L>{}, least = none + lowest, d = load<L>(d_max + i), mid = load<L>(top + here + i);
-      Vec<T, L> up = has_up ? load<L>(top + above + i) : least, down = has_down ? load<L>(top + below + i) : least;
-      Vec<T, L> most = max_or_second<T, L>(max_or_second<T, L>(up, mid), down);
-      // what no row claims goes to the last, so that no gradient is lost
-      Vec<T, L> rest = d;
-      if (has_up) {
-        auto miss = up < most;
-        store<L>(d_top + above + i, load<L>(d_top + above + i) + (miss ? none : rest));
-        rest = miss ? rest : none;
-      }
-      if (has_down) {
-        auto miss = mid < most;
-        store<L>(d_top + below + i, load<L>(d_top + below + i) + (miss ? rest : none));
-        rest = miss ? none : rest;
-      }
-      store<L>(d_top + here + i, load<L>(d_top + here + i) + rest);
-    });
-  }
-  void end(int64_t y, T* dx) {
-    const T *from = x + at(y), *most = top + at(y), *d = d_top + at(y);
-    each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
-      constexpr int L = lanes;
-      Vec<T, L> none = Vec<T, L>{}, here = load<L>(from + i), left = load<L>(from + i - c);
-      Vec<T, L> before = load<L>(most + i - c), mid = load<L>(most + i), after = load<L>(most + i + c);
-      Vec<T, L> sum = load<L>(dx + i);
-      sum += here < after ? none : load<L>(d + i + c);
-      sum += ((left < mid) & ~(here < mid)) ? load<L>(d + i) : none;
-      sum += ((load<L>(from + i - 2 * c) < before) & (left < before)) ? load<L>(d + i - c) : none;
-      store<L>(dx + i, sum);
-    });
+  static RF_INLINE V second_left(V second_before, V before, V here) {
+    if constexpr (C == 0)
+      return second_before;
+    else
+      return consecutive_lanes<L - 2 * C>(before, here, lanes);
   }
 };
+
+// Rows around the windows of row y. Missing ones are lowest for x and maxima, zero for gradients.
+template <class T>
+struct PoolRows {
+  const T *above, *below;     // x at y - 1 and y + 1
+  const T *up, *mid;          // maxima of three columns at y - 1 and y
+  T* down;                    // and at y + 1, made here
+  const T *d_max, *d_avg[3];  // d_max at y; d_avg at y - 2, y - 1 and y
+  const T* d_up;              // gradients of the maxima, so far
+  T *d_mid, *d_down;
+  T* dx;  // at y - 1
+  bool has_down;
+};
+
+// The first maximum in row-major order takes its window's gradient, as in torch: of the first row that has it, the
+// first column. So a window's gradient goes to the maximum of three in one of its rows, and from there to a pixel.
+// Columns pass through registers. Here, Up: whether rows y and y - 1 exist; after the windows of row y nothing more
+// reaches row y - 1.
+template <class T, int L, int C, bool Here, bool Up>
+__attribute__((noinline)) void pool_backward_row(const PoolRows<T>& rows, int64_t first, int64_t count, int64_t step) {
+  using V = Vec<T, L>;
+  using At = Neighbours<T, L, C>;
+  V none = V{}, lowest = none - std::numeric_limits<T>::infinity();
+  V below[3] = {lowest, load<L>(rows.below + first), lowest};
+  V x[4] = {lowest, lowest, lowest, lowest};
+  V top[3] = {none, none, none}, d[3] = {none, none, none}, avg[3] = {none, none, none};
+  auto enter = [&](V next_x, V next_top, V next_d, V next_avg) __attribute__((always_inline)) {
+    x[0] = x[1], x[1] = x[2], x[2] = x[3], x[3] = next_x;
+    top[0] = top[1], top[1] = top[2], top[2] = next_top;
+    d[0] = d[1], d[1] = d[2], d[2] = next_d;
+    avg[0] = avg[1], avg[1] = avg[2], avg[2] = next_avg;
+  };
+  // the vector before the one that entered last
+  auto leave = [&](T* dx) __attribute__((always_inline)) {
+    V here = x[2], left = At::left(x[1], here), second = At::second_left(x[0], x[1], here);
+    V before = At::left(top[0], top[1]), after = At::right(top[1], top[2]);
+    V sum = load<L>(dx) + (At::left(avg[0], avg[1]) + avg[1] + At::right(avg[1], avg[2]));
+    sum += here < after ? none : At::right(d[1], d[2]);
+    sum += ((left < top[1]) & ~(here < top[1])) ? d[1] : none;
+    sum += ((second < before) & (left < before)) ? At::left(d[0], d[1]) : none;
+    store<L>(dx, sum);
+  };
+  for (int64_t j = 0; j < count; j++) {
+    int64_t i = first + j * step;
+    V up = lowest, d_up = none;
+    if constexpr (Up) up = load<L>(rows.up + i), d_up = load<L>(rows.d_up + i);
+    if constexpr (Here) {
+      below[2] = j + 1 < count ? load<L>(rows.below + i + step) : lowest;
+      V left = At::left(below[0], below[1]), right = At::right(below[1], below[2]);
+      V down = max_or_second<T, L>(max_or_second<T, L>(left, below[1]), right), mid = load<L>(rows.mid + i);
+      V most = max_or_second<T, L>(max_or_second<T, L>(up, mid), down);
+      store<L>(rows.down + i, down);
+      below[0] = below[1], below[1] = below[2];
+      // what no row claims goes to the last, so that no gradient is lost
+      V rest = load<L>(rows.d_max + i), d_down = none;
+      if constexpr (Up) {
+        auto miss = up < most;
+        d_up += miss ? none : rest;
+        rest = miss ? rest : none;
+      }
+      if (rows.has_down) {
+        auto miss = mid < most;
+        d_down = miss ? rest : none;
+        rest = miss ? none : rest;
+      }
+      store<L>(rows.d_mid + i, load<L>(rows.d_mid + i) + rest);
+      store<L>(rows.d_down + i, d_down);
+    }
+    if constexpr (Up) {
+      const auto& d_avg = rows.d_avg;
+      enter(load<L>(rows.above + i), up, d_up, load<L>(d_avg[0] + i) + load<L>(d_avg[1] + i) + load<L>(d_avg[2] + i));
+      if (j > 0) leave(rows.dx + i - step);
+    }
+  }
+  if constexpr (Up) {
+    enter(lowest, none, none, none);
+    leave(rows.dx + first + (count - 1) * step);
+  }
+}
 
 template <class T>
 void pool_backward_dense(const T* x, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c, T* dx,
                          T* scratch) {
-  PoolRows<T> rows(w, c, scratch);
-  int64_t row = w * c;
-  // sums of three rows of d_avg, with one pixel of border
-  T* tall = rows.d_top + 3 * rows.step;
-  fill(tall - c, row + 2 * c, T(0));
-  rows.begin(x, 0);
-  for (int64_t y = 0; y <= h; y++) {
-    if (y + 1 < h) rows.begin(x + (y + 1) * row, y + 1);
-    if (y < h) rows.windows(d_max + y * row, y, y > 0, y + 1 < h);
-    if (y == 0) continue;
-    T* to = dx + (y - 1) * row;
-    rows.end(y - 1, to);
-    const T* d = d_avg + (y - 1) * row;
-    bool has_up = y > 1, has_down = y < h;
-    rows.each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
-      constexpr int L = lanes;
-      Vec<T, L> sum = load<L>(d + i);
-      if (has_up) sum += load<L>(d + i - row);
-      if (has_down) sum += load<L>(d + i + row);
-      store<L>(tall + i, sum);
-    });
-    rows.each([&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
-      constexpr int L = lanes;
-      store<L>(to + i, load<L>(to + i) + (load<L>(tall + i - c) + load<L>(tall + i) + load<L>(tall + i + c)));
-    });
+  // rows of a power of two would share cache sets, and loads would wait for stores of other rows
+  int64_t row = w * c, pitch = row + 384 / sizeof(T);
+  T *lowest = scratch, *zero = lowest + pitch, *top = zero + pitch, *d_top = top + 3 * pitch;
+  fill(lowest, pitch, -std::numeric_limits<T>::infinity());
+  fill(zero, 7 * pitch, T(0));
+  // the first step makes row 0's maxima, the last ends the last row
+  for (int64_t y = -1; y <= h; y++) {
+    auto of = [&](const T* image, int64_t y, const T* missing) {
+      return y >= 0 && y < h ? image + y * row : missing;
+    };
+    auto ring = [&](T* from, int64_t y) { return from + (y + 3) % 3 * pitch; };
+    PoolRows<T> rows{of(x, y - 1, lowest),
+                     of(x, y + 1, lowest),
+                     ring(top, y - 1),
+                     ring(top, y),
+                     ring(top, y + 1),
+                     of(d_max, y, zero),
+                     {of(d_avg, y - 2, zero), of(d_avg, y - 1, zero), of(d_avg, y, zero)},
+                     ring(d_top, y - 1),
+                     ring(d_top, y),
+                     ring(d_top, y + 1),
+                     dx + (y - 1) * row,
+                     y + 1 < h};
+    auto run = [&](auto lanes, auto channels, int64_t first, int64_t count, int64_t step) {
+      if (y == h)
+        pool_backward_row<T, lanes, channels, false, true>(rows, first, count, step);
+      else if (y > 0)
+        pool_backward_row<T, lanes, channels, true, true>(rows, first, count, step);
+      else
+        pool_backward_row<T, lanes, channels, true, false>(rows, first, count, step);
+    };
+    auto full = std::integral_constant<int, kLanes<T>>{};
+    if (is_flat<T>(c, 1) && row % full == 0)
+      with_flat_channels<T>(c, [&](auto channels) { run(full, channels, 0, row / full, full); });
+    else
+      with_lanes<T>(c, [&](auto lanes) {
+        for (int64_t k = 0; k < c; k += lanes) run(lanes, std::integral_constant<int, 0>{}, k, w, c);
+      });
   }
 }
 

@@ -89,7 +89,7 @@ struct Kernels {
   void (*add_moments)(const T* y, int64_t pixels, int64_t c, bool first, T* shift, double* mean, double* deviation,
                       T* sums);
   void (*finish_moments)(const T* shift, int64_t pixels, int64_t c, double* mean, double* deviation);
-  // dx += gradients of both pools; d_avg already divided by its window's size; scratch of 10 ((w + 4) c + 16)
+  // dx += gradients of both pools; d_avg already divided by its window's size; scratch of 8 (w c + 96)
   void (*pool_backward)(const T* x, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c, int stride, T* dx,
                         T* scratch);
 
