@@ -184,7 +184,11 @@ void join(const T* mixed, int n, const T* const* g, const T* scale, View<T> oute
     });
     int j = 0;
     auto some = [&](auto count) {
-      join_streams<T, count>(j == 0, g + j, r * row, scale + j, state, row, sum, dots + j);
+      // as many at a time as floats may add up
+      int64_t chunk = chunk_size(kLanes<T>);
+      for (int64_t i = 0; i < row; i += chunk)
+        join_streams<T, count>(j == 0, g + j, r * row + i, scale + j, state ? state + i : nullptr,
+                               least(chunk, row - i), sum + i, dots + j);
       j += count;
     };
     while (j + 4 <= n) some(std::integral_constant<int, 4>{});

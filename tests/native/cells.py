@@ -67,10 +67,23 @@ class Problem:
 
 
 def nearest_kink(problem):
-    """How close a ReLU's input comes to 0 in float64, where its derivative jumps."""
+    """How close in float64 a ReLU's input comes to 0, or a maximum to the next: there derivatives jump."""
     cell, found = copy.deepcopy(problem.cell).double(), [math.inf]
-    for relu in (m for m in cell.modules() if isinstance(m, nn.ReLU)):
-        relu.register_forward_pre_hook(lambda _, x: found.append(x[0].abs().min().item()))
+
+    def relu(_, x):
+        found.append(x[0].abs().min().item())
+
+    def pool(module, x):
+        padded = nn.functional.pad(x[0], (1, 1, 1, 1), value=-1e9)
+        windows = nn.functional.unfold(padded, 3, stride=module.stride).unflatten(1, (-1, 9))
+        first, second = windows.topk(2, dim=2).values.unbind(2)
+        found.append((first - second).min().item())
+
+    for module in cell.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(relu)
+        elif isinstance(module, nn.MaxPool2d):
+            module.register_forward_pre_hook(pool)
     weights = problem.edge_weights
     with torch.no_grad():
         inputs = [x.double() for x in problem.x]
@@ -103,6 +116,9 @@ def assert_as_good_as_torch(problem, gradients=True, **options):
     for name, value in truth.items():
         kind = name.rsplit(".", 1)[-1]
         scale[kind] = max(scale.get(kind, 0.0), value.abs().max().item() if value.numel() else 0.0)
+    # of so few sums all may cancel: what one with random output gradients comes to
+    nodes = [value for name, value in truth.items() if name.startswith("node")]
+    scale["gradient of edge weights"] = max(node.norm().item() for node in nodes)
     eps = torch.finfo(problem.x[0].dtype).eps
     for name, value in truth.items():
         if name.startswith("gradient") and not gradients:

@@ -106,7 +106,6 @@ def test_any_shape_thoroughly(channels, K, reduce, nodes, n, h, w, space, seed):
 
 
 def _any_shape(channels, K, reduce, nodes, n, h, w, space, seed):
-    torch.manual_seed(seed)
     channels *= K if channels % K else 1
     if reduce:
         h, w = 2 * h, 2 * w
@@ -115,9 +114,14 @@ def _any_shape(channels, K, reduce, nodes, n, h, w, space, seed):
     primitives = SPACES[space].cells["normal"][0]
     # normalising a handful of values amplifies rounding beyond any bound
     n = max(n, -(-12 * (4 if reduce else 1) // (h * w)))
-    problem = Problem(make_cell(2, nodes, channels, K, reduce, primitives), n, h, w, 2, K > 1)
     # on either side of a kink gradients differ, whose rounding ever it was that went there
-    assert_as_good_as_torch(problem, gradients=nearest_kink(problem) > 1e-7)
+    for attempt in range(5):
+        torch.manual_seed(seed + 2**16 * attempt)
+        problem = Problem(make_cell(2, nodes, channels, K, reduce, primitives), n, h, w, 2, K > 1)
+        smooth = nearest_kink(problem) > 2e-6
+        if smooth:
+            break
+    assert_as_good_as_torch(problem, gradients=smooth)
 
 
 def test_memory_modes_agree_bit_for_bit():
