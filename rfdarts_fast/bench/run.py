@@ -48,9 +48,8 @@ def run(
     out: Path | None = None,
 ) -> dict:
     """Times one step of a supernet, variants taking turns `rounds` times, so that a busy minute hits all.
-    At each turn an untimed step comes first: in a loop steps follow each other, and find the caches as their
-    like left them. PyTorch and the kernels have a process each, for what PyTorch's gigabytes leave on the
-    heap slows the kernels; memory is measured in one more process for each variant.
+    PyTorch and the kernels have a process each, for what PyTorch's gigabytes leave on the heap slows the
+    kernels; memory is measured in one more process for each variant.
 
     Args:
         method: "rf-darts" or "rf-pcdarts" (K = 4).
@@ -184,7 +183,6 @@ def _start(variant: str, method: Method, shape: dict) -> tuple[float, float]:
 
 
 def _timed_step(variant: str) -> tuple[float, float]:
-    _steps[variant]()
     start, start_cpu = time.perf_counter(), time.process_time()
     _steps[variant]()
     return time.perf_counter() - start, time.process_time() - start_cpu
