@@ -114,14 +114,18 @@ def _any_shape(channels, K, reduce, nodes, n, h, w, space, seed):
     primitives = SPACES[space].cells["normal"][0]
     # normalising a handful of values amplifies rounding beyond any bound
     n = max(n, -(-12 * (4 if reduce else 1) // (h * w)))
-    # on either side of a kink gradients differ, whose rounding ever it was that went there
-    for attempt in range(5):
+    smooth, rough = [], []
+    for attempt in range(10):
         torch.manual_seed(seed + 2**16 * attempt)
         problem = Problem(make_cell(2, nodes, channels, K, reduce, primitives), n, h, w, 2, K > 1)
-        smooth = nearest_kink(problem) > 2e-6
-        if smooth:
+        # on either side of a kink gradients differ, whose rounding ever it was that went there
+        (smooth if nearest_kink(problem) > 2e-6 else rough).append(problem)
+        if len(smooth) == (5 if K > 1 else 1):
             break
-    assert_as_good_as_torch(problem, gradients=smooth)
+    if smooth:
+        assert_as_good_as_torch(*smooth)
+    if rough:
+        assert_as_good_as_torch(rough[0], gradients=False)
 
 
 def test_edge_weight_gradients_of_wide_rows():
