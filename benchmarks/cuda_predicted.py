@@ -24,10 +24,10 @@ from typing import NamedTuple
 import torch
 
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from rfdarts_fast.ops import native
-from rfdarts_fast.ops.native_plan import Plan, plan_of
-from tests.cuda import emulated
-from tests.cuda.convs import ConvCase
+from rfdarts_fast.ops.compiled import cpu
+from rfdarts_fast.ops.compiled.plan import Plan, plan_of
+from tests.kernels.cuda import emulated
+from tests.kernels.cuda.convs import ConvCase
 
 BANDWIDTH = 3.0e12
 MULTIPLY_ADDS = 132 * 128 * 1.98e9
@@ -110,7 +110,7 @@ def launches(
     inputs = [x.requires_grad_() for x in inputs]
     weights = torch.rand(len(edges), 8, requires_grad=True)
     edge_weights = torch.rand(len(edges), requires_grad=True) if K > 1 else None
-    return recorded(lambda: native.mixed_cell(edges, inputs, weights, edge_weights))
+    return recorded(lambda: cpu.mixed_cell(edges, inputs, weights, edge_weights))
 
 
 def preprocessing_launches(
@@ -122,7 +122,7 @@ def preprocessing_launches(
     for conv in convs:
         conv.requires_grad_(False)
     x = torch.empty(batch, c_in, side, side, dtype=torch.bfloat16, memory_format=torch.channels_last)
-    return recorded(lambda: [native.relu_conv_bn(x.requires_grad_(), convs, norm)])
+    return recorded(lambda: [cpu.relu_conv_bn(x.requires_grad_(), convs, norm)])
 
 
 def recorded(forward: Callable[[], list[torch.Tensor]]) -> list[tuple[str, int, int]]:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from rfdarts_fast import nn as rfnn
 from rfdarts_fast.drop_in import darts, pc_darts
-from rfdarts_fast.engine.environment import environment
-from rfdarts_fast.ops import native, use_backend
+from rfdarts_fast.runs.environment import environment
+from rfdarts_fast.ops import use_backend
+from rfdarts_fast.ops.compiled import cpu
 from rfdarts_fast.spaces import get_space
 
 Step = Callable[[], None]
@@ -92,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    engine = native.status()
+    engine = cpu.status()
     machine = environment()
     print(f"{machine} engine {engine}")
     figures = {}

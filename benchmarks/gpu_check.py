@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_steps import NETWORKS, kernel_times, largest_batch, roofs, time_steps
-from rfdarts_fast.engine.environment import environment, version_of
+from rfdarts_fast.runs.environment import environment, version_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 8.5 * 60
@@ -33,7 +33,7 @@ LEAST |= {"largest": 45, "triton": 60}
 MOST = {"tests": 150, "memcheck": 75, "racecheck": 75, "compile": 150, "triton": 150}
 COMPILED = ("RF-PCDARTS", "RF-DARTS")
 # of the tests of the Triton engine, those that compile least
-TRITON_TESTS = ("tests/triton_kernels/test_cells.py", "-k", "same_dtype or tuned")
+TRITON_TESTS = ("tests/kernels/triton/test_cells.py", "-k", "same_dtype or tuned")
 
 
 def begin(command: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -93,8 +93,8 @@ def sanitize(tool: str, seconds: float) -> dict[str, Any] | str:
 
 def small_case() -> None:
     """For compute-sanitizer: both strides, partial channels, tensor cores, preprocessing; with gradients."""
-    from tests.cuda.convs import ConvCase
-    from tests.cuda.emulated import Case
+    from tests.kernels.cuda.convs import ConvCase
+    from tests.kernels.cuda.emulated import Case
 
     for options in ({"channels": 16, "nodes": 1}, {"channels": 32, "nodes": 1, "stride": 2, "K": 4}):
         for dtype in (torch.float32, torch.bfloat16):
@@ -178,7 +178,7 @@ def main() -> None:
     if device == "cuda":
         # compiling takes minutes: it fills its cache while nothing is timed
         warming = [] if options.only else [begin(command) for command in steps.values()]
-        stage("tests", lambda most: run(module("pytest", "-q", "tests/cuda/test_gpu.py"), most))
+        stage("tests", lambda most: run(module("pytest", "-q", "tests/kernels/cuda/test_gpu.py"), most))
         for tool in ("memcheck", "racecheck"):
             stage(tool, lambda most, tool=tool: sanitize(tool, most))
         for process in warming:

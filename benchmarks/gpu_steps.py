@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rfdarts_fast.bench.variants import compile_mixed_ops
-from rfdarts_fast.engine.graph import GraphedStep, Recorder
+from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.search.architect import descend, gradients
@@ -173,8 +173,8 @@ def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, A
     """Of each kernel in the first cell's forward and backward, and in the preprocessing's: milliseconds, GB/s
     over the bytes it needs and their share of `roof`'s copy, TFLOP/s."""
     from benchmarks import cuda_predicted
-    from rfdarts_fast.ops import cuda
-    from tests.cuda import convs, emulated
+    from rfdarts_fast.ops.compiled import cuda
+    from tests.kernels.cuda import convs, emulated
 
     def tensor(*shape: int) -> Tensor:
         x = torch.randn(shape, device=device, dtype=torch.bfloat16)

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from rfdarts_fast.nn.supernet import MixedOp
-from rfdarts_fast.ops import native, reference
+from rfdarts_fast.ops import reference
+from rfdarts_fast.ops.compiled import cpu
 from rfdarts_fast.spaces import DARTS_PRIMITIVES
 
-pytestmark = pytest.mark.skipif(not native.status()["built"], reason="the kernels were not built")
+pytestmark = pytest.mark.skipif(not cpu.status()["built"], reason="the kernels were not built")
 
 # channels, size, K: the three resolutions of RF-DARTS and RF-PCDARTS with 16 initial channels
 SHAPES = {
@@ -22,7 +23,7 @@ SHAPES = {
     "32x16 K=4": (32, 16, 4),
     "64x8 K=4": (64, 8, 4),
 }
-ENGINES = {"reference": reference.mixed_cell, "native": native.mixed_cell}
+ENGINES = {"reference": reference.mixed_cell, "native": cpu.mixed_cell}
 BATCH = 64
 
 
@@ -72,7 +73,7 @@ def test_preprocessing(benchmark, shape, fused):
     x = torch.randn(BATCH, c_in, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def step():
-        out = native.relu_conv_bn(x, (conv,), norm) if fused else norm(conv(x.relu()))
+        out = cpu.relu_conv_bn(x, (conv,), norm) if fused else norm(conv(x.relu()))
         out.sum().backward()
 
     benchmark(step)

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from rfdarts_fast.data import DataError
-from rfdarts_fast.engine.checkpoint import CheckpointError
-from rfdarts_fast.engine.config import ConfigError, RunConfig, read_yaml, require
-from rfdarts_fast.engine.run import Diverged
-from rfdarts_fast.engine.run_folder import RunFolderError
-from rfdarts_fast.engine.signals import Stopped
+from rfdarts_fast.runs.checkpoint import CheckpointError
+from rfdarts_fast.runs.config import ConfigError, RunConfig, read_yaml, require
+from rfdarts_fast.runs.run import Diverged
+from rfdarts_fast.runs.run_folder import RunFolderError
+from rfdarts_fast.runs.signals import Stopped
 from rfdarts_fast.ops import BackendError
 from rfdarts_fast.retrain.config import TrainConfig, recipe_values
 from rfdarts_fast.search.config import SearchConfig, preset_values
@@ -134,7 +134,7 @@ def run_bench(args: list[str]) -> None:
     import torch
 
     from rfdarts_fast import bench
-    from rfdarts_fast.ops import native
+    from rfdarts_fast.ops.compiled import cpu
 
     options = tyro.cli(BenchOptions, prog="rfdarts bench", args=args)
     for name in ("batch", "size", "channels", "layers", "rounds"):
@@ -144,14 +144,14 @@ def run_bench(args: list[str]) -> None:
     variants = ["eager", "eager-cl"]
     if options.compile:
         variants.append("compile")
-    if native.status()["built"]:
+    if cpu.status()["built"]:
         variants += ["native", "recompute", "bfloat16"]
     shape = {name: getattr(options, name) for name in ("batch", "size", "channels", "layers", "rounds")}
     print(bench.table(bench.run(options.method, variants, **shape, out=options.out)))
 
 
 def run_env(args: list[str]) -> None:
-    from rfdarts_fast.engine.environment import compiled_engines, environment, optional_packages
+    from rfdarts_fast.runs.environment import compiled_engines, environment, optional_packages
 
     argparse.ArgumentParser("rfdarts env", description="What is installed and built here.").parse_args(args)
     here = environment()

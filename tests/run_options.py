@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rfdarts_fast.engine import run as run_module
-from rfdarts_fast.engine.config import ConfigError
-from rfdarts_fast.engine.run_folder import RunFolder
+from rfdarts_fast.runs import run as run_module
+from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.run_folder import RunFolder
 
 
 def check_out(lab):

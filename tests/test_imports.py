@@ -16,12 +16,12 @@ ALLOWED = {
     "ops": set(),
     "data": set(),
     "nn": {"ops", "spaces"},
-    "engine": {"data", "ops"},
-    "search": {"nn", "data", "engine", "spaces", "ops"},
-    "retrain": {"nn", "data", "engine", "spaces", "ops"},
-    "drop_in": {"nn", "data", "engine", "spaces", "ops"},
-    "bench": {"nn", "data", "engine", "spaces", "ops", "search", "retrain", "drop_in"},
-    "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "engine", "spaces", "ops"},
+    "runs": {"data", "ops"},
+    "search": {"nn", "data", "runs", "spaces", "ops"},
+    "retrain": {"nn", "data", "runs", "spaces", "ops"},
+    "drop_in": {"nn", "data", "runs", "spaces", "ops"},
+    "bench": {"nn", "data", "runs", "spaces", "ops", "search", "retrain", "drop_in"},
+    "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops"},
     # the package itself offers `accelerate` and `use_backend`, imported on first use
     "__init__": {"drop_in", "ops"},
 }
@@ -101,6 +101,6 @@ def test_the_reader_of_imports_sees_all_kinds(tmp_path, monkeypatch):
     module.write_text(
         "import rfdarts_fast.nn.derived\nfrom rfdarts_fast import ops\nfrom ..data import load\n"
         "from .genotype import parse\nfrom .. import cli\n"
-        "def f():\n    from rfdarts_fast.engine.run import Run\n    import_module('rfdarts_fast.search')\n"
+        "def f():\n    from rfdarts_fast.runs.run import Run\n    import_module('rfdarts_fast.search')\n"
     )
-    assert sorted(imported_parts(module)) == ["cli", "data", "engine", "nn", "ops", "search", "spaces"]
+    assert sorted(imported_parts(module)) == ["cli", "data", "runs", "nn", "ops", "search", "spaces"]

@@ -16,9 +16,9 @@ import torch
 
 from rfdarts_fast.bench.roofs import machine_roofs, step_counts
 from rfdarts_fast.bench.variants import VARIANTS, Method, resident, step_of
-from rfdarts_fast.engine.environment import environment
-from rfdarts_fast.engine.files import write_json
-from rfdarts_fast.ops import native
+from rfdarts_fast.runs.environment import environment
+from rfdarts_fast.runs.files import write_json
+from rfdarts_fast.ops.compiled import cpu
 
 
 @dataclass
@@ -65,8 +65,8 @@ def run(
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-        if not variant.startswith(("eager", "compile")) and not native.status()["built"]:
-            raise ValueError(f"variant: {variant} needs the compiled kernels: {native.status()['reason']}")
+        if not variant.startswith(("eager", "compile")) and not cpu.status()["built"]:
+            raise ValueError(f"variant: {variant} needs the compiled kernels: {cpu.status()['reason']}")
     shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     cpu: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -105,7 +105,7 @@ def run(
         **shape,
         "dtype": "float32",
         **environment(),
-        "kernels": native.status(),
+        "kernels": cpu.status(),
         "rounds": rounds,
         "load": os.getloadavg()[0],
         "roofs": machine_roofs(),

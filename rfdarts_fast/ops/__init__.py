@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from rfdarts_fast.ops import cuda, native, native_conv, reference, triton
+from rfdarts_fast.ops import reference, triton
+from rfdarts_fast.ops.compiled import cpu, cuda, conv_bn
 from rfdarts_fast.ops.backend import Backend, BackendError, Memory, backend_name, fall_back, use_backend
 from rfdarts_fast.ops.reference import Edge, Layer
 
@@ -76,11 +77,11 @@ def relu_conv_bns(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     [x], _ = _under_autocast([x])
     outs: dict[int, Tensor] = {}
     groups: dict[tuple, list[int]] = {}
-    engine = cuda if x.device.type == "cuda" else native
+    engine = cuda if x.device.type == "cuda" else cpu
     fused = backend_name() not in ("reference", "triton")
     for i, layer in enumerate(layers):
         if fused and engine.why_not_conv(x, *layer) is None:
-            groups.setdefault(native_conv.kind(layer), []).append(i)
+            groups.setdefault(conv_bn.kind(layer), []).append(i)
         else:
             outs[i] = reference.relu_conv_bn(x, *layer)
     for group in groups.values():
@@ -107,8 +108,8 @@ def _engine(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> ModuleType | Non
     if name == "reference" or inputs[0].device.type == "meta":
         return None
     on_gpu = inputs[0].device.type == "cuda"
-    engines = {"native": [cuda if on_gpu else native], "triton": [triton]}
-    engines["auto"] = [cuda, triton] if on_gpu else [native]
+    engines = {"native": [cuda if on_gpu else cpu], "triton": [triton]}
+    engines["auto"] = [cuda, triton] if on_gpu else [cpu]
     reasons = []
     for engine in engines[name]:
         reason = engine.why_not(edges, inputs)

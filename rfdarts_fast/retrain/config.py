@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rfdarts_fast.engine.config import (
+from rfdarts_fast.runs.config import (
     RunConfig,
     check_choices,
     require,
     require_not_negative,
     require_positive,
 )
-from rfdarts_fast.engine.schedule import Schedule
+from rfdarts_fast.runs.schedule import Schedule
 
 Recipe = Literal[
     "quick", "cifar", "pc-darts-cifar", "robustdarts", "imagenet", "pc-darts-imagenet", "nasbench201"

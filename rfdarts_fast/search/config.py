@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rfdarts_fast.engine.config import (
+from rfdarts_fast.runs.config import (
     RunConfig,
     check_choices,
     require,

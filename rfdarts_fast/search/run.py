@@ -19,11 +19,11 @@ from rfdarts_fast.data import (
     split_per_class,
     split_stratified,
 )
-from rfdarts_fast.engine.config import require
-from rfdarts_fast.engine.files import write_text
-from rfdarts_fast.engine.graph import GraphedStep, Recorder
-from rfdarts_fast.engine.meters import Meter
-from rfdarts_fast.engine.run import (
+from rfdarts_fast.runs.config import require
+from rfdarts_fast.runs.files import write_text
+from rfdarts_fast.runs.graph import GraphedStep, Recorder
+from rfdarts_fast.runs.meters import Meter
+from rfdarts_fast.runs.run import (
     Run,
     check_network,
     choose_device,
@@ -32,8 +32,8 @@ from rfdarts_fast.engine.run import (
     place,
     seed_everything,
 )
-from rfdarts_fast.engine.run_folder import RunFolder
-from rfdarts_fast.engine.schedule import learning_rate, set_learning_rate
+from rfdarts_fast.runs.run_folder import RunFolder
+from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.search.architect import Architect, Batch, descend, gradients
 from rfdarts_fast.search.build import build_supernet, weight_groups

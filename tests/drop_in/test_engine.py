@@ -5,14 +5,15 @@ import torch
 from torch import nn
 
 import rfdarts_fast
-from rfdarts_fast.ops import BackendError, native, use_backend
+from rfdarts_fast.ops import BackendError, use_backend
+from rfdarts_fast.ops.compiled import cpu
 
 from . import foreign
 from .common import MODULES, batch, drop_in_network, foreign_network
 from .test_accelerate import NETWORKS
 
 pytestmark = pytest.mark.skipif(
-    not native.status()["built"],
+    not cpu.status()["built"],
     reason="the compiled kernels are not built here",
 )
 
@@ -41,13 +42,13 @@ def test_takes_accelerated_networks(name):
 
 def test_is_asked_for_whole_cells(monkeypatch):
     calls = []
-    engine = native.mixed_cell
+    engine = cpu.mixed_cell
 
     def mixed_cell(edges, inputs, *args, **options):
         calls.append((len(edges), len(inputs)))
         return engine(edges, inputs, *args, **options)
 
-    monkeypatch.setattr(native, "mixed_cell", mixed_cell)
+    monkeypatch.setattr(cpu, "mixed_cell", mixed_cell)
     small = {"steps": 2, "multiplier": 2}
     ours, theirs = drop_in_network("pc_darts", 4, 3, **small), foreign_network("pc_darts", 4, 3, **small)
     rfdarts_fast.accelerate(theirs)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from rfdarts_fast.cli import parse_config
-from rfdarts_fast.engine.run import load_data
-from rfdarts_fast.engine.run_folder import RunFolder
+from rfdarts_fast.runs.run import load_data
+from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.nn.derived import Cell
 from rfdarts_fast.retrain import RECIPES, TrainConfig, train
 from rfdarts_fast.retrain import run as train_module

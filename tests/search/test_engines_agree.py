@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from rfdarts_fast.engine.run import load_data
-from rfdarts_fast.engine.run_folder import RunFolder
-from rfdarts_fast.ops import native, use_backend
+from rfdarts_fast.runs.run import load_data
+from rfdarts_fast.runs.run_folder import RunFolder
+from rfdarts_fast.ops import use_backend
+from rfdarts_fast.ops.compiled import cpu
 from rfdarts_fast.search.run import SearchRun
 
 STEPS = 20
@@ -17,7 +18,7 @@ METHODS = {
 }
 
 
-@pytest.mark.skipif(not native.status()["built"], reason="needs the compiled CPU kernels")
+@pytest.mark.skipif(not cpu.status()["built"], reason="needs the compiled CPU kernels")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_twenty_steps(tiny_search, tmp_path, method):
     def losses_and_genotype(backend, dtype):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rfdarts_fast.engine.run import load_data
-from rfdarts_fast.engine.run_folder import RunFolder
+from rfdarts_fast.runs.run import load_data
+from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.search import run as search_module
 from rfdarts_fast.search.run import SearchRun
 

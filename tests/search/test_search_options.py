@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from rfdarts_fast.cli import parse_config
-from rfdarts_fast.engine.config import ConfigError
-from rfdarts_fast.engine.run import load_data
-from rfdarts_fast.engine.run_folder import RunFolder
+from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.run import load_data
+from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.nn import MixedOp
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.search import PRESETS, SearchConfig, search

@@ -11,7 +11,7 @@
 
 namespace rfdarts {
 
-// The numbers are shared with rfdarts_fast/ops/native_plan.py.
+// The numbers are shared with rfdarts_fast/ops/compiled/plan.py.
 enum class Op : int64_t { None, MaxPool, AvgPool, Identity, Reduce, SepConv, DilConv, Noise };
 
 struct Branch {

@@ -1,7 +1,7 @@
 // Schemas of the ops that every device has. `m` is a torch library.
 #pragma once
 
-// the arguments of a cell; see rfdarts_fast/ops/native.py, native_conv.py
+// the arguments of a cell; see rfdarts_fast/ops/compiled/cpu.py, native_conv.py
 #define RFDARTS_CELL "Tensor weights, Tensor gamma, Tensor beta, Tensor mix"
 
 template <class Library>

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfdarts_fast.ops import native
+from rfdarts_fast.ops.compiled import cpu
 from rfdarts_fast.ops.backend import Memory
-from rfdarts_fast.ops.cuda import parameter_dtype, storage_dtype
-from rfdarts_fast.ops.native_plan import Plan, gamma_beta, plan_of, running_moments, training_mode
+from rfdarts_fast.ops.compiled.cuda import parameter_dtype, storage_dtype
+from rfdarts_fast.ops.compiled.plan import Plan, gamma_beta, plan_of, running_moments, training_mode
 from rfdarts_fast.ops.reference import Edge
 from rfdarts_fast.ops.triton.layout import layout_of, uneven
 
@@ -87,7 +87,7 @@ def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
         return "inputs of different dtypes"
     if any(x.shape != inputs[0].shape for x in inputs):
         return "inputs of different sizes"
-    reason = native.unsupported(edges, inputs, parameter_dtype(storage))
+    reason = cpu.unsupported(edges, inputs, parameter_dtype(storage))
     if reason is not None:
         return reason
     if edges[0].K not in (1, 2, 4, 8):

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rfdarts_fast.ops.native_plan import Op
+from rfdarts_fast.ops.compiled.plan import Op
 from rfdarts_fast.ops.triton.kernels_backward import (
     branch_gradient_kernel,
     bypass_gradient_kernel,

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rfdarts_fast.ops.native_plan import Op, Plan, pack_reduce
+from rfdarts_fast.ops.compiled.plan import Op, Plan, pack_reduce
 
 Range = tuple[int, int]
 

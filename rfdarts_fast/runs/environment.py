@@ -1,0 +1,95 @@
+"""What a run ran on: versions, hardware, and what is built."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rfdarts_fast
+from rfdarts_fast.ops import triton
+from rfdarts_fast.ops.compiled import cpu, cuda
+
+_OPTIONAL = {
+    "torchvision": "data sets cifar10, cifar100, svhn (pip install 'rfdarts_fast[vision]')",
+    "tensorboard": "event files of a run (pip install 'rfdarts_fast[log]')",
+    "triton": "GPU kernels in Triton (pip install 'rfdarts_fast[triton]')",
+}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout, `-dirty` if it was changed; None in an installed package."""
+    root = Path(rfdarts_fast.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def version_of(package: str) -> str | None:
+    """Installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """JSON values that tell where a run runs."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "rfdarts_fast": rfdarts_fast.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def compiled_engines() -> dict[str, str]:
+    """What the compiled engines were built for and what runs, or why not."""
+    cpu, gpu = cpu.status(), cuda.status()
+    isa = f"{cpu['isa']} (best here: {cpu['isa_best']})" if cpu["built"] else f"none: {cpu['reason']}"
+    built = f"built for {gpu['archs']}" if gpu["built"] else "not built"
+    return {
+        "cpu kernels": isa,
+        "cpu harness": str(cpu.get("harness", "not built")),
+        "cuda kernels": f"{built}; {gpu['reason']}" if "reason" in gpu else built,
+        "triton kernels": triton.missing() or "run here",
+    }
+
+
+def optional_packages() -> dict[str, str]:
+    """Optional package -> its version, or what is missing without it."""
+    return {name: version_of(name) or f"not installed; needed for {use}" for name, use in _OPTIONAL.items()}

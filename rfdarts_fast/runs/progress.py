@@ -1,0 +1,74 @@
+"""What a run tells its user: a progress bar on a terminal, plain lines elsewhere, TensorBoard if asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rfdarts_fast.runs.config import ConfigError
+
+
+class Progress:
+    """A bar over all steps of a run, with the time left; `line` prints above it.
+
+    Args:
+        total: steps of the whole run.
+        done: steps that an earlier start did.
+    """
+
+    def __init__(self, total: int, done: int, label: str) -> None:
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def line(self, text: str) -> None:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class EventWriter:
+    """TensorBoard events of the numbers in a metrics record; does nothing unless enabled."""
+
+    def __init__(self, folder: Path, enabled: bool) -> None:
+        self._writer = None
+        if enabled:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ConfigError(
+                    "tensorboard: expected the package tensorboard, which is not installed "
+                    "(pip install 'rfdarts_fast[log]')"
+                ) from None
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def add(self, record: dict) -> None:
+        if self._writer is None:
+            return
+        for name, value in _numbers(record):
+            self._writer.add_scalar(name, value, record["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _numbers(record: dict, prefix: str = ""):
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value

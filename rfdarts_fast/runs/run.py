@@ -1,0 +1,230 @@
+"""The course of a run: epochs of steps, checkpoints between them, and leaving when asked to."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfdarts_fast.data import Batches, DataSource, load
+from rfdarts_fast.runs.checkpoint import rng_state, set_rng_state
+from rfdarts_fast.runs.config import ConfigError, RunConfig
+from rfdarts_fast.runs.meters import Meter
+from rfdarts_fast.runs.progress import EventWriter, Progress
+from rfdarts_fast.runs.run_folder import RunFolder
+from rfdarts_fast.runs.signals import Stopped, StopRequest
+from rfdarts_fast.ops import BackendError, use_backend
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names; ConfigError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        # the meta device, for one, holds no values
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def load_data(config: RunConfig) -> DataSource:
+    return load(config.dataset, root=config.data_root, image_size=config.image_size, download=config.download)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and PyTorch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def place(network: Network, config: RunConfig, device: torch.device) -> Network:
+    """The network on its device, its convolutions in the config's memory format."""
+    channels_last = config.memory_format == "channels_last"
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def check_network(
+    build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
+) -> None:
+    """ConfigError unless the network can train on sets of so many images; tried on a copy, on the CPU."""
+    # a backend asked for by name has to be able to run, too
+    with use_backend("reference" if use_backend.name == "auto" else use_backend.name):
+        _try_network(build, batch_size, set_sizes, image_size)
+
+
+def _try_network(
+    build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
+) -> None:
+    try:
+        network = build()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        network(torch.zeros(2, 3, image_size, image_size))
+    except BackendError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"image_size: expected a size that fits the network's reductions, got {image_size}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    if not any(size % batch_size == 1 for size in set_sizes) and batch_size > 1:
+        return
+    try:
+        network(torch.zeros(1, 3, image_size, image_size))
+    except ValueError:
+        raise ConfigError(
+            f"batch_size: expected no batch of 1 in an epoch, too few pixels for BatchNorm, but {batch_size} "
+            f"leaves one of {' and '.join(map(str, set_sizes))} images"
+        ) from None
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, batches: Batches) -> dict[str, float | None]:
+    """Loss and accuracies over one pass in evaluation mode; the mode is put back."""
+    training = network.training
+    network.eval()
+    meter = Meter(batches.device)
+    for images, labels in batches.epoch(0):
+        output = network(images)
+        logits: Tensor = output[0] if isinstance(output, tuple) else output
+        meter.add(F.cross_entropy(logits, labels), logits, labels)
+    network.train(training)
+    return meter.result()
+
+
+class Diverged(RuntimeError):
+    """The training loss is no longer a number."""
+
+
+class Run(ABC):
+    """A run over `epochs` of `steps`. Subclasses say what a step, the end of an epoch and the state are.
+
+    Attributes:
+        epoch, step: position; all epochs before `epoch` and `step` steps of it are done.
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, batches: Batches, epochs: int, label: str
+    ) -> None:
+        self.folder = folder
+        self.batches = batches
+        self.epochs = epochs
+        self.label = label
+        self.epoch = 0
+        self.step = 0
+        self.meter = Meter(batches.device)
+        # time spent in the steps of this epoch, without validation and checkpoints
+        self.seconds = 0.0
+        self._checkpoint_seconds = 60 * config.checkpoint_minutes
+        self._events = EventWriter(folder.path, config.tensorboard)
+
+    @abstractmethod
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One step at the current position."""
+
+    @abstractmethod
+    def finish_epoch(self) -> dict[str, Any]:
+        """Called when `epoch` has had its steps; returns what goes into metrics.jsonl."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What the subclass needs to go on; plain values and tensors."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def summary(self, record: dict[str, Any]) -> str:
+        """A line of text for the end of an epoch."""
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        self.folder.save(
+            {
+                **self.state(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "meter": self.meter.sums,
+                "seconds": self.seconds,
+                "rng": rng_state(),
+            },
+            name,
+        )
+
+    def resume(self) -> None:
+        """Goes back to the folder's last checkpoint, if there is one."""
+        state = self.folder.load()
+        if state is None:
+            return
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.meter.sums.copy_(state["meter"])
+        self.load_state(state)
+        set_rng_state(state["rng"])
+
+    def run(self) -> None:
+        """Runs to the end. Raises Stopped, with the state saved, after SIGTERM or SIGINT."""
+        steps = len(self.batches)
+        progress = Progress(self.epochs * steps, self.epoch * steps + self.step, self.label)
+        if self.epoch or self.step:
+            progress.line(f"resuming at epoch {self.epoch}, step {self.step} of {steps}")
+        # what exists by now lives to the end; the collector would scan thousands of modules again and again
+        gc.collect()
+        gc.freeze()
+        try:
+            with StopRequest() as stop:
+                while self.epoch < self.epochs:
+                    self._run_epoch(stop, progress)
+        finally:
+            gc.unfreeze()
+            progress.close()
+            self._events.close()
+
+    def _run_epoch(self, stop: StopRequest, progress: Progress) -> None:
+        saved = before = time.monotonic()
+        for images, labels in self.batches.epoch(self.epoch, self.step):
+            self.train_step(images, labels)
+            self.step += 1
+            now = time.monotonic()
+            self.seconds += now - before
+            progress.step()
+            if stop.signal_number is not None:
+                self.save()
+                progress.line(f"stopped and saved at epoch {self.epoch}, step {self.step}")
+                raise Stopped(stop.signal_number)
+            if now - saved > self._checkpoint_seconds:
+                self.save()
+                saved = time.monotonic()
+            before = time.monotonic()
+        if self.batches.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.seconds += time.monotonic() - before
+        loss = self.meter.result()["loss"]
+        if loss is not None and not math.isfinite(loss):
+            raise Diverged(
+                f"loss: became {loss} in epoch {self.epoch}; the last checkpoint is from before "
+                "(a smaller --learning-rate needs a new folder)"
+            )
+        record = {"epoch": self.epoch, **self.finish_epoch()}
+        self.folder.metrics.append(record)
+        self._events.add(record)
+        progress.line(self.summary(record))
+        self.meter.reset()
+        self.seconds = 0.0
+        self.epoch, self.step = self.epoch + 1, 0
+        self.save()
