@@ -1,0 +1,208 @@
+"""Random cells and ReLU-conv-BN layers, with all that their forward and backward take.
+
+Every number is rounded to the dtype that a problem is for, and kept in float64: the truth and a run in that
+dtype start from the same values.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from rfdarts_fast.nn import MixedOp
+from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
+from rfdarts_fast.ops import use_backend
+from rfdarts_fast.spaces import DARTS_PRIMITIVES
+
+# {name: tensors}: outputs, gradients, running statistics; those of all gammas have one name
+Result = dict[str, list[Tensor | None]]
+
+
+class Problem:
+    """Modules, inputs, and gradients of the outputs.
+
+    Attributes:
+        module: the edges of a cell, or layers that read the same input.
+        weights: op weights and edge weights, by name.
+        grads: gradients of the outputs; None for one that the loss does not depend on.
+    """
+
+    inputs: list[Tensor]
+    grads: list[Tensor | None]
+
+    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype, train: bool) -> None:
+        self.module, self.dtype = nn.ModuleList(modules), dtype
+        self.weights: dict[str, Tensor] = {}
+        for part in self.module.modules():
+            if isinstance(part, nn.Conv2d):
+                part.requires_grad_(False)
+            elif isinstance(part, nn.BatchNorm2d):
+                if part.track_running_stats:
+                    part.running_mean.normal_()
+                    part.running_var.uniform_(0.5, 2)
+                if part.affine:
+                    nn.init.uniform_(part.weight, -1.5, 1.5)
+                    nn.init.normal_(part.bias, std=0.3)
+        self.module.to(dtype).double().train(train)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).double()
+
+    def compute(self, backend, module, inputs, *weights, **options) -> Sequence[Tensor]:
+        raise NotImplementedError
+
+    def trained(self, module: nn.ModuleList) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that get a gradient, by name."""
+        return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+    def run(
+        self,
+        backend,
+        dtype: torch.dtype | None = None,
+        arrange: Callable[[list[Tensor]], Sequence[Tensor]] = list,
+        layout: Callable[[Tensor], Tensor] = lambda grad: grad,
+        **options,
+    ) -> Result:
+        """What a backend makes of the problem in `dtype`.
+
+        Args:
+            arrange: makes the inputs from the leaves, dense tensors, whose gradients are in the result.
+            layout: makes the gradients of the outputs from dense ones.
+            options: `memory` and `concat` of the backend.
+        """
+        dtype = dtype or self.dtype
+        parameters = backend.parameter_dtype(dtype)
+        # what `noise` draws
+        torch.manual_seed(1)
+        module = copy.deepcopy(self.module).to(backend.device, parameters)
+
+        def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
+            return x.detach().to(backend.device, dtype).requires_grad_()
+
+        inputs = [leaf(x, dtype) for x in self.inputs]
+        leaves = {f"gradient of input {i}": [x] for i, x in enumerate(inputs)}
+        weights = {name: leaf(weight, parameters) for name, weight in self.weights.items()}
+        leaves |= {f"gradient of {name}": [weight] for name, weight in weights.items()}
+        for name, parameter in self.trained(module):
+            leaves.setdefault(f"gradient of {_last(name)}", []).append(parameter)
+
+        outputs = self.compute(backend, module, arrange(inputs), *weights.values(), **options)
+        if options.get("concat"):
+            [whole] = outputs
+            assert whole.is_contiguous(memory_format=torch.channels_last)
+            outputs = whole.chunk(len(self.grads), dim=1)
+        assert all(output.dtype == dtype for output in outputs)
+        result: Result = {f"output {i}": [output.detach()] for i, output in enumerate(outputs)}
+
+        pairs = [(output, grad) for output, grad in zip(outputs, self.grads, strict=True) if grad is not None]
+        grads = [layout(grad.to(backend.device, dtype)) for _, grad in pairs]
+        flat = [x for group in leaves.values() for x in group]
+        found = iter(torch.autograd.grad([output for output, _ in pairs], flat, grads, allow_unused=True))
+        result |= {name: [next(found) for _ in group] for name, group in leaves.items()}
+        for name, buffer in module.named_buffers():
+            result.setdefault(_last(name), []).append(buffer)
+        return {name: [x if x is None else x.cpu() for x in group] for name, group in result.items()}
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+class CellProblem(Problem):
+    """A cell with op weights and, for K > 1 unless told otherwise, edge weights.
+
+    Args:
+        shape: N, H and W of the inputs.
+        primitives: names, of every edge or edge by edge.
+        place: changes an input in place.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (2, 8, 8),
+        dtype: torch.dtype = torch.float64,
+        *,
+        primitives: Sequence[str] | Sequence[Sequence[str]] = DARTS_PRIMITIVES,
+        channels: int = 4,
+        stride: int = 1,
+        K: int = 1,
+        inputs: int = 2,
+        nodes: int = 2,
+        train: bool = True,
+        affine: bool = True,
+        track: bool = True,
+        edge_weights: bool | None = None,
+        place: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        sources = [j for node in range(nodes) for j in range(inputs + node)]
+        same = isinstance(primitives[0], str)
+        names = [primitives] * len(sources) if same else primitives
+        edges = [
+            MixedOp(names[edge], channels, stride if source < inputs else 1, K, affine, track)
+            for edge, source in enumerate(sources)
+        ]
+        super().__init__(edges, dtype, train)
+        n, h, w = shape
+        self.inputs = [torch.randn(n, channels, h, w) for _ in range(inputs)]
+        for x in self.inputs if place else ():
+            place(x)
+        self.inputs = [*map(self.rounded, self.inputs)]
+        op_weights = torch.randn(len(edges), len(edges[0].primitives)).softmax(-1)
+        self.weights["op_weights"] = self.rounded(op_weights)
+        if edge_weights if edge_weights is not None else K > 1:
+            self.weights["edge_weights"] = self.rounded(torch.rand(len(edges)))
+        size = n, channels, h // stride, w // stride
+        self.grads = [self.rounded(torch.randn(size)) for _ in range(nodes)]
+
+    def compute(self, backend, module, inputs, *weights, **options):
+        return backend.cell(list(module), inputs, *weights, **options)
+
+
+class LayerProblem(Problem):
+    """ReLU-conv-BN layers that read one input: 1x1 convolutions, or with `reduce` FactorizedReduces.
+
+    Args:
+        channels: of the input, and of each layer's output.
+        unused: the loss does not depend on the last output.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (2, 6, 10),
+        dtype: torch.dtype = torch.float64,
+        *,
+        channels: tuple[int, ...] = (6, 4),
+        reduce: bool = False,
+        train: bool = True,
+        affine: bool = True,
+        unused: bool = False,
+        place: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        c_in, *widths = channels
+        layers = [
+            FactorizedReduce(c_in, c, affine) if reduce else ReLUConvBN(c_in, c, 1, affine=affine)
+            for c in widths
+        ]
+        super().__init__(layers, dtype, train)
+        n, h, w = shape
+        x = torch.randn(n, c_in, h, w)
+        if place is not None:
+            place(x)
+        self.inputs = [self.rounded(x)]
+        stride = 2 if reduce else 1
+        self.grads = [self.rounded(torch.randn(n, c, h // stride, w // stride)) for c in widths]
+        if unused:
+            self.grads[-1] = None
+
+    def compute(self, backend, module, inputs, **options):
+        [x] = inputs
+        return backend.layers(x, [part.layer() for part in module], **options)
+
+    def trained(self, module):
+        used = nn.ModuleList(part for part, grad in zip(module, self.grads, strict=True) if grad is not None)
+        return super().trained(used)
