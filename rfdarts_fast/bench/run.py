@@ -62,14 +62,12 @@ def run(
     Raises:
         ValueError: for a variant that does not exist or that this machine cannot run.
     """
-    kernels = backends()["cpu"].status()
+    status = backends()["cpu"].status()
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-        if not variant.startswith(("eager", "compile")) and not kernels["built"]:
-            raise ValueError(
-                f"variant: {variant} needs the compiled kernels: {backends()['cpu'].status()['reason']}"
-            )
+        if not variant.startswith(("eager", "compile")) and not status["built"]:
+            raise ValueError(f"variant: {variant} needs the compiled kernels: {status['reason']}")
     shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     cpu: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -108,7 +106,7 @@ def run(
         **shape,
         "dtype": "float32",
         **environment(),
-        "kernels": kernels,
+        "kernels": status,
         "rounds": rounds,
         "load": os.getloadavg()[0],
         "roofs": machine_roofs(),

@@ -7,7 +7,6 @@ the derivation of the gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,26 +33,23 @@ def channels_last(x: Tensor) -> Tensor:
 def _save(ctx: Any, **groups: Tensor | list[Tensor] | None) -> None:
     """Keeps tensors and lists of tensors for the backward, by name."""
     flat: list[Tensor | None] = []
-    ctx.groups = {}
+    ctx.places = {}
     for name, group in groups.items():
-        members = group if isinstance(group, list) else [group]
-        ctx.groups[name] = (
-            slice(len(flat), len(flat) + len(members)) if isinstance(group, list) else len(flat)
-        )
-        flat += members
+        first = len(flat)
+        flat += group if isinstance(group, list) else [group]
+        ctx.places[name] = slice(first, len(flat)) if isinstance(group, list) else first
     ctx.save_for_backward(*flat)
 
 
-def _saved(ctx: Any) -> SimpleNamespace:
-    """The groups that `_save` kept, as attributes."""
-    flat = ctx.saved_tensors
-    groups = {name: flat[place] for name, place in ctx.groups.items()}
-    return SimpleNamespace(**{n: list(g) if isinstance(g, tuple) else g for n, g in groups.items()})
+def _saved(ctx: Any) -> dict[str, Any]:
+    """The groups that `_save` kept."""
+    flat = list(ctx.saved_tensors)
+    return {name: flat[place] for name, place in ctx.places.items()}
 
 
 @dataclass(frozen=True)
 class CellOptions:
-    """The arguments of a cell's ops that are no tensors with a gradient.
+    """The arguments of a cell's ops that have no gradient.
 
     Attributes:
         ops: namespace of the ops, `torch.ops.rfdarts`.
@@ -61,6 +57,7 @@ class CellOptions:
         conv_weights: see `packing.cell_weights`.
         bfloat16: branch outputs are kept in bfloat16.
         recompute: branch outputs are computed again in the backward.
+        concat: the result is the nodes concatenated.
     """
 
     ops: Any
@@ -70,6 +67,10 @@ class CellOptions:
     bfloat16: bool
     recompute: bool
     concat: bool
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return dict(cell=self.cell, eps=self.eps, bfloat16=self.bfloat16)
 
 
 class CellFunction(torch.autograd.Function):
@@ -87,35 +88,21 @@ class CellFunction(torch.autograd.Function):
         edge_weights: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        dense = [channels_inside(x.detach()) for x in inputs]
+        tensors: dict[str, Any] = dict(
+            inputs=[channels_inside(x.detach()) for x in inputs],
+            noise=noise,
+            conv_weights=options.conv_weights,
+            gamma=gamma,
+            beta=beta,
+            op_weights=op_weights,
+            edge_weights=edge_weights,
+        )
         nodes, concat, branch_outputs, used_moments = options.ops.cell_forward(
-            inputs=dense,
-            noise=noise,
-            conv_weights=options.conv_weights,
-            gamma=gamma,
-            beta=beta,
-            op_weights=op_weights,
-            edge_weights=edge_weights,
-            moments=moments,
-            cell=options.cell,
-            eps=options.eps,
-            bfloat16=options.bfloat16,
-            concat=options.concat,
+            **tensors, **options.numbers, moments=moments, concat=options.concat
         )
-        _save(
-            ctx,
-            inputs=dense,
-            # the parts of the concatenation hold the same values, and it lives on anyway
-            states=[concat] if options.concat else nodes,
-            noise=noise,
-            conv_weights=options.conv_weights,
-            gamma=gamma,
-            beta=beta,
-            op_weights=op_weights,
-            edge_weights=edge_weights,
-            moments=used_moments,
-        )
-        ctx.options, ctx.training, ctx.nodes = options, moments is None, len(nodes)
+        # the parts of the concatenation hold the same values, and it lives on anyway
+        _save(ctx, **tensors, moments=used_moments, nodes=[concat] if options.concat else nodes)
+        ctx.options, ctx.training, ctx.node_count = options, moments is None, len(nodes)
         # the backward uses them up
         ctx.branch_outputs = None if options.recompute else branch_outputs
         ctx.set_materialize_grads(False)
@@ -125,46 +112,33 @@ class CellFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        options, saved = ctx.options, _saved(ctx)
-        node_grads, nodes = list(grads[:-1]), saved.states
+        options, shared = ctx.options, _saved(ctx) | ctx.options.numbers
+        noise, edge_weights = shared.pop("noise"), shared.pop("edge_weights")
+        node_grads = list(grads[:-1])
         if options.concat:
-            nodes = list(nodes[0].chunk(ctx.nodes, dim=1))
+            shared["nodes"] = list(shared["nodes"][0].chunk(ctx.node_count, dim=1))
             whole = node_grads[0]
-            node_grads = [None] * ctx.nodes if whole is None else list(whole.chunk(ctx.nodes, dim=1))
-        shared = dict(
-            inputs=saved.inputs,
-            nodes=nodes,
-            conv_weights=saved.conv_weights,
-            gamma=saved.gamma,
-            beta=saved.beta,
-            op_weights=saved.op_weights,
-            moments=saved.moments,
-            cell=options.cell,
-            eps=options.eps,
-            bfloat16=options.bfloat16,
-        )
+            node_grads = list(whole.chunk(ctx.node_count, dim=1)) if whole is not None else []
         branch_outputs, ctx.branch_outputs = ctx.branch_outputs, None
         if branch_outputs is None:
             branch_outputs = options.ops.cell_branch_outputs(**shared)
-        grad_nodes = [i for i, grad in enumerate(node_grads) if grad is not None]
         # inputs are the last arguments of `forward`
-        needs_input_grad = [i for i in range(len(saved.inputs)) if ctx.needs_input_grad[7 + i]]
+        needs_input_grad = [i for i, needed in enumerate(ctx.needs_input_grad[7:]) if needed]
         grad_inputs, grad_gamma, grad_beta, grad_op_weights, grad_edge_weights = options.ops.cell_backward(
             **shared,
             grads=[channels_inside(grad) for grad in node_grads if grad is not None],
-            grad_nodes=grad_nodes,
-            noise=saved.noise,
-            edge_weights=saved.edge_weights,
+            grad_nodes=[i for i, grad in enumerate(node_grads) if grad is not None],
+            noise=noise,
+            edge_weights=edge_weights,
             branch_outputs=branch_outputs,
             training=ctx.training,
             needs_input_grad=needs_input_grad,
         )
-        of_inputs: list[Tensor | None] = [None] * len(saved.inputs)
+        of_inputs: list[Tensor | None] = [None] * len(shared["inputs"])
         for i, grad in zip(needs_input_grad, grad_inputs, strict=True):
             of_inputs[i] = grad
-        if saved.edge_weights is None:
-            grad_edge_weights = None
-        return (None, None, None, grad_gamma, grad_beta, grad_op_weights, grad_edge_weights, *of_inputs)
+        of_edges = None if edge_weights is None else grad_edge_weights
+        return (None, None, None, grad_gamma, grad_beta, grad_op_weights, of_edges, *of_inputs)
 
 
 @dataclass(frozen=True)
@@ -218,18 +192,16 @@ class ReLUConvBNFunction(torch.autograd.Function):
         count = len(options.conv_weights)
         if all(grad is None for grad in grads[:count]):
             return (None,) * len(ctx.needs_input_grad)
-        saved = vars(_saved(ctx))
-        shared = dict(saved, eps=options.eps, reduce=options.reduce)
-        if not shared.pop("conv_outputs"):
-            saved["conv_outputs"] = options.ops.relu_conv_bn_forward(**shared)[1]
+        shared = _saved(ctx) | dict(eps=options.eps, reduce=options.reduce)
+        conv_outputs = shared.pop("conv_outputs") or options.ops.relu_conv_bn_forward(**shared)[1]
         dense = [
             torch.zeros_like(output) if grad is None else channels_last(grad)
-            for grad, output in zip(grads[:count], saved["conv_outputs"], strict=True)
+            for grad, output in zip(grads[:count], conv_outputs, strict=True)
         ]
         grad_x, grad_gammas, grad_betas = options.ops.relu_conv_bn_backward(
             **shared,
             grads=dense,
-            conv_outputs=saved["conv_outputs"],
+            conv_outputs=conv_outputs,
             training=not options.moments,
             needs_input_grad=needs_input_grad,
         )
