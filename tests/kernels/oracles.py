@@ -1,25 +1,33 @@
-"""Backends as tests call them, and the oracle: the reference in float64, and plain PyTorch in the same dtype."""
+"""The oracle, plain PyTorch, and backends as tests call them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rfdarts_fast.ops import reference, use_backend
-from rfdarts_fast.ops import triton
-from rfdarts_fast.ops.compiled import cpu, cuda
-from tests.kernels.problems import Problem, Result
+from rfdarts_fast.ops import CellCall, Memory, reference, use_backend
+from rfdarts_fast.ops.dispatch import cell_call
+from rfdarts_fast.ops.dtypes import parameter_dtype
+
+
+@contextlib.contextmanager
+def fresh_memory_is_nan(on: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class Oracle:
-    """Plain PyTorch."""
-
-    name = "reference"
+    """Plain PyTorch: in float64 on the CPU the truth, in another dtype what kernels are measured by."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -28,54 +36,113 @@ class Oracle:
         return dtype
 
     def cell(self, edges, inputs, op_weights, edge_weights=None) -> list[Tensor]:
-        # or FactorizedReduce would look for compiled kernels
+        # or FactorizedReduce would ask for a backend
         with use_backend("reference"):
             return reference.mixed_cell(edges, inputs, op_weights, edge_weights)
+
+    def poison(self, on: bool) -> contextlib.AbstractContextManager[None]:
+        # a pool's backward on a GPU has no deterministic algorithm
+        return fresh_memory_is_nan(False)
 
     def layers(self, x, layers) -> list[Tensor]:
         return [reference.relu_conv_bn(x, *layer) for layer in layers]
 
 
-ORACLE = Oracle()
-
-
 class Kernels:
-    """A backend on a device."""
+    """A backend on a device.
 
-    def __init__(self, name: str, module, device: str = "cpu") -> None:
-        self.name, self.module, self.device = name, module, device
+    Attributes:
+        floor_of_norm: see `tolerances`.
+    """
+
+    floor_of_norm = 0.5
+
+    def __init__(self, backend: Any, device: str = "cpu") -> None:
+        self.backend, self.device = backend, device
 
     def parameter_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if self.name == "cpu" or dtype == torch.float64 else torch.float32
+        return parameter_dtype(dtype)
 
-    def cell(self, edges, inputs, op_weights, edge_weights=None, memory="fast", concat=False) -> list[Tensor]:
-        return self.module.mixed_cell(
-            edges, inputs, op_weights, edge_weights, memory=memory, concatenate=concat
-        )
+    def call(
+        self, edges, inputs, op_weights, edge_weights=None, memory: Memory = "fast", concat: bool = False
+    ) -> CellCall:
+        call = cell_call(edges, inputs, op_weights, edge_weights, memory, concat)
+        assert isinstance(call, CellCall), call
+        return call
 
-    def layers(self, x, layers, memory="fast") -> list[Tensor]:
-        return self.module.relu_conv_bns(x, layers, memory)
+    def cell(self, *arguments, **options) -> list[Tensor]:
+        call = self.call(*arguments, **options)
+        assert self.backend.unsupported_cell(call) is None
+        return self.backend.mixed_cell(call)
 
-    def orders(self, dtype: torch.dtype) -> Iterator[str]:
-        """Orders in which a computation in `dtype` is to be tried."""
-        yield "fixed"
+    def layers(self, x: Tensor, layers: Sequence[Any], memory: Memory = "fast") -> list[Tensor]:
+        assert all(self.backend.unsupported_layer(x, layer) is None for layer in layers)
+        return self.backend.relu_conv_bns(x, layers, memory)
+
+    def poison(self, on: bool) -> contextlib.AbstractContextManager[None]:
+        return fresh_memory_is_nan(on)
+
+    def schedules(self) -> Iterator[None]:
+        """Runs in which threads come in another order; no result may depend on it."""
+        yield
 
 
-class Emulated(Kernels):
-    def __init__(self):
-        super().__init__("emulated", cuda)
+class CPUKernels(Kernels):
+    # variances are merged in float32
+    floor_of_norm = 8.0
 
-    def cell(self, *arguments, **options):
-        native, torch.ops.rfdarts = torch.ops.rfdarts, torch.ops.rfdarts_emulated
-        return super().cell(*arguments, **options)
+    @contextlib.contextmanager
+    def poison(self, on: bool) -> Iterator[None]:
+        torch.ops.rfdarts.pool_poison(on)
+        try:
+            with fresh_memory_is_nan(on):
+                yield
+        finally:
+            torch.ops.rfdarts.pool_poison(False)
 
-    def layers(self, *arguments, **options):
-        native, torch.ops.rfdarts = torch.ops.rfdarts, torch.ops.rfdarts_emulated
-        return super().layers(*arguments, **options)
+    def schedules(self) -> Iterator[None]:
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                yield
+        finally:
+            torch.set_num_threads(1)
 
-    def orders(self, dtype):
-        orders = ("fixed", "shuffled") if dtype == torch.float64 else ("fixed",)
-        for order in orders:
-            torch.ops.rfdarts_emulated.shuffle(order == "shuffled")
-            yield order
-        torch.ops.rfdarts_emulated.shuffle(False)
+
+class GPUKernels(Kernels):
+    def schedules(self) -> Iterator[None]:
+        for _ in range(2):
+            yield
+
+
+class RecordedOps:
+    """A namespace of ops that keeps the calls of each, as (overload, arguments)."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops, self.calls = ops, {}
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self._ops, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            # some are changed in place
+            self.calls[name] = (op.default, *copy.deepcopy((arguments, options)))
+            return op(*arguments, **options)
+
+        return call
+
+
+def over(*rows: tuple[str, Sequence[torch.dtype], dict[str, dict[str, Any]]]):
+    """Runs a test with `backend`, `dtype` and `options`, of rows of (backend, dtypes, {name of a case: options})."""
+    parameters = [
+        pytest.param(backend, dtype, options, id=f"{backend}-{name}-{str(dtype).removeprefix('torch.')}")
+        for backend, dtypes, cases in rows
+        for dtype in dtypes
+        for name, options in cases.items()
+    ]
+    return pytest.mark.parametrize(("backend", "dtype", "options"), parameters, indirect=["backend"])
+
+
+def on(*backends: str):
+    """Runs a test with each `backend`."""
+    return pytest.mark.parametrize("backend", backends, indirect=True)

@@ -7,16 +7,13 @@ dtype start from the same values.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from rfdarts_fast.nn import MixedOp
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from rfdarts_fast.ops import use_backend
 from rfdarts_fast.spaces import DARTS_PRIMITIVES
 
 # {name: tensors}: outputs, gradients, running statistics; those of all gammas have one name
@@ -60,49 +57,56 @@ class Problem:
         """The parameters that get a gradient, by name."""
         return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
+    def leaves(self, backend, dtype: torch.dtype | None = None) -> tuple[nn.ModuleList, list[Tensor], list[Tensor]]:
+        """Copies of the modules, inputs and weights on a backend's device; the same input twice is one leaf."""
+        dtype = dtype or self.dtype
+        parameters = backend.parameter_dtype(dtype)
+
+        def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
+            return x.detach().to(backend.device, dtype).requires_grad_()
+
+        distinct = {id(x): leaf(x, dtype) for x in self.inputs}
+        module = copy.deepcopy(self.module).to(backend.device, parameters)
+        weights = [leaf(weight, parameters) for weight in self.weights.values()]
+        # what `noise` draws
+        torch.manual_seed(1)
+        return module, [distinct[id(x)] for x in self.inputs], weights
+
     def run(
         self,
         backend,
         dtype: torch.dtype | None = None,
-        arrange: Callable[[list[Tensor]], Sequence[Tensor]] = list,
-        layout: Callable[[Tensor], Tensor] = lambda grad: grad,
+        view: Callable[[Tensor], Tensor] = lambda x: x,
+        grad_view: Callable[[Tensor], Tensor] = lambda grad: grad,
+        poison: bool = True,
         **options,
     ) -> Result:
         """What a backend makes of the problem in `dtype`.
 
         Args:
-            arrange: makes the inputs from the leaves, dense tensors, whose gradients are in the result.
-            layout: makes the gradients of the outputs from dense ones.
+            view: makes an input from a dense leaf, whose gradient is in the result.
+            grad_view: makes the gradient of an output from a dense one.
+            poison: fresh memory is full of NaNs; not for plain PyTorch.
             options: `memory` and `concat` of the backend.
         """
         dtype = dtype or self.dtype
-        parameters = backend.parameter_dtype(dtype)
-        # what `noise` draws
-        torch.manual_seed(1)
-        module = copy.deepcopy(self.module).to(backend.device, parameters)
-
-        def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
-            return x.detach().to(backend.device, dtype).requires_grad_()
-
-        inputs = [leaf(x, dtype) for x in self.inputs]
+        module, inputs, weights = self.leaves(backend, dtype)
         leaves = {f"gradient of input {i}": [x] for i, x in enumerate(inputs)}
-        weights = {name: leaf(weight, parameters) for name, weight in self.weights.items()}
-        leaves |= {f"gradient of {name}": [weight] for name, weight in weights.items()}
+        leaves |= {f"gradient of {name}": [x] for name, x in zip(self.weights, weights, strict=True)}
         for name, parameter in self.trained(module):
             leaves.setdefault(f"gradient of {_last(name)}", []).append(parameter)
-
-        outputs = self.compute(backend, module, arrange(inputs), *weights.values(), **options)
-        if options.get("concat"):
-            [whole] = outputs
-            assert whole.is_contiguous(memory_format=torch.channels_last)
-            outputs = whole.chunk(len(self.grads), dim=1)
-        assert all(output.dtype == dtype for output in outputs)
+        with backend.poison(poison):
+            outputs = self.compute(backend, module, [view(x) for x in inputs], *weights, **options)
+            if options.get("concat"):
+                [whole] = outputs
+                assert whole.is_contiguous(memory_format=torch.channels_last)
+                outputs = whole.chunk(len(self.grads), dim=1)
+            assert all(output.dtype == dtype for output in outputs)
+            pairs = [(y, grad) for y, grad in zip(outputs, self.grads, strict=True) if grad is not None]
+            grads = [grad_view(grad.to(backend.device, dtype)) for _, grad in pairs]
+            flat = [x for group in leaves.values() for x in group]
+            found = iter(torch.autograd.grad([y for y, _ in pairs], flat, grads, allow_unused=True))
         result: Result = {f"output {i}": [output.detach()] for i, output in enumerate(outputs)}
-
-        pairs = [(output, grad) for output, grad in zip(outputs, self.grads, strict=True) if grad is not None]
-        grads = [layout(grad.to(backend.device, dtype)) for _, grad in pairs]
-        flat = [x for group in leaves.values() for x in group]
-        found = iter(torch.autograd.grad([output for output, _ in pairs], flat, grads, allow_unused=True))
         result |= {name: [next(found) for _ in group] for name, group in leaves.items()}
         for name, buffer in module.named_buffers():
             result.setdefault(_last(name), []).append(buffer)
@@ -206,3 +210,42 @@ class LayerProblem(Problem):
     def trained(self, module):
         used = nn.ModuleList(part for part, grad in zip(module, self.grads, strict=True) if grad is not None)
         return super().trained(used)
+
+
+def last(x: Tensor) -> Tensor:
+    """x in channels_last order."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def view_of_wider(x: Tensor, first: int, rows: int = 1, memory_format=torch.channels_last) -> Tensor:
+    """x as channels from `first` on, every `rows`-th row and all columns but the outer ones of a tensor of NaNs."""
+    n, c, h, w = x.shape
+    wide = x.new_full((n, first + c + 8, rows * h + 2, w + 3), torch.nan).contiguous(memory_format=memory_format)
+    wide[:, first : first + c, 1 : 1 + rows * h : rows, 1 : 1 + w] = x
+    return wide[:, first : first + c, 1 : 1 + rows * h : rows, 1 : 1 + w]
+
+
+# inputs in other layouts; views whose channels are aligned to vectors, and not
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": last,
+    "view": lambda x: view_of_wider(x, 3, memory_format=torch.contiguous_format),
+    "view, channels_last": lambda x: view_of_wider(x, 8),
+    "view, channels_last, not aligned": lambda x: view_of_wider(x, 3),
+    "every other row": lambda x: view_of_wider(x, 3, 2, torch.contiguous_format),
+    "every other row, channels_last": lambda x: view_of_wider(x, 8, 2),
+}
+
+
+def not_aligned(x: Tensor) -> Tensor:
+    """x in channels_last order, one number away from what vectors are aligned to."""
+    n, c, h, w = x.shape
+    flat = torch.cat([x.new_zeros(1), last(x).permute(0, 2, 3, 1).flatten()])
+    return flat[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+# gradients of ones in other layouts
+GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": last,
+    "expanded": lambda grad: grad.new_ones(()).expand_as(grad),
+    "not aligned": not_aligned,
+}
