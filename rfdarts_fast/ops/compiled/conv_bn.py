@@ -107,7 +107,7 @@ class ConvNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x, n = channels_inside(x), len(weights)
         gammas, betas = list(gammas_betas[:n]), list(gammas_betas[n:])
-        outs, ys, used = torch.ops.rfdarts.conv_bn_forward(x, weights, gammas, betas, moments, eps, reduce)
+        outs, ys, used = torch.ops.rfdarts.relu_conv_bn_forward(x, weights, gammas, betas, moments, eps, reduce)
         ctx.save_for_backward(x, *weights, *gammas, *betas, *used, *([] if recompute else ys))
         ctx.eps, ctx.reduce, ctx.training, ctx.parts = eps, reduce, not moments, n
         ctx.mark_non_differentiable(*used)
@@ -124,12 +124,12 @@ class ConvNormFunction(torch.autograd.Function):
         x, *lists = ctx.saved_tensors
         weights, gammas, betas, used, ys = (lists[i * n : (i + 1) * n] for i in range(5))
         if not ys:
-            ys = ops.conv_bn_forward(x, weights, gammas, betas, used, ctx.eps, ctx.reduce)[1]
+            ys = ops.relu_conv_bn_forward(x, weights, gammas, betas, used, ctx.eps, ctx.reduce)[1]
         dense = [
             torch.zeros_like(y) if grad is None else channels_last(grad)
             for grad, y in zip(given, ys, strict=True)
         ]
-        dx, grad_gammas, grad_betas = ops.conv_bn_backward(
+        dx, grad_gammas, grad_betas = ops.relu_conv_bn_backward(
             dense,
             x,
             ys,
@@ -183,7 +183,7 @@ def relu_conv_bns(x: Tensor, layers: Sequence[Layer], memory: Memory = "fast") -
     )
     for norm, used in zip(norms, found[len(layers) :], strict=True):
         if norm.training and norm.running_mean is not None:
-            torch.ops.rfdarts.update_running(
+            torch.ops.rfdarts.update_running_stats(
                 [norm.running_mean],
                 [norm.running_var],
                 [norm.num_batches_tracked],

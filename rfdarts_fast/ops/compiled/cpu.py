@@ -1,6 +1,6 @@
 """The compiled CPU engine for mixed ops with frozen convolutions: one autograd node for a whole cell.
 
-The kernels are in csrc/; `rfdarts::cell_forward`, `cell_kept` and `cell_backward` are their ops.
+The kernels are in csrc/; `rfdarts::cell_forward`, `cell_branch_outputs` and `cell_backward` are their ops.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class CellFunction(torch.autograd.Function):
         nodes, concatenated, kept, used = torch.ops.rfdarts.cell_forward(
             dense, noise, weights, gamma, beta, mix, edge_weights, moments, spec, eps, bfloat16, together
         )
-        ctx.spec, ctx.eps, ctx.bfloat16 = spec, eps, bfloat16
+        ctx.spec, ctx.eps, ctx.bfloat16, ctx.training = spec, eps, bfloat16, moments is None
         # the backward uses `kept` up; None is filled again from the states
         ctx.kept = None if recompute else kept
         ctx.set_materialize_grads(False)
@@ -143,10 +143,8 @@ class CellFunction(torch.autograd.Function):
         spec, eps, bfloat16 = ctx.spec, ctx.eps, ctx.bfloat16
         kept, ctx.kept = ctx.kept, None
         if kept is None:
-            # statistics are the saved ones
-            again = [*spec[:5], 0, *spec[6:]]
-            kept = torch.ops.rfdarts.cell_kept(
-                inputs, nodes, weights, gamma, beta, mix, moments, again, eps, bfloat16
+            kept = torch.ops.rfdarts.cell_branch_outputs(
+                inputs, nodes, weights, gamma, beta, mix, moments, spec, eps, bfloat16
             )
         if ctx.together and grads[0] is not None:
             grads = (*grads[0].chunk(len(nodes), dim=1), grads[-1])
@@ -167,6 +165,7 @@ class CellFunction(torch.autograd.Function):
             moments,
             kept,
             spec,
+            ctx.training,
             eps,
             bfloat16,
             wanted,
@@ -216,10 +215,9 @@ def mixed_cell(
         noise.append(channels_last(drawn))
     gamma, beta = gamma_beta(plan, weights)
     moments = None if training else running_moments(plan)
-    spec = [*plan.spec[:5], int(training), *plan.spec[6:]]
     *nodes, used = CellFunction.apply(
         plan,
-        spec,
+        plan.spec,
         (memory == "recompute", memory == "bfloat16" and x.dtype == torch.float32, concatenate),
         moments,
         noise,

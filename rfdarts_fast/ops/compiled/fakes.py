@@ -8,7 +8,7 @@ from torch import Tensor, library
 from rfdarts_fast.ops.compiled.plan import Op
 
 # numbers per primitive in a spec, and before the first edge
-_BRANCH, _HEAD = 7, 6
+_BRANCH, _HEAD = 7, 5
 
 
 def _state(x: Tensor, channels: int, h: int, w: int) -> Tensor:
@@ -31,7 +31,7 @@ def _kept(x: Tensor, spec: list[int], bfloat16: bool) -> Tensor:
 def _cell_forward(
     inputs, noise, weights, gamma, beta, mix, edge_weights, moments, spec, eps, bfloat16, together
 ):
-    x, (_, nodes, _, norms, K), stride = inputs[0], spec[:5], spec[_HEAD]
+    x, (_, nodes, _, norms, K), stride = inputs[0], spec[:_HEAD], spec[_HEAD]
     h, w = x.shape[2] // stride, x.shape[3] // stride
     states = [_state(x, x.shape[1], h, w) for _ in range(nodes)]
     concatenated = _state(x, nodes * x.shape[1], h, w) if together else x.new_empty(0)
@@ -39,13 +39,13 @@ def _cell_forward(
     return states, concatenated, _kept(x, spec, bfloat16), used
 
 
-def _cell_kept(inputs, nodes, weights, gamma, beta, mix, moments, spec, eps, bfloat16):
+def _cell_branch_outputs(inputs, nodes, weights, gamma, beta, mix, moments, spec, eps, bfloat16):
     return _kept(inputs[0], spec, bfloat16)
 
 
 def _cell_backward(
     grads, grad_nodes, inputs, nodes, noise, weights, gamma, beta, mix, edge_weights, moments, kept, spec,
-    eps, bfloat16, wanted,
+    training, eps, bfloat16, wanted,
 ):  # fmt: skip
     x, primitives = inputs[0], spec[2]
     width = 1 + primitives * _BRANCH
@@ -60,13 +60,13 @@ def _cell_backward(
     )
 
 
-def _conv_bn_forward(x, weights, gammas, betas, moments, eps, reduce):
+def _relu_conv_bn_forward(x, weights, gammas, betas, moments, eps, reduce):
     half, widths = 2 if reduce else 1, [gamma.shape[0] for gamma in gammas]
     outs, ys = ([_state(x, c, x.shape[2] // half, x.shape[3] // half) for c in widths] for _ in range(2))
     return outs, ys, [x.new_empty(2, c, dtype=torch.float64) for c in widths]
 
 
-def _conv_bn_backward(grads, x, ys, weights, gammas, betas, moments, eps, training, reduce, wanted):
+def _relu_conv_bn_backward(grads, x, ys, weights, gammas, betas, moments, eps, training, reduce, wanted):
     dx = _state(x, *x.shape[1:]) if wanted else x.new_empty_strided((0, 1, 1, 1), (1, 1, 1, 1))
     return dx, [torch.empty_like(g) for g in gammas], [torch.empty_like(g) for g in gammas]
 
@@ -75,10 +75,10 @@ def register() -> None:
     """Once, after the ops are loaded."""
     for name, fake in {
         "cell_forward": _cell_forward,
-        "cell_kept": _cell_kept,
+        "cell_branch_outputs": _cell_branch_outputs,
         "cell_backward": _cell_backward,
-        "conv_bn_forward": _conv_bn_forward,
-        "conv_bn_backward": _conv_bn_backward,
-        "update_running": lambda *arguments: None,
+        "relu_conv_bn_forward": _relu_conv_bn_forward,
+        "relu_conv_bn_backward": _relu_conv_bn_backward,
+        "update_running_stats": lambda *arguments: None,
     }.items():
         library.register_fake(f"rfdarts::{name}", fake)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from rfdarts_fast.ops.reference import Edge
 
 
 class Op(IntEnum):
-    """The numbers of csrc/include/rfdarts/cell.h."""
+    """The numbers of csrc/core/cell.h."""
 
     NONE = 0
     MAX_POOL = 1
@@ -46,7 +46,7 @@ class Plan:
     """A cell in the terms of the kernels.
 
     Attributes:
-        spec: the flat description that the ops take; `training` is written into it at each call.
+        spec: the flat description that the ops take.
         norms: all BatchNorms, in the order of the rows of gamma, beta and the moments.
         convs: groups of convolutions whose weights are packed together, in packing order.
         conv_parameters, norm_parameters, norm_buffers: the modules' own dictionaries, read in every call;
@@ -166,7 +166,7 @@ def _make(edges: Sequence[Edge], inputs: int) -> Plan:
         raise Unsupported("BatchNorms with different eps or momentum in one cell")
     if plan.norms and plan.norms[0].momentum is None:
         raise Unsupported("BatchNorm with a cumulative average (momentum=None)")
-    plan.spec = [inputs, nodes, primitives, len(plan.norms), first.K, 0, *body]
+    plan.spec = [inputs, nodes, primitives, len(plan.norms), first.K, *body]
     plan.conv_parameters = [conv._parameters for conv in plan.convs]
     plan.norm_parameters = [norm._parameters for norm in plan.norms]
     plan.norm_buffers = [norm._buffers for norm in plan.norms]
@@ -335,4 +335,4 @@ def update_running(plan: Plan, moments: Tensor, count: int) -> None:
         means, variances, batches = ([list_[i] for i in tracked] for list_ in (means, variances, batches))
         moments = moments[:, tracked].contiguous()
     momentum = float(norms[0].momentum or 0.0)
-    torch.ops.rfdarts.update_running(means, variances, batches, moments, momentum, count)
+    torch.ops.rfdarts.update_running_stats(means, variances, batches, moments, momentum, count)
