@@ -124,7 +124,7 @@ class Layout:
         self.norms = plan.norms
         self.stride, self.K = plan.stride, plan.K
         self.width = plan.channels // plan.K
-        self.edges = len(plan.spec[6:]) // (1 + 7 * self.primitives)
+        self.edges = len(plan.spec[5:]) // (1 + 7 * self.primitives)
         self.slots = 0
         self.noise: list[int] = []
         self.rows: list[tuple[int, ...]] = []
@@ -213,7 +213,7 @@ class Layout:
         """All branches with a term in a node, and the strides of the edges."""
         convs = iter(plan.convs)
         branches, strides = [], []
-        body = iter(plan.spec[6:])
+        body = iter(plan.spec[5:])
         for edge, (_, node) in enumerate(self._ends()):
             strides.append(next(body))
             for primitive in range(self.primitives):
@@ -290,7 +290,7 @@ def uneven(plan: Plan, inputs: int) -> str | None:
     """Why a plan has no layout, or None: all edges that leave a state need one stride, those that leave the
     inputs the cell's, those that leave a node 1."""
     width = 1 + 7 * plan.spec[2]
-    strides = plan.spec[6::width]
+    strides = plan.spec[5::width]
     edge = 0
     for node in range(plan.spec[1]):
         for state in range(inputs + node):
