@@ -28,29 +28,59 @@ from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
 STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@functools.cache
+def _kernels() -> ModuleType | str:
+    """The module that runs the kernels, imported on first use, or the reason why there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'rfdarts_fast[triton]')"
+    try:
+        return importlib.import_module("rfdarts_fast.ops.triton.autograd")
+    except ImportError as error:
+        return f"triton does not load ({error})"
+
+
+def unavailable_reason() -> str | None:
+    """The reason why the kernels cannot run on this machine, or None."""
+    return _unavailable_reason(_interpreted())
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+# asked for every cell of every step
+@functools.cache
+def _unavailable_reason(interpreted: bool) -> str | None:
+    if not interpreted and importlib.util.find_spec("triton") is not None:
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"the CUDA device has compute capability {major}.{minor}, 8.0 is needed"
+    kernels = _kernels()
+    return kernels if isinstance(kernels, str) else None
+
+
 class TritonBackend:
-    """Cells in Triton kernels; ReLU-conv-BN layers are the reference's."""
+    """Cells in Triton kernels; ReLU-conv-BN layers are those of the reference, for there is no kernel.
+
+    Under autocast, float32 inputs are cast to its dtype, and so are the states that come out. Nodes are
+    channels_last views of one tensor, so that concatenating them costs nothing. Memory "bfloat16" is "fast"
+    where the states have 16 bits anyway.
+    """
 
     name = "triton"
     priority = 10
     devices = frozenset({"cuda"})
 
-    def unavailable_reason(self) -> str | None:
-        """The reason why no kernel runs on this machine, or None."""
-        return _unavailable_reason(_interpreted())
-
     def unsupported_cell(self, call: CellCall) -> str | None:
-        """See `Backend.unsupported_cell`."""
-        return self._unsupported_device(call.inputs) or unsupported_reason(call)
+        return _unsupported_device(call.inputs) or unsupported_anywhere(call)
 
     def mixed_cell(self, call: CellCall) -> list[Tensor]:
         """See `Backend.mixed_cell`.
 
-        Under autocast, float32 inputs are cast to its dtype, and so are the nodes. Nodes are channels_last views
-        of one tensor, so that `concat` costs nothing. Memory "bfloat16" is "fast" where states have 16 bits.
-
         Raises:
-            RuntimeError: if Triton is not installed or does not load.
+            RuntimeError: if Triton does not load.
             ValueError: for BatchNorms in training mode with a single value per channel, as BatchNorm2d.
         """
         kernels = _kernels()
@@ -59,31 +89,30 @@ class TritonBackend:
         return kernels.mixed_cell(call)
 
     def unsupported_layer(self, x: Tensor, layer: ReLUConvBNLayer) -> str | None:
-        """The reason why no kernel runs on this machine or device, or None."""
-        return self._unsupported_device([x])
+        """The reason why Triton cannot run on this machine or device, or None."""
+        return _unsupported_device([x])
 
     def relu_conv_bns(self, x: Tensor, layers: Sequence[ReLUConvBNLayer], memory: Memory) -> list[Tensor]:
-        """See `Backend.relu_conv_bns`; each is `reference.relu_conv_bn`, for there is no kernel."""
+        """`reference.relu_conv_bn` for each layer."""
         return [reference.relu_conv_bn(x, *layer) for layer in layers]
 
     def status(self) -> dict[str, str | bool]:
         """`built`: Triton is installed; `reason` where it does not run."""
-        built: dict[str, str | bool] = {"built": importlib.util.find_spec("triton") is not None}
-        reason = self.unavailable_reason()
-        return built if reason is None else built | {"reason": reason}
-
-    def _unsupported_device(self, inputs: Sequence[Tensor]) -> str | None:
-        reason = self.unavailable_reason()
-        if reason is not None:
-            return reason
-        device = "cpu" if _interpreted() else "cuda"
-        if any(x.device.type != device or x.device != inputs[0].device for x in inputs):
-            return f"inputs that are not all on one {device.upper()} device"
-        return None
+        status: dict[str, str | bool] = {"built": importlib.util.find_spec("triton") is not None}
+        reason = unavailable_reason()
+        return status if reason is None else status | {"reason": reason}
 
 
-def unsupported_reason(call: CellCall) -> str | None:
-    """The reason why the kernels cannot compute the cell, on any machine, or None."""
+def _unsupported_device(inputs: Sequence[Tensor]) -> str | None:
+    device = "cpu" if _interpreted() else "cuda"
+    reason = unavailable_reason()
+    if reason is None and any(x.device.type != device or x.device != inputs[0].device for x in inputs):
+        reason = f"inputs that are not all on one {device.upper()} device"
+    return reason
+
+
+def unsupported_anywhere(call: CellCall) -> str | None:
+    """The reason why the kernels can take the call on no machine, or None."""
     plan, inputs = call.plan, call.inputs
     storage = storage_dtype(inputs[0])
     if storage not in STORAGE:
@@ -105,34 +134,6 @@ def unsupported_reason(call: CellCall) -> str | None:
     if any(edge.stride != (plan.stride if edge.source < plan.inputs else 1) for edge in plan.edges):
         return "edges of different strides from one state"
     return None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-
-
-@functools.cache
-def _kernels() -> ModuleType | str:
-    """The module that runs the kernels, imported on first use, or the reason why there is none."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'rfdarts_fast[triton]')"
-    try:
-        return importlib.import_module("rfdarts_fast.ops.triton.autograd")
-    except ImportError as error:
-        return f"triton does not load ({error})"
-
-
-# asked for every cell of every step
-@functools.cache
-def _unavailable_reason(interpreted: bool) -> str | None:
-    if not interpreted and importlib.util.find_spec("triton") is not None:
-        if not torch.cuda.is_available():
-            return "there is no CUDA device"
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            return f"the CUDA device has compute capability {major}.{minor}, 8.0 is needed"
-    kernels = _kernels()
-    return kernels if isinstance(kernels, str) else None
 
 
 register_backend(TritonBackend())

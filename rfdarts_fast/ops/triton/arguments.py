@@ -241,8 +241,8 @@ def load_bypass(
     states, source, rows, exist, cols, sizes,
     INPUTS: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """[rows, channels, K]: at [.., c, lane] channel lane * C + c of a state, 2x2 max-pooled where its edge has
-    stride 2; 0 for lane 0, the mixed channels."""
+    """[rows, channels, K]: at [.., c, lane] channel lane * C + c of a state, 2x2 max-pooled where its edge
+    has stride 2; 0 for lane 0, the mixed channels."""
     lanes = tl.arange(0, K)[None, None, :]
     mask = exist[:, None, None] & (cols < sizes.C)[None, :, None] & (lanes > 0)
     channel = lanes * sizes.C + cols[None, :, None]

@@ -45,8 +45,8 @@ def mixed_cell(call: CellCall) -> list[Tensor]:
 
 @torch.no_grad()
 def update_running_stats(plan: CellPlan, moments: Tensor, count: int) -> None:
-    """Moves running statistics towards `moments` [2, norms, C/K] of `count` values, as BatchNorm2d in training
-    mode does: the variance unbiased."""
+    """Moves running statistics towards `moments` [2, norms, C/K] of `count` values each, as BatchNorm2d does in
+    training mode: the variance unbiased."""
     means, variances, batches = plan.running_stats()
     tracked = [i for i, mean in enumerate(means) if mean is not None]
     if not tracked:

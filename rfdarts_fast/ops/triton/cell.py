@@ -72,8 +72,8 @@ class Options:
 
 @dataclass
 class Gradients:
-    """Of the inputs [N, H, W, C * K] or None; gamma, beta [norms, C]; term weights [edges, primitives], but of
-    identities in edges [edges, 2]: sums of each edge's gradient times its identity, and times its bypass."""
+    """Gradients of inputs [N, H, W, C * K] or None, gamma and beta [norms, C], term weights [edges, primitives];
+    but in edges [edges, 2] the term weight of the identity, and the edge weight as far as it weighs a bypass."""
 
     inputs: list[Tensor | None]
     gamma: Tensor
@@ -448,8 +448,8 @@ class Cell:
         return torch.bmm(a, b, out=self.empty(len(a), self.M, b.shape[2]))
 
     def inner_backward(self, source: Source, grads: Tensor, weights: Tensor, found: Gradients) -> Tensor:
-        """Gradients [separable, M, C] behind the BatchNorms inside separable branches, from those of the second
-        depthwise convolutions' outputs."""
+        """Gradients [separable, M, C] behind the BatchNorms inside separable branches, from those behind the
+        second depthwise convolutions."""
         out = torch.empty_like(grads)
         partial = self.partial(len(source.separable), self.parts.count, 2, self.C)
         for group in source.separable_groups:

@@ -6,8 +6,8 @@ import triton.language as tl
 from rfdarts_fast.ops.triton.arguments import (
     block_of,
     divide,
-    image_size,
     edge_at,
+    image_size,
     load_bypass,
     load_norm,
     pixel_of,

@@ -9,7 +9,7 @@ average pool, second halves; all separable ones sorted by kernel size, and so th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple, TypeVar
@@ -97,7 +97,7 @@ class Source:
 
 
 class Node(NamedTuple):
-    """Rows of a node's terms and of its incoming edges; `passes`: some of these have an identity or a bypass."""
+    """Rows of a node's terms and of its incoming edges; `passes`: some have an identity or a bypass."""
 
     terms: Span
     edges: Span

@@ -27,8 +27,8 @@ def interpreted() -> bool:
 
 
 def tuned(*key: str) -> Callable[[Callable], Any]:
-    """A kernel whose TILE and warps are tuned on a GPU, anew for every value of `sizes` and of the arguments in
-    `key`; the result is kept in Triton's cache folder."""
+    """A kernel whose TILE and warps are tuned on a GPU, anew for every value of `sizes` and of the arguments
+    in `key`; the result is kept in Triton's cache folder."""
     cached = (
         {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
     )
@@ -37,8 +37,8 @@ def tuned(*key: str) -> Callable[[Callable], Any]:
 
 
 def untuned(function: Callable) -> Any:
-    """A kernel that reads its input once and does little else, so that tuning would take longer than it gains,
-    or one whose larger tile spills registers."""
+    """A kernel that reads its input once and does little else, so that tuning would take longer than it
+    gains, or one whose larger tile spills registers."""
     return triton.autotune([triton.Config({"TILE": TILE}, num_warps=WARPS)], [])(triton.jit(function))
 
 
