@@ -69,11 +69,10 @@ class Norms(NamedTuple):
 
 
 class NormBackward(NamedTuple):
-    """The backward of BatchNorms, [norms, C] each: grad_y = scale g + slope (y - mean) + shift."""
+    """The backward of all BatchNorms, grad_y = scale g + slope (y - mean) + shift: rows [3, norms, C]."""
 
-    scale: Tensor
-    slope: Tensor
-    shift: Tensor
+    rows: Tensor
+    norms: int
 
 
 class Weights(NamedTuple):
@@ -84,8 +83,12 @@ class Weights(NamedTuple):
     primitives: int
 
 
+# numbers in a row of a table: a power of two, so that addresses are shifts
+ROW = tl.constexpr(8)
+
+
 class Rows(NamedTuple):
-    """Rows from `first` to `last` of a table int32 [rows, fields]; see the formats below."""
+    """Rows from `first` to `last` of a table int32 [rows, ROW], of one of the formats below."""
 
     table: Tensor
     first: int
@@ -113,10 +116,14 @@ class EdgeRow(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Rows of the table of terms."""
+    """Rows from `first` to `last`; the table of spans has rows of the table of terms."""
 
     first: int
     last: int
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first
 
 
 class DepthwiseGroup(NamedTuple):
@@ -128,6 +135,10 @@ class DepthwiseGroup(NamedTuple):
     first: int
     last: int
     weight: int
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first
 
 
 class Depthwise(NamedTuple):
@@ -147,26 +158,26 @@ class Pools(NamedTuple):
 
 
 @triton.jit
-def term_at(terms, row):
-    at = terms.table + 5 * row
+def term_at(table, row):
+    at = table + ROW * row
     return TermRow(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4))
 
 
 @triton.jit
-def edge_at(edges, row):
-    at = edges.table + 4 * row
+def edge_at(table, row):
+    at = table + ROW * row
     return EdgeRow(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))
 
 
 @triton.jit
-def span_at(spans, row):
-    at = spans.table + 2 * row
+def span_at(table, row):
+    at = table + ROW * row
     return Span(tl.load(at), tl.load(at + 1))
 
 
 @triton.jit
-def group_at(groups, row):
-    at = groups.table + 5 * row
+def group_at(table, row):
+    at = table + ROW * row
     return DepthwiseGroup(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4))
 
 
@@ -216,6 +227,15 @@ def load_norm(norms, norm, C, cols, ACC: tl.constexpr):
     scale = load_row(norms.rstd, norm, C, cols, 1.0, ACC) * load_row(norms.gamma, norm, C, cols, 1.0, ACC)
     mean = load_row(norms.mean, norm, C, cols, 0.0, ACC)
     return mean, scale, load_row(norms.beta, norm, C, cols, 0.0, ACC)
+
+
+@triton.jit
+def load_norm_backward(norm_backward, norm, C, cols, ACC: tl.constexpr):
+    """scale, slope and shift."""
+    rows, norms = norm_backward
+    scale = load_row(rows, norm, C, cols, 0.0, ACC)
+    slope = load_row(rows, norms + norm, C, cols, 0.0, ACC)
+    return scale, slope, load_row(rows, 2 * norms + norm, C, cols, 0.0, ACC)
 
 
 @triton.jit

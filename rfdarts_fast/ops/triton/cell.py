@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -11,6 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rfdarts_fast.ops.contract import CellPlan, Op
+from rfdarts_fast.ops.triton import kernels_backward as backward
+from rfdarts_fast.ops.triton import kernels_forward as forward
+from rfdarts_fast.ops.triton import tuning
 from rfdarts_fast.ops.triton.arguments import (
     Depthwise,
     NormBackward,
@@ -24,24 +28,7 @@ from rfdarts_fast.ops.triton.arguments import (
     View,
     Weights,
 )
-from rfdarts_fast.ops.triton.kernels_backward import (
-    branch_gradient_kernel,
-    bypass_backward_kernel,
-    edge_sums_kernel,
-    inner_gradient_kernel,
-    input_gradient_kernel,
-    norm_backward_kernel,
-    sums_kernel,
-)
-from rfdarts_fast.ops.triton.kernels_forward import (
-    depthwise_kernel,
-    moments_kernel,
-    node_kernel,
-    pools_kernel,
-    statistics_kernel,
-)
 from rfdarts_fast.ops.triton.layout import Source, conv_weights, layout_of
-from rfdarts_fast.ops.triton.tuning import channel_block, launch, parts
 
 Grid = Callable[[dict[str, int]], tuple[int, ...]]
 
@@ -72,8 +59,8 @@ class Options:
 
 @dataclass
 class Gradients:
-    """Gradients of inputs [N, H, W, C * K] or None, gamma and beta [norms, C], term weights [edges, primitives];
-    but in edges [edges, 2] the term weight of the identity, and the edge weight as far as it weighs a bypass."""
+    """Gradients of inputs [N, H, W, C * K] or None, of gamma and beta [norms, C], of term weights [edges,
+    primitives]; edges [edges, 2]: of each identity's term weight, and what the bypass adds to the edge weight's."""
 
     inputs: list[Tensor | None]
     gamma: Tensor
@@ -114,29 +101,19 @@ class Cell:
         self.constants = self.layout.constants(self.states.device, self.op_weights.dtype)
         self.conv_weights = conv_weights(plan, self.states.dtype)
         self.M, self.C, self.K = self.options.pixels, plan.mixed_channels, plan.K
-        self.sizes, self.parts = Sizes(self.M, self.C, *self.options.size[1:]), parts(self.M)
+        self.sizes, self.parts = Sizes(self.M, self.C, *self.options.size[1:]), tuning.parts(self.M)
         self.input_size = self.M * plan.stride**2 * plan.channels
         self.all_states = States(self.states, *node_places(self.options))
         self.norms = Norms(self.moments[0], self.rstd, self.gamma, self.beta)
         edge_weights = self.constants.ones if self.edge_weights is None else self.edge_weights
         self.weights = Weights(self.op_weights, edge_weights, plan.primitives)
-        self.BC = channel_block(self.C)
+        self.BC = tuning.channel_block(self.C)
         self.blocks = triton.cdiv(self.C, self.BC)
-        acc = tl.float64 if self.op_weights.dtype == torch.float64 else tl.float32
-        # of every kernel
-        self.common = {"sizes": self.sizes, "ACC": acc, "BC": self.BC}
+        self.ACC = tl.float64 if self.op_weights.dtype == torch.float64 else tl.float32
 
-    def state(self, index: int) -> State:
-        if index < self.plan.inputs:
-            return State(self.states[index * self.input_size :], self.plan.channels)
-        _, at, step, row = self.all_states
-        return State(self.states[at + (index - self.plan.inputs) * step :], row)
-
-    def terms(self, rows: Span) -> Rows:
-        return Rows(self.constants.terms, *rows)
-
-    def edges(self, rows: Span) -> Rows:
-        return Rows(self.constants.edges, *rows)
+    def launch(self, kernel: Any, grid: Grid, **arguments: Any) -> None:
+        """Runs a kernel on the arguments, and on those that all kernels have."""
+        tuning.launch(kernel, grid, **arguments, sizes=self.sizes, ACC=self.ACC, BC=self.BC)
 
     def tiles(self, rows: int, programs: int = 1, lanes: int = 1) -> Grid:
         """The grid of a kernel whose program has a tile of [rows, lanes, channels]."""
@@ -146,6 +123,18 @@ class Cell:
         """The grid of a kernel that sums over the rows of one part."""
         return lambda meta: (programs, self.parts.count, self.blocks)
 
+    def state(self, index: int) -> State:
+        if index < self.plan.inputs:
+            return State(self.states[index * self.input_size :], self.plan.channels)
+        _, first, step, row = self.all_states
+        return State(self.states[first + (index - self.plan.inputs) * step :], row)
+
+    def terms(self, rows: Span) -> Rows:
+        return Rows(self.constants.terms, *rows)
+
+    def edges(self, rows: Span) -> Rows:
+        return Rows(self.constants.edges, *rows)
+
     def empty(self, *shape: int) -> Tensor:
         return self.states.new_empty(shape)
 
@@ -154,8 +143,8 @@ class Cell:
         return self.gamma.new_empty(shape)
 
     def forward(self) -> None:
-        inputs, nodes = self.plan.inputs, self.plan.nodes
-        for state in range(inputs + nodes):
+        inputs = self.plan.inputs
+        for state in range(inputs + self.plan.nodes):
             if state >= inputs:
                 self.node_forward(state - inputs)
             if state < len(self.layout.sources):
@@ -172,76 +161,46 @@ class Cell:
         x, y = self.state(index), self.branch_outputs
         depthwise = self.empty(source.depthwise, self.M, self.C)
         for group in source.groups:
-            count = group.last - group.first
-            lanes = triton.next_power_of_2(count)
-            launch(
-                depthwise_kernel,
-                self.tiles(self.M, 1, lanes),
-                x=x,
-                x_group=0,
-                weights=weights.depthwise[group.weight :],
-                out=depthwise[group.first :],
-                terms=self.terms(source.inner),
-                norms=self.norms,
-                branches=count,
-                KERNEL=group.kernel,
-                DILATION=group.dilation,
-                STRIDE=source.stride,
-                NORM=False,
-                NB=lanes,
-                **self.common,
-            )
+            lanes = triton.next_power_of_2(group.size)
+            self.launch(
+                forward.depthwise_kernel, self.tiles(self.M, 1, lanes),
+                x=x, x_group=0, weights=weights.depthwise[group.weight :], out=depthwise[group.first :],
+                terms=self.terms(source.inner), norms=self.norms, branches=group.size,
+                KERNEL=group.kernel, DILATION=group.dilation, STRIDE=source.stride, NORM=False, NB=lanes,
+            )  # fmt: skip
         if source.depthwise:
             torch.bmm(depthwise, weights.pointwise.mT, out=y[source.slot : source.reduce_slot])
         if source.reduces:
             self.reduce(x, weights.reduces, y[source.reduce_slot : source.pool_slot])
         if source.pools:
-            launch(
-                pools_kernel,
-                self.tiles(self.M),
-                x=x,
-                y=y[source.pool_slot :],
-                argmax=self.argmax[index],
-                STRIDE=source.stride,
-                MAX=Op.MAX_POOL in source.pools,
-                AVERAGE=Op.AVG_POOL in source.pools,
-                **self.common,
-            )
+            self.launch(
+                forward.pools_kernel, self.tiles(self.M),
+                x=x, y=y[source.pool_slot :], argmax=self.argmax[index], STRIDE=source.stride,
+                MAX=Op.MAX_POOL in source.pools, AVERAGE=Op.AVG_POOL in source.pools,
+            )  # fmt: skip
         if statistics:
             self.statistics(source.slot, source.outer_slot, source.early)
         if not source.separable:
             return
-        inner = depthwise[: len(source.separable)]
+        depthwise = depthwise[: len(source.separable)]
         for group in source.separable_groups:
-            launch(
-                depthwise_kernel,
-                self.tiles(self.M, group.last - group.first),
-                x=State(y[source.slot + group.first :], self.C),
-                x_group=self.M * self.C,
-                weights=weights.outer_depthwise[group.weight :],
-                out=inner[group.first :],
-                terms=self.terms(Span(source.inner.first + group.first, source.inner.last)),
-                norms=self.norms,
-                branches=1,
-                KERNEL=group.kernel,
-                DILATION=group.dilation,
-                STRIDE=1,
-                NORM=True,
-                NB=1,
-                **self.common,
-            )
+            inner = State(y[source.slot + group.first :], self.C)
+            self.launch(
+                forward.depthwise_kernel, self.tiles(self.M, group.size),
+                x=inner, x_group=self.M * self.C, weights=weights.outer_depthwise[group.weight :],
+                out=depthwise[group.first :], terms=self.terms(source.inner_of(group)), norms=self.norms,
+                branches=1, KERNEL=group.kernel, DILATION=group.dilation, STRIDE=1, NORM=True, NB=1,
+            )  # fmt: skip
         last = source.outer_slot + len(source.separable)
-        torch.bmm(inner, weights.outer_pointwise.mT, out=y[source.outer_slot : last])
+        torch.bmm(depthwise, weights.outer_pointwise.mT, out=y[source.outer_slot : last])
         if statistics:
             self.statistics(source.outer_slot, last, source.late)
 
     def reduce(self, x: State, weights: Tensor, out: Tensor) -> None:
         """FactorizedReduce's convolutions: one product with the two pixels of each window that they read."""
         n, h, w = self.options.size
-        row = x.row
-        windows = x.data.as_strided(
-            (n, h, 2, w, 2, self.C), (4 * h * w * row, 4 * w * row, 2 * w * row, 2 * row, row, 1)
-        )
+        image, line = 4 * h * w * x.row, 2 * w * x.row
+        windows = x.data.as_strided((n, h, 2, w, 2, self.C), (image, 2 * line, line, 2 * x.row, x.row, 1))
         pair = torch.cat([windows[:, :, 0, :, 0], windows[:, :, 1, :, 1]], dim=-1).relu_()
         pair = pair.view(1, self.M, 2 * self.C).expand(len(weights), -1, -1)
         torch.bmm(pair, weights.mT, out=out)
@@ -251,224 +210,152 @@ class Cell:
         if terms.first == terms.last:
             return
         partial = self.partial(last - first, self.parts.count, 2, self.C)
-        launch(
-            statistics_kernel,
-            self.over_parts(last - first),
-            y=self.branch_outputs[first:],
-            partial=partial,
-            parts=self.parts,
-            **self.common,
-        )
-        launch(
-            moments_kernel,
-            lambda meta: (terms.last - terms.first, self.blocks),
-            partial=partial,
-            mean=self.moments[0],
-            variance=self.moments[1],
-            rstd=self.rstd,
-            terms=self.terms(terms),
-            first_slot=first,
-            parts=self.parts,
-            EPS=self.plan.eps,
-            **self.common,
-        )
+        self.launch(
+            forward.statistics_kernel, self.over_parts(last - first),
+            y=self.branch_outputs[first:], partial=partial, parts=self.parts,
+        )  # fmt: skip
+        mean, variance = self.moments
+        self.launch(
+            forward.moments_kernel, lambda meta: (terms.size, self.blocks),
+            partial=partial, mean=mean, variance=variance, rstd=self.rstd, terms=self.terms(terms),
+            first_slot=first, parts=self.parts, EPS=self.plan.eps,
+        )  # fmt: skip
 
     def node_forward(self, index: int) -> None:
         """A node's state from the branches of the edges that enter it."""
         node = self.layout.nodes[index]
-        launch(
-            node_kernel,
-            self.tiles(self.M, 1, self.K),
-            states=self.all_states,
-            y=self.branch_outputs,
-            out=self.state(self.plan.inputs + index),
-            terms=self.terms(node.terms),
-            edges=self.edges(node.edges),
-            weights=self.weights,
-            norms=self.norms,
-            INPUTS=self.plan.inputs,
-            STRIDE=self.plan.stride,
-            K=self.K,
-            **self.common,
-        )
+        self.launch(
+            forward.node_kernel, self.tiles(self.M, 1, self.K),
+            states=self.all_states, y=self.branch_outputs, out=self.state(self.plan.inputs + index),
+            terms=self.terms(node.terms), edges=self.edges(node.edges), weights=self.weights,
+            norms=self.norms, INPUTS=self.plan.inputs, STRIDE=self.plan.stride, K=self.K,
+        )  # fmt: skip
 
     def backward(self, grads: Sequence[Tensor | None], needs_input_grad: Sequence[bool]) -> Gradients:
         """Gradients of everything from those of the nodes, [N, C, H, W] each, of any strides."""
         plan = self.plan
         n, oh, ow = self.options.size
         h, w = plan.stride * oh, plan.stride * ow
-        found = Gradients(
+        made = Gradients(
             [self.empty(n, h, w, plan.channels) if needed else None for needed in needs_input_grad],
             torch.empty_like(self.gamma),
             torch.empty_like(self.gamma),
             torch.zeros_like(self.op_weights),
             self.op_weights.new_zeros(len(plan.edges), 2),
         )
-        self.norm_backward = NormBackward(*self.partial(3, *self.gamma.shape))
+        self.norm_backward = NormBackward(self.partial(3, *self.gamma.shape), len(self.gamma))
         # gradients of the nodes, in their order of channels, and of their mixed channels alone
         self.node_grads = self.empty(plan.nodes, self.M, plan.channels)
         self.mixed_grads = self.node_grads if self.K == 1 else self.empty(plan.nodes, self.M, self.C)
         zero = self.states.new_zeros(1)
         outside = [zero.expand(n, plan.channels, h, w)] * plan.inputs
         outside += [zero.expand(n, plan.channels, oh, ow) if grad is None else grad for grad in grads]
-        last = plan.inputs + plan.nodes - 1
-        self.node_grads[-1].view(n, oh, ow, plan.channels).copy_(outside[last].permute(0, 2, 3, 1))
-        self.node_backward(plan.nodes - 1, found)
-        for state in reversed(range(last)):
+        # no edge leaves the last node
+        self.node_grads[-1].view(n, oh, ow, -1).copy_(outside.pop().permute(0, 2, 3, 1))
+        self.node_backward(plan.nodes - 1, made)
+        for state in reversed(range(len(outside))):
             node = state - plan.inputs
-            out = self.node_grads[node] if node >= 0 else found.inputs[state]
-            self.source_backward(state, outside[state], out, found)
+            out = self.node_grads[node] if node >= 0 else made.inputs[state]
+            self.source_backward(state, outside[state], out, made)
             if node >= 0:
-                self.node_backward(node, found)
-        return found
+                self.node_backward(node, made)
+        return made
 
-    def node_backward(self, index: int, found: Gradients) -> None:
-        """What the gradient of a node's state says of the terms and edges that enter it."""
-        node = self.layout.nodes[index]
+    def node_backward(self, index: int, made: Gradients) -> None:
+        """From the gradient of a node's state, those of the terms and edges that enter it."""
+        node, g = self.layout.nodes[index], self.node_grads[index]
         if self.K > 1:
-            self.mixed_grads[index].copy_(self.node_grads[index].view(self.M, self.C, self.K)[..., 0])
-        terms, edges = node.terms.last - node.terms.first, node.edges.last - node.edges.first
+            self.mixed_grads[index].copy_(g.view(self.M, self.C, self.K)[..., 0])
+        terms, edges = node.terms.size, node.edges.size
         if terms:
             partial = self.partial(terms, self.parts.count, 2, self.C)
-            launch(
-                sums_kernel,
-                self.over_parts(terms),
-                g=self.mixed_grads[index],
-                y=self.branch_outputs,
-                partial=partial,
-                terms=self.terms(node.terms),
-                norms=self.norms,
-                parts=self.parts,
-                **self.common,
-            )
-            self.norms_backward(partial, node.terms, found, weighted=True)
+            self.launch(
+                backward.sums_kernel, self.over_parts(terms),
+                g=self.mixed_grads[index], y=self.branch_outputs, partial=partial,
+                terms=self.terms(node.terms), norms=self.norms, parts=self.parts,
+            )  # fmt: skip
+            self.norms_backward(partial, node.terms, made, weighted=True)
         if node.passes:
             partial = self.partial(self.blocks, self.parts.count, edges, 2)
-            launch(
-                edge_sums_kernel,
-                self.over_parts(edges),
-                g=self.node_grads[index],
-                states=self.all_states,
-                partial=partial,
-                edges=self.edges(node.edges),
-                parts=self.parts,
-                INPUTS=self.plan.inputs,
-                STRIDE=self.plan.stride,
-                K=self.K,
-                **self.common,
-            )
-            torch.sum(partial, (0, 1), out=found.edges[node.edges.first : node.edges.last])
+            self.launch(
+                backward.edge_sums_kernel, self.over_parts(edges),
+                g=g, states=self.all_states, partial=partial, edges=self.edges(node.edges),
+                parts=self.parts, INPUTS=self.plan.inputs, STRIDE=self.plan.stride, K=self.K,
+            )  # fmt: skip
+            torch.sum(partial, (0, 1), out=made.edges[node.edges.first : node.edges.last])
 
-    def norms_backward(self, partial: Tensor, terms: Span, found: Gradients, weighted: bool) -> None:
+    def norms_backward(self, partial: Tensor, terms: Span, made: Gradients, weighted: bool) -> None:
         """Parameters' gradients and `norm_backward` of the terms, from partial sums."""
-        launch(
-            norm_backward_kernel,
-            lambda meta: (terms.last - terms.first,),
-            partial=partial,
-            norm_backward=self.norm_backward,
-            grad_gamma=found.gamma,
-            grad_beta=found.beta,
-            grad_term_weights=found.term_weights,
-            terms=self.terms(terms),
-            weights=self.weights,
-            norms=self.norms,
-            parts=self.parts,
-            WEIGHTED=weighted,
-            TRAINING=self.options.training,
-            **self.common,
-        )
+        self.launch(
+            backward.norm_backward_kernel, lambda meta: (terms.size,),
+            partial=partial, norm_backward=self.norm_backward, grad_gamma=made.gamma, grad_beta=made.beta,
+            grad_term_weights=made.term_weights, terms=self.terms(terms), weights=self.weights,
+            norms=self.norms, parts=self.parts, WEIGHTED=weighted, TRAINING=self.options.training,
+        )  # fmt: skip
 
     def branch_gradients(self, g: Tensor, out: Tensor, spans: Span) -> None:
-        """Gradients at the branch outputs [spans, M, C], from those behind their BatchNorms."""
-        launch(
-            branch_gradient_kernel,
-            self.tiles(self.M, spans.last - spans.first),
-            g=g,
-            y=self.branch_outputs,
-            out=out,
-            terms=self.terms(spans),
-            spans=Rows(self.constants.spans, *spans),
-            norm_backward=self.norm_backward,
-            norms=self.norms,
-            **self.common,
-        )
+        """Gradients of branch outputs [spans, M, C], from those behind their BatchNorms."""
+        self.launch(
+            backward.branch_gradient_kernel, self.tiles(self.M, spans.size),
+            g=g, y=self.branch_outputs, out=out, terms=self.constants.terms,
+            spans=Rows(self.constants.spans, *spans), norm_backward=self.norm_backward, norms=self.norms,
+        )  # fmt: skip
 
-    def source_backward(self, index: int, outside: Tensor, out: Tensor | None, found: Gradients) -> None:
+    def source_backward(self, index: int, outside: Tensor, out: Tensor | None, made: Gradients) -> None:
         """The gradient of a state into `out`, if it is needed, and those of BatchNorms inside branches."""
         source, weights = self.layout.sources[index], self.conv_weights[index]
-        separable, depthwise = len(source.separable), source.depthwise
-        outputs = source.gradients.last - source.gradients.first
+        separable, reduces, outputs = len(source.separable), len(source.reduces), source.outputs
         grad_y = self.empty(outputs, self.M, self.C)
         if outputs:
             self.branch_gradients(self.mixed_grads, grad_y, source.gradients)
         if separable:
             inner = self.product(grad_y[:separable], weights.outer_pointwise)
-            inner = self.inner_backward(source, inner, weights.outer_depthwise, found)
+            inner = self.inner_backward(source, inner, weights.outer_depthwise, made)
             if out is not None:
                 self.branch_gradients(inner, grad_y, source.inner_gradients)
         if out is None:
             return
-        x, edges, rows = self.state(index), self.edges(source.edges), self.M * source.stride**2
-        grad_pools = depthwise + len(source.reduces)
-        shared = {
-            "x": x,
-            "out": out,
-            "outside": View(outside, *outside.stride()),
-            "edges": edges,
-            "weights": self.weights,
-            "STRIDE": source.stride,
-            "K": self.K,
-            **self.common,
-        }
-        launch(
-            input_gradient_kernel,
-            self.tiles(rows),
-            depthwise=Depthwise(
-                self.product(grad_y[:depthwise], weights.pointwise),
-                weights.depthwise,
-                Rows(self.constants.groups, *source.group_rows),
-            ),
-            reduce_grads=self.product(grad_y[depthwise:grad_pools], weights.reduces),
-            pools=Pools(grad_y[grad_pools:], self.argmax[index]),
-            g=self.mixed_grads,
-            KERNELS=tuple((group.kernel, group.dilation) for group in source.groups),
-            REDUCES=len(source.reduces),
-            MAX=Op.MAX_POOL in source.pools,
-            AVERAGE=Op.AVG_POOL in source.pools,
-            **shared,
+        of_depthwise, of_reduces, of_pools = grad_y.split([source.depthwise, reduces, len(source.pools)])
+        depthwise = Depthwise(
+            self.product(of_depthwise, weights.pointwise),
+            weights.depthwise,
+            Rows(self.constants.groups, *source.group_rows),
         )
+        rows = self.M * source.stride**2
+        shared = dict(
+            x=self.state(index), out=out, outside=View(outside, *outside.stride()),
+            edges=self.edges(source.edges), weights=self.weights, STRIDE=source.stride, K=self.K,
+        )  # fmt: skip
+        self.launch(
+            backward.input_gradient_kernel, self.tiles(rows),
+            depthwise=depthwise, reduce_grads=self.product(of_reduces, weights.reduces),
+            pools=Pools(of_pools, self.argmax[index]), g=self.mixed_grads,
+            KERNELS=tuple((group.kernel, group.dilation) for group in source.groups), REDUCES=reduces,
+            MAX=Op.MAX_POOL in source.pools, AVERAGE=Op.AVG_POOL in source.pools, **shared,
+        )  # fmt: skip
         if self.K > 1:
-            launch(bypass_backward_kernel, self.tiles(rows, 1, self.K), g=self.node_grads, **shared)
+            grid = self.tiles(rows, 1, self.K)
+            self.launch(backward.bypass_backward_kernel, grid, g=self.node_grads, **shared)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a [branches, M, out] by b [branches, out, in]; empty without branches."""
-        if not len(a):
-            return a
+        """a [branches, M, out] by b [branches, out, in]."""
         # an `out` keeps autocast away
-        return torch.bmm(a, b, out=self.empty(len(a), self.M, b.shape[2]))
+        return torch.bmm(a, b, out=self.empty(len(a), self.M, b.shape[2])) if len(a) else a
 
-    def inner_backward(self, source: Source, grads: Tensor, weights: Tensor, found: Gradients) -> Tensor:
+    def inner_backward(self, source: Source, grads: Tensor, weights: Tensor, made: Gradients) -> Tensor:
         """Gradients [separable, M, C] behind the BatchNorms inside separable branches, from those behind the
         second depthwise convolutions."""
         out = torch.empty_like(grads)
         partial = self.partial(len(source.separable), self.parts.count, 2, self.C)
         for group in source.separable_groups:
-            launch(
-                inner_gradient_kernel,
-                self.over_parts(group.last - group.first),
-                grads=grads[group.first :],
-                weights=weights[group.weight :],
-                y=self.branch_outputs,
-                out=out[group.first :],
-                partial=partial[group.first :],
-                terms=self.terms(Span(source.inner.first + group.first, source.inner.last)),
-                norms=self.norms,
-                parts=self.parts,
-                KERNEL=group.kernel,
-                DILATION=group.dilation,
-                **self.common,
-            )
-        self.norms_backward(partial, source.inner, found, weighted=False)
+            self.launch(
+                backward.inner_gradient_kernel, self.over_parts(group.size),
+                grads=grads[group.first :], weights=weights[group.weight :], y=self.branch_outputs,
+                out=out[group.first :], partial=partial[group.first :],
+                terms=self.terms(source.inner_of(group)), norms=self.norms, parts=self.parts,
+                KERNEL=group.kernel, DILATION=group.dilation,
+            )  # fmt: skip
+        self.norms_backward(partial, source.inner, made, weighted=False)
         return out
 
 

@@ -18,6 +18,7 @@ from rfdarts_fast.ops.triton.arguments import (
     image_size,
     load_bypass,
     load_norm,
+    load_norm_backward,
     load_row,
     pixel_of,
     rows_of,
@@ -37,7 +38,7 @@ def sums_kernel(
     M, C, _, _ = sizes
     BM: tl.constexpr = TILE // BC
     index, part, cols = tl.program_id(0), tl.program_id(1), block_of(2, BC)
-    term = term_at(terms, terms.first + index)
+    term = term_at(terms.table, terms.first + index)
     mean = load_row(norms.mean, term.norm, C, cols, 0.0, ACC)
     y += term.slot * image_size(sizes)
     start, stop = rows_of(part, parts, M)
@@ -67,7 +68,7 @@ def edge_sums_kernel(
     M, C, _, _ = sizes
     BM: tl.constexpr = TILE // (BC * K)
     index, part, cols = tl.program_id(0), tl.program_id(1), block_of(2, BC)
-    edge = edge_at(edges, edges.first + index)
+    edge = edge_at(edges.table, edges.first + index)
     x = state_of(states, edge.source, sizes, INPUTS, STRIDE, K)
     start, stop = rows_of(part, parts, M)
     identity = tl.zeros((BC,), ACC)
@@ -101,7 +102,7 @@ def norm_backward_kernel(
     with WEIGHTED those of the term weights [edges, primitives]; otherwise the term weight is 1."""
     M, C, _, _ = sizes
     BM: tl.constexpr = TILE // BC
-    term = term_at(terms, terms.first + tl.program_id(0))
+    term = term_at(terms.table, terms.first + tl.program_id(0))
     weight = tl.full((1,), 1.0, ACC)
     if WEIGHTED:
         weight *= term_weight(weights, term.edge, term.primitive, ACC)
@@ -133,9 +134,10 @@ def norm_backward_kernel(
             per_row = -scale / tl.cast(M, ACC)
             slope = per_row * rstd * sum_gy_hat
             shift = per_row * sum_g
-        tl.store(norm_backward.scale + target, scale, mask=mask)
-        tl.store(norm_backward.slope + target, slope, mask=mask)
-        tl.store(norm_backward.shift + target, shift, mask=mask)
+        target += norm_backward.rows
+        tl.store(target, scale, mask=mask)
+        tl.store(target + norm_backward.norms * C, slope, mask=mask)
+        tl.store(target + 2 * norm_backward.norms * C, shift, mask=mask)
     if WEIGHTED:
         at = term.edge * weights.primitives + term.primitive
         tl.store(grad_term_weights + at, tl.sum(grad_weight, 0))
@@ -154,16 +156,17 @@ def branch_gradient_kernel(
     mask = (rows < M)[:, None] & (cols < C)[None, :]
     at = rows[:, None] * C + cols[None, :]
     size = image_size(sizes)
-    span = span_at(spans, spans.first + tl.program_id(2))
+    span = span_at(spans.table, spans.first + tl.program_id(2))
     total = tl.zeros((BM, BC), ACC)
     for place in range(span.first, span.last):
         term = term_at(terms, place)
         grad = tl.load(g + term.grad * size + at, mask=mask, other=0.0).to(ACC)
         value = tl.load(y + term.slot * size + at, mask=mask, other=0.0).to(ACC)
         value -= load_row(norms.mean, term.norm, C, cols, 0.0, ACC)[None, :]
-        total += load_row(norm_backward.scale, term.norm, C, cols, 0.0, ACC)[None, :] * grad
-        total += load_row(norm_backward.slope, term.norm, C, cols, 0.0, ACC)[None, :] * value
-        total += load_row(norm_backward.shift, term.norm, C, cols, 0.0, ACC)[None, :]
+        scale, slope, shift = load_norm_backward(norm_backward, term.norm, C, cols, ACC)
+        total += scale[None, :] * grad
+        total += slope[None, :] * value
+        total += shift[None, :]
     tl.store(out + tl.program_id(2) * size + at, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -206,7 +209,7 @@ def inner_gradient_kernel(
     BM: tl.constexpr = TILE // BC
     branch, part, cols = tl.program_id(0), tl.program_id(1), block_of(2, BC)
     size = image_size(sizes)
-    term = term_at(terms, terms.first + branch)
+    term = term_at(terms.table, terms.first + branch)
     mean, scale, shift = load_norm(norms, term.norm, C, cols, ACC)
     start, stop = rows_of(part, parts, M)
     sum_g = tl.zeros((BC,), ACC)
@@ -283,7 +286,7 @@ def identities_backward(total, g, edges, weights, rows, cols, sizes, ACC: tl.con
     """`total` plus what the identities of the edges pass on from their nodes' gradients g [nodes, M, C]."""
     M, C, _, _ = sizes
     for place in range(edges.first, edges.last):
-        edge = edge_at(edges, place)
+        edge = edge_at(edges.table, place)
         weight = term_weight(weights, edge.index, edge.identity, ACC)
         at = edge.node * image_size(sizes) + rows[:, None] * C + cols[None, :]
         taken = (rows < tl.where(edge.identity >= 0, M, 0))[:, None] & (cols < C)[None, :]
@@ -311,7 +314,7 @@ def input_gradient_kernel(
     mask = exist[:, None] & (cols < C)[None, :]
     total = tl.zeros((BM, BC), ACC)
     for k in tl.static_range(len(KERNELS)):
-        group = group_at(depthwise.groups, depthwise.groups.first + k)
+        group = group_at(depthwise.groups.table, depthwise.groups.first + k)
         for branch in range(group.first, group.last):
             own_weights = depthwise.weights + group.weight
             own_weights += (branch - group.first) * (KERNELS[k][0] * KERNELS[k][0]) * C
@@ -361,7 +364,7 @@ def bypass_backward_kernel(
             reached = reached & tl.where(earlier, ~(other >= own), ~(other > own))
     total = tl.zeros((BM, BC, K), ACC)
     for place in range(edges.first, edges.last):
-        edge = edge_at(edges, place)
+        edge = edge_at(edges.table, place)
         weight = tl.load(weights.edge_weights + edge.index).to(ACC)
         source = g + edge.node * (image_size(sizes) * K) + at[:, None, None] * (C * K)
         source += cols[None, :, None] * K + lanes

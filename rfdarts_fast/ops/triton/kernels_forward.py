@@ -40,7 +40,7 @@ def depthwise_kernel(
     branch = tl.arange(0, NB)
     own = (branch < branches)[:, None] & (cols < C)[None, :]
     if NORM:
-        mean, scale, shift = load_norm(norms, term_at(terms, terms.first + group).norm, C, cols, ACC)
+        mean, scale, shift = load_norm(norms, term_at(terms.table, terms.first + group).norm, C, cols, ACC)
     IH = OH * STRIDE
     IW = OW * STRIDE
     top = oy * STRIDE - PAD
@@ -152,7 +152,7 @@ def moments_kernel(
     the slots from `first_slot` on."""
     M, C, _, _ = sizes
     BM: tl.constexpr = TILE // BC
-    term = term_at(terms, terms.first + tl.program_id(0))
+    term = term_at(terms.table, terms.first + tl.program_id(0))
     cols = block_of(1, BC)
     partial += (term.slot - first_slot) * parts.count * 2 * C
     total = tl.zeros((BC,), ACC)
@@ -196,7 +196,7 @@ def node_kernel(
     at = rows[:, None] * C + cols[None, :]
     total = tl.zeros((BM, BC), ACC)
     for place in range(terms.first, terms.last):
-        term = term_at(terms, place)
+        term = term_at(terms.table, place)
         weight = term_weight(weights, term.edge, term.primitive, ACC)
         mean, scale, shift = load_norm(norms, term.norm, C, cols, ACC)
         value = tl.load(y + term.slot * image_size(sizes) + at, mask=mask, other=0.0).to(ACC)
@@ -204,7 +204,7 @@ def node_kernel(
     if K > 1:
         bypass = tl.zeros((BM, BC, K), ACC)
     for place in range(edges.first, edges.last):
-        edge = edge_at(edges, place)
+        edge = edge_at(edges.table, place)
         x = state_of(states, edge.source, sizes, INPUTS, STRIDE, K)
         taken = (rows < tl.where(edge.identity >= 0, M, 0))[:, None] & (cols < C)[None, :]
         value = tl.load(x.data + rows[:, None] * x.row + cols[None, :], mask=taken, other=0.0).to(ACC)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rfdarts_fast.ops.contract import Branch, CellPlan, Edge, Op
-from rfdarts_fast.ops.triton.arguments import DepthwiseGroup, EdgeRow, Span, TermRow
+from rfdarts_fast.ops.triton.arguments import ROW, DepthwiseGroup, EdgeRow, Span, TermRow
 
 Row = TypeVar("Row", bound=tuple)
 
@@ -82,6 +82,15 @@ class Source:
     def depthwise(self) -> int:
         """Branches with depthwise convolutions."""
         return len(self.separable) + len(self.dilated)
+
+    @property
+    def outputs(self) -> int:
+        """Branch outputs that nodes read."""
+        return self.gradients.size
+
+    def inner_of(self, group: DepthwiseGroup) -> Span:
+        """The terms inside a group of separable branches."""
+        return Span(self.inner.first + group.first, self.inner.first + group.last)
 
     @property
     def reduce_slot(self) -> int:
@@ -158,7 +167,7 @@ class Layout:
             tables = self.terms, self.edges, self.spans, self.groups
             identity = self._identity.to(device, dtype)
             self._constants[key] = Constants(
-                *(torch.tensor(rows, dtype=torch.int32).to(device) for rows in tables),
+                *(_table(rows).to(device) for rows in tables),
                 identity.new_ones(len(identity)),
                 identity,
             )
@@ -218,6 +227,10 @@ class Layout:
             edges=Span(edges[0].index, edges[-1].index + 1),
             passes=plan.K > 1 or any(row.identity >= 0 for row in edges),
         )
+
+
+def _table(rows: Sequence[tuple[int, ...]]) -> Tensor:
+    return torch.tensor([[*row, *[0] * (ROW.value - len(row))] for row in rows], dtype=torch.int32)
 
 
 def _identity(edge: Edge) -> int:
