@@ -45,8 +45,8 @@ def mixed_cell(call: CellCall) -> list[Tensor]:
 
 @torch.no_grad()
 def update_running_stats(plan: CellPlan, moments: Tensor, count: int) -> None:
-    """Moves running statistics towards `moments` [2, norms, C/K] of `count` values each, as BatchNorm2d does in
-    training mode: the variance unbiased."""
+    """Moves running statistics towards `moments` [2, norms, C/K] of `count` values each, the variance unbiased,
+    as BatchNorm2d does in training mode."""
     means, variances, batches = plan.running_stats()
     tracked = [i for i, mean in enumerate(means) if mean is not None]
     if not tracked:
@@ -106,8 +106,9 @@ class CellFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         options, plan = ctx.options, ctx.options.plan
         states, moments, rstd, gamma, beta, op_weights, edge_weights, *kept = ctx.saved_tensors
-        outputs = empty_branch_outputs(options, states) if options.recompute else kept
-        cell = Cell(options, states, *outputs, moments, rstd, gamma, beta, op_weights, edge_weights)
+        branch_outputs, argmax = empty_branch_outputs(options, states) if options.recompute else kept
+        parameters = moments, rstd, gamma, beta, op_weights, edge_weights
+        cell = Cell(options, states, branch_outputs, argmax, *parameters)
         if options.concat:
             grads = (None,) * plan.nodes if grads[0] is None else grads[0].chunk(plan.nodes, dim=1)
         with torch.cuda.device_of(states):

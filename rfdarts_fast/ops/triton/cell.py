@@ -59,8 +59,8 @@ class Options:
 
 @dataclass
 class Gradients:
-    """Gradients of inputs [N, H, W, C * K] or None, of gamma and beta [norms, C], of term weights [edges,
-    primitives]; edges [edges, 2]: of each identity's term weight, and what the bypass adds to the edge weight's."""
+    """Gradients of inputs [N, H, W, C * K] or None, gamma and beta [norms, C], and term weights [edges,
+    primitives]; of identities' term weights, and of edge weights from the bypass, in edges [edges, 2]."""
 
     inputs: list[Tensor | None]
     gamma: Tensor

@@ -164,12 +164,14 @@ class Layout:
     def constants(self, device: torch.device, dtype: torch.dtype) -> Constants:
         key = device, dtype
         if key not in self._constants:
-            tables = self.terms, self.edges, self.spans, self.groups
             identity = self._identity.to(device, dtype)
             self._constants[key] = Constants(
-                *(_table(rows).to(device) for rows in tables),
-                identity.new_ones(len(identity)),
-                identity,
+                terms=_table(self.terms).to(device),
+                edges=_table(self.edges).to(device),
+                spans=_table(self.spans).to(device),
+                groups=_table(self.groups).to(device),
+                ones=identity.new_ones(len(identity)),
+                identity=identity,
             )
         return self._constants[key]
 
