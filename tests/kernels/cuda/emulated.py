@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
 from rfdarts_fast.nn import MixedOp
@@ -33,10 +34,10 @@ def compiler():
 
 def find_nvcc():
     """By setup.py's own rules."""
-    text = (CSRC.parent / "setup.py").read_text().replace("setup(**build_options())", "")
-    names = {"__name__": "setup_options"}
-    exec(text, names)
-    return names["find_nvcc"]()
+    spec = importlib.util.spec_from_file_location("setup_options", CSRC.parent / "setup.py")
+    setup_options = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup_options)
+    return setup_options.find_nvcc()
 
 
 def find_cuobjdump():
@@ -89,22 +90,37 @@ def build(folder, flags=()):
     return link(objects, folder, flags)
 
 
+def plant(text, before, after):
+    """C++ with `before` replaced, whatever white space and comments it has there; it must occur exactly once."""
+    text = re.sub(r"//.*", "", text)
+    tokens = map(re.escape, re.findall(r"\w+|[^\w\s]", before))
+    pattern = r"(?<!\w)" + r"\s*".join(tokens) + r"(?!\w)"
+    found = len(re.findall(pattern, text))
+    assert found == 1, f"expected {before!r} once, found it {found} times"
+    return re.sub(pattern, lambda _: after, text)
+
+
 def mutated(folder, objects, header, before, after, source):
     """The library with one place of a header changed, rebuilt for one source only."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
-    text = (csrc / header).read_text()
-    assert text.count(before) == 1, f"{header}: expected {before!r} once"
-    (csrc / header).write_text(text.replace(before, after))
+    (csrc / header).write_text(plant((csrc / header).read_text(), before, after))
     changed = compile_one(source, csrc, folder, ())
     # first, so that the linker takes its copy of what every type has in common
     return link([changed, *(path for path in objects if path.name != changed.name)], folder)
 
 
-def load(library):
-    """From here on, the ops of cells are the emulated ones."""
-    torch.ops.load_library(str(library))
-    torch.ops.rfdarts = torch.ops.rfdarts_emulated
+class Emulation(TorchDispatchMode):
+    """Inside, the compiled ops are those of a library of `build`: CUDA kernels on the CPU."""
+
+    def __init__(self, library):
+        super().__init__()
+        torch.ops.load_library(str(library))
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "rfdarts":
+            function = getattr(torch.ops.rfdarts_emulated, function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
 
 
 def make_edges(space="darts", channels=4, stride=1, K=1, inputs=2, nodes=2, **options):
@@ -204,10 +220,10 @@ if __name__ == "__main__":
 
     from tests.kernels.cuda.convs import ConvCase
 
-    load(sys.argv[1])
+    emulation = Emulation(sys.argv[1])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    torch.ops.rfdarts.shuffle(sys.argv[2] == "shuffled")
+    torch.ops.rfdarts_emulated.shuffle(sys.argv[2] == "shuffled")
     kind = getattr(torch, sys.argv[3])
     limit = 1e-10 if kind == torch.float64 else 30 * torch.finfo(kind).eps
     cells = {"channels": 5}, {"K": 4, "channels": 16, "stride": 2}, {"channels": 36, "inputs": 1}
@@ -221,7 +237,9 @@ if __name__ == "__main__":
     for seed, (make, options) in enumerate(checks):
         torch.manual_seed(seed)
         case = make((2, 10, 18), kind, **options)
-        worst = errors(case.emulated(), case.reference())
+        with emulation:
+            found = case.emulated()
+        worst = errors(found, case.reference())
         if kind != torch.float64:
             worst = {name: worst[name] for name in ("states", "running", "inputs")}
         # a NaN is an error too
