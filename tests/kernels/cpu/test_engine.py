@@ -224,9 +224,7 @@ def test_autocast_on_the_cpu_keeps_branch_outputs_in_bfloat16(memory):
         found = [ops.mixed_cell(edges, x, weights) for x in (inputs, half)]
         together = ops.concatenated_cell(edges, inputs, weights)
     kept = "bfloat16" if memory == "fast" else memory
-    expected = [
-        cpu.mixed_cell(edges, [y.float() for y in x], weights, memory=kept) for x in (inputs, half)
-    ]
+    expected = [cpu.mixed_cell(edges, [y.float() for y in x], weights, memory=kept) for x in (inputs, half)]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     torch.testing.assert_close(torch.cat(expected[0], 1), together, rtol=0, atol=0)
     exact = cpu.mixed_cell(edges, inputs, weights)
