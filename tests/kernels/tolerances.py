@@ -34,7 +34,7 @@ def assert_as_good_as_torch(
     dtype, problems = problem.dtype, [problem, *draws]
     exact = dtype == torch.float64
     truths = [each.run(TRUTH, torch.float64) for each in problems]
-    sizes = [_sizes(truth) for truth in truths]
+    sizes = [size_of(truth) for truth in truths]
     plain = [
         errors(truth if exact and backend.device == "cpu" else each.run(Oracle(backend.device)), truth)
         for each, truth in zip(problems, truths, strict=True)
@@ -82,7 +82,7 @@ def errors(found: Result, truth: Result) -> dict[str, Tensor]:
     return measured
 
 
-def _sizes(truth: Result) -> dict[str, Tensor]:
+def size_of(truth: Result) -> dict[str, Tensor]:
     """{name: the largest entry of all tensors, once for each, then the norm of all}."""
     zeros = {name: [x if x is None else torch.zeros_like(x) for x in group] for name, group in truth.items()}
     sizes = errors(truth, zeros)
