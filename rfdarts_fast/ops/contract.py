@@ -74,6 +74,9 @@ class Op(IntEnum):
     NOISE = 7
 
 
+_OUTPUTS = {Op.SEP_CONV: 2, Op.DIL_CONV: 1, Op.REDUCE: 1}
+
+
 @dataclass(frozen=True)
 class Branch:
     """One candidate operation of an edge.
@@ -98,13 +101,13 @@ class Branch:
     @property
     def outputs(self) -> int:
         """Outputs that a cell keeps for its backward: one for each BatchNorm behind a convolution."""
-        return {Op.SEP_CONV: 2, Op.DIL_CONV: 1, Op.REDUCE: 1}.get(self.op, 0)
+        return _OUTPUTS.get(self.op, 0)
 
     def packed_size(self, channels: int) -> int:
         """Numbers in the packed convolutions, for so many mixed channels; see `compiled.packing`."""
         if self.op is Op.REDUCE:
             return 4 * channels * channels
-        return len(self.convs) // 2 * channels * (self.kernel * self.kernel + 2 * channels)
+        return self.outputs * channels * (self.kernel * self.kernel + 2 * channels)
 
 
 @dataclass(frozen=True)
@@ -301,17 +304,15 @@ class CellShape(NamedTuple):
     K: int
     stride: int
     edges: int
-    outputs: int
+    branches: list[Branch]
 
     @classmethod
     def of(cls, encoded: Sequence[int]) -> CellShape:
         inputs, nodes, primitives, norms, K = encoded[:5]
         width = 1 + 7 * primitives
-        ops = [
-            encoded[at] for edge in range(5, len(encoded), width) for at in range(edge + 1, edge + width, 7)
-        ]
-        outputs = sum(Branch(Op(op)).outputs for op in ops)
-        return cls(inputs, nodes, primitives, norms, K, encoded[5], (len(encoded) - 5) // width, outputs)
+        starts = [at for edge in range(5, len(encoded), width) for at in range(edge + 1, edge + width, 7)]
+        branches = [Branch(Op(encoded[at]), *encoded[at + 1 : at + 3]) for at in starts]
+        return cls(inputs, nodes, primitives, norms, K, encoded[5], len(starts) // primitives, branches)
 
 
 @dataclass(frozen=True, eq=False)
