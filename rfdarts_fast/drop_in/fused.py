@@ -1,4 +1,4 @@
-"""What `accelerate` turns foreign modules into: subclasses of their own classes with another `forward`.
+"""Subclasses of foreign classes with a fused `forward`, which `accelerate` turns foreign modules into.
 
 A module keeps its identity, its tensors, its names in `state_dict()` and its class for `isinstance`.
 """
@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rfdarts_fast import ops
-from rfdarts_fast.nn import SearchCell
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
+from rfdarts_fast.nn.supernet import cell_output
 
 
 class Fused:
@@ -26,8 +26,8 @@ class Fused:
 class FusedMixedOp(Fused):
     """One edge; has the attributes of `rfdarts_fast.ops.Edge`."""
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        return ops.mixed_cell([self], [x], weights[None])[0]  # type: ignore[list-item]
+    def forward(self, x: Tensor, op_weights: Tensor) -> Tensor:
+        return ops.mixed_cell([self], [x], op_weights[None])[0]  # type: ignore[list-item]
 
 
 class FusedCell(Fused):
@@ -36,6 +36,8 @@ class FusedCell(Fused):
 
     _steps: int
     _multiplier: int
+    preprocess0: nn.Module
+    preprocess1: nn.Module
 
     @property
     def nodes(self) -> int:
@@ -45,12 +47,12 @@ class FusedCell(Fused):
     def multiplier(self) -> int:
         return self._multiplier
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, *extra: Any, **named: Any) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, op_weights: Tensor, *extra: Any, **named: Any) -> Tensor:
         fourth = next(iter((*extra, *named.values())), None)
         edge_weights = fourth if isinstance(fourth, Tensor) and fourth.ndim == 1 else None
         if edge_weights is None and fourth not in (None, 0.0):
-            return super().forward(s0, s1, weights, *extra, **named)  # type: ignore[misc]
-        return SearchCell.forward(self, s0, s1, weights, edge_weights)  # type: ignore[arg-type]
+            return super().forward(s0, s1, op_weights, *extra, **named)  # type: ignore[misc]
+        return cell_output(self, [self.preprocess0(s0), self.preprocess1(s1)], op_weights, edge_weights)
 
 
 class FusedReLUConvBN(Fused):
@@ -61,7 +63,7 @@ class FusedReLUConvBN(Fused):
 
 
 class FusedFactorizedReduce(Fused):
-    """The same behind a reduction cell."""
+    """The two convolutions in front of a cell behind a reduction cell."""
 
     def forward(self, x: Tensor) -> Tensor:
         return FactorizedReduce.forward(self, x)  # type: ignore[arg-type]
@@ -81,7 +83,7 @@ class EdgeList(nn.ModuleList):
 
 
 class FusedNasBench201Cell(Fused):
-    """A search cell of AutoDL-Projects; its other forward functions are as they were."""
+    """A search cell of AutoDL-Projects; other forward functions stay as they are."""
 
     edges: nn.ModuleDict
 
@@ -91,7 +93,7 @@ class FusedNasBench201Cell(Fused):
 
 
 class FusedNasBench201JointCell(FusedNasBench201Cell):
-    """With a `forward_joint` that computes the same."""
+    """A search cell whose `forward_joint` computes the same."""
 
     def forward_joint(self, inputs: Tensor, weightss: Tensor) -> Tensor:
         return self.forward(inputs, weightss)

@@ -6,18 +6,29 @@ import dataclasses
 import importlib.util
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import tyro
 import yaml
 
-Dataset = Literal["digits", "npz", "cifar10", "cifar100", "svhn", "imagefolder"]
+from rfdarts_fast.data import DATASETS
+
 MemoryFormat = Literal["channels_last", "contiguous"]
 
 
 class ConfigError(ValueError):
     """A config value that cannot be used; the message names it, what was expected and what came."""
+
+
+def one_of(registry: Mapping[str, Any]) -> Any:
+    """The annotation of a field that holds a name of a registry: --help lists those registered by then."""
+    return tyro.conf.arg(
+        metavar="NAME",
+        help_behavior_hint=lambda default: f"(one of {', '.join(registry)}; default: {default})",
+    )
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class RunConfig:
     """The run's folder. The same command again resumes what was begun there."""
     config: Path | None = None
     """A YAML file of values for the options below; the command line wins over it."""
-    dataset: Dataset = "digits"
+    dataset: Annotated[str, one_of(DATASETS)] = "digits"
     """Images: digits come with scikit-learn; npz is a file of x_train, y_train, x_test, y_test."""
     data_root: Path | None = None
     """Where the data set lies: the npz file, or the folder."""
@@ -37,7 +48,7 @@ class RunConfig:
     image_size: int | None = None
     """Side of the images in pixels (default: the data set's own)."""
     flip: bool | None = None
-    """Mirror training images at random (default: all data sets but digits)."""
+    """Mirror training images at random (default: what is registered for the data set; all but digits)."""
     workers: int = 0
     """Processes that decode images (imagefolder only)."""
     seed: int = 2
@@ -55,6 +66,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first value that cannot be used."""
+        require(self.dataset in DATASETS, self, "dataset", f"one of {', '.join(DATASETS)}")
         require(self.image_size is None or self.image_size > 0, self, "image_size", "a positive number")
         require(self.workers >= 0, self, "workers", "0 or more")
         require(0 <= self.seed < 2**32, self, "seed", "a number from 0 to 2**32 - 1")

@@ -10,7 +10,7 @@ import torch
 from image_samples import npz_arrays, write_photo
 
 from rfdarts_fast.data import (
-    NAMES,
+    DATASETS,
     Batches,
     ColourJitter,
     DataError,
@@ -357,7 +357,7 @@ def test_only_download_fetches(tmp_path, monkeypatch):
         ({"name": "digits", "image_size": 0}, "image_size: expected an integer of at least 1, got 0"),
         ({"name": "digits", "image_size": 8.5}, "image_size: expected an integer"),
         ({"name": "digits", "image_size": True}, "image_size: expected an integer"),
-        *[({"name": name}, "data root: expected .* got none") for name in NAMES if name != "digits"],
+        *[({"name": name}, "data root: expected .* got none") for name in DATASETS if name != "digits"],
     ],
 )
 def test_arguments_that_cannot_be(arguments, message):

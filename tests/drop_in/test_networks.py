@@ -9,7 +9,7 @@ from rfdarts_fast.drop_in.published import darts_space
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
 from rfdarts_fast.spaces import parse
 
-from . import foreign
+from . import forks
 from .common import (
     MODULES,
     assert_as_accurate,
@@ -145,7 +145,7 @@ def test_running_statistics_after_five_steps(name):
 @pytest.mark.parametrize("C", [4, 12, 16])
 def test_mixed_op(module, K, stride, C):
     C = 2 * C if stride == 2 else C
-    theirs, ours = foreign.MixedOp(C, stride, k=K).double(), module.MixedOp(C, stride).double()
+    theirs, ours = forks.MixedOp(C, stride, k=K).double(), module.MixedOp(C, stride).double()
     ours.load_state_dict(theirs.state_dict())
     results = []
     for op in (theirs, ours):
@@ -162,7 +162,7 @@ def test_mixed_op(module, K, stride, C):
 @pytest.mark.parametrize("reduction, reduction_prev", [(False, False), (True, False), (False, True)])
 def test_cell(module, K, reduction, reduction_prev):
     arguments = 4, 3, 6, 10, 8, reduction, reduction_prev
-    theirs, ours = foreign.Cell(*arguments, k=K).double(), module.Cell(*arguments).double()
+    theirs, ours = forks.Cell(*arguments, k=K).double(), module.Cell(*arguments).double()
     ours.load_state_dict(theirs.state_dict())
     s0 = torch.randn(2, 6, 16 if reduction_prev else 8, 16 if reduction_prev else 8, dtype=F64)
     s1 = torch.randn(2, 10, 8, 8, dtype=F64)
@@ -183,7 +183,7 @@ def published_genotype(network):
             rows = weights[start : start + 2 + i].tolist()
             for j in sorted(range(2 + i), key=lambda j: -max(rows[j][1:]))[:2]:
                 best = max(range(1, 8), key=lambda k: rows[j][k])
-                genes.append((foreign.PRIMITIVES[best], j))
+                genes.append((forks.PRIMITIVES[best], j))
             start += 2 + i
         found.append(genes)
     return found
@@ -205,7 +205,7 @@ def test_genotype(name):
 
 def test_other_steps_and_multiplier():
     criterion = nn.CrossEntropyLoss()
-    theirs = foreign.Network(4, 10, 3, criterion, 3, 2, 2)
+    theirs = forks.Network(4, 10, 3, criterion, 3, 2, 2)
     ours = darts.Network(4, 10, 3, criterion, 3, 2, 2)
     ours.load_state_dict(theirs.state_dict())
     copy_arch(theirs, ours)
