@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from rfdarts_fast.drop_in import darts, pc_darts, pc_darts_imagenet
-from rfdarts_fast.drop_in.published import darts_space
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
-from rfdarts_fast.spaces import parse
+from rfdarts_fast.spaces import DARTS_PRIMITIVES, parse, uniform_space
 
 from . import forks
 from .common import (
@@ -260,13 +259,14 @@ def test_checkpoints_to_and_from_the_native_network(name, tmp_path):
     ours = drop_in_network(name, 4, 3, steps=2, multiplier=2)
     imagenet, K = name.endswith("imagenet"), {"darts": 1, "pc_darts": 4, "pc_darts_imagenet": 2}[name]
     stem = "imagenet" if imagenet else "cifar"
-    native = SearchNetwork(darts_space(2), 4, 10, 3, stem, K=K, edge_norm=K > 1)
-    freeze_random_features(native)
-    turn_affine(native)
+    space = uniform_space("darts", DARTS_PRIMITIVES, nodes=2)
+    saved = SearchNetwork(space, 4, 10, 3, stem, K=K, edge_norm=K > 1)
+    freeze_random_features(saved)
+    turn_affine(saved)
     x, _ = batch(name, F32)
-    torch.save(native.state_dict(), tmp_path / "native.pt")
-    ours.load_state_dict(torch.load(tmp_path / "native.pt"), strict=True)
-    assert torch.equal(ours(x), native(x))
+    torch.save(saved.state_dict(), tmp_path / "saved.pt")
+    ours.load_state_dict(torch.load(tmp_path / "saved.pt"), strict=True)
+    assert torch.equal(ours(x), saved(x))
     ours._initialize_alphas()
     torch.save(ours.state_dict(), tmp_path / "ours.pt")
     native.load_state_dict(torch.load(tmp_path / "ours.pt"), strict=True)
