@@ -2,8 +2,8 @@
 
     python examples/extend.py runs/extend
 
-On the command line they are choices too (`rfdarts search --space blur --dataset diagonals`) once a package that
-names this module as an entry point is installed. In its pyproject.toml:
+They are choices of the command line too, `rfdarts search --space blur --dataset diagonals`, once a package is
+installed that names this module as an entry point. In its pyproject.toml:
 
     [project.entry-points."rfdarts_fast.plugins"]
     extend = "extend"
@@ -25,18 +25,19 @@ from rfdarts_fast.spaces import register_space, uniform_space
 class Blur(nn.Module):
     """A 3x3 binomial filter, [N, C, H, W] -> [N, C, H / stride, W / stride]."""
 
-    def __init__(self, channels, stride):
+    def __init__(self, stride):
         super().__init__()
-        self.channels, self.stride = channels, stride
+        self.stride = stride
         row = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("kernel", torch.outer(row, row).repeat(channels, 1, 1, 1), persistent=False)
+        self.register_buffer("kernel", torch.outer(row, row)[None, None], persistent=False)
 
     def forward(self, x):
-        return nn.functional.conv2d(x, self.kernel, stride=self.stride, padding=1, groups=self.channels)
+        kernel = self.kernel.expand(x.shape[1], 1, 3, 3)
+        return nn.functional.conv2d(x, kernel, stride=self.stride, padding=1, groups=x.shape[1])
 
 
 def make_blur(channels, stride, affine, track):
-    return Blur(channels, stride)
+    return Blur(stride)
 
 
 register_primitive(Primitive("blur_3x3", make_blur, parameter_free=True, batch_norm=True))
@@ -53,7 +54,8 @@ def load_diagonals(root, download):
     waves = torch.sin(0.8 * (step[:, None] + direction * step) + phase)
     noisy = (waves + 0.5 * torch.randn(300, 16, 16, generator=random)).clamp(-1, 1)
     images = (127.5 + 127.5 * noisy).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
-    return Images(ImageSet(images[:240], labels[:240]), ImageSet(images[240:], labels[240:]), ("rise", "fall"))
+    train, test = (ImageSet(images[part], labels[part]) for part in (slice(240), slice(240, None)))
+    return Images(train, test, class_names=("rise", "fall"))
 
 
 register_dataset(Dataset("diagonals", load_diagonals, mirrored=False))

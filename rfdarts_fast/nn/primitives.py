@@ -158,7 +158,7 @@ class Primitive:
         parameter_free: counted in metrics.jsonl, to see a search collapse.
         batch_norm: supernets of the DARTS family put a BatchNorm behind it; derived networks do not.
         recognise: for `accelerate`: the stride of another project's module that is this primitive, None for
-            any other module. Modules built as `make` builds them are recognised without it.
+            any other module. Modules of the layers or the class that `make` uses are recognised without it.
     """
 
     name: str

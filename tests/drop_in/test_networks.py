@@ -269,8 +269,8 @@ def test_checkpoints_to_and_from_the_native_network(name, tmp_path):
     assert torch.equal(ours(x), saved(x))
     ours._initialize_alphas()
     torch.save(ours.state_dict(), tmp_path / "ours.pt")
-    native.load_state_dict(torch.load(tmp_path / "ours.pt"), strict=True)
-    assert torch.equal(ours.eval()(x), native.eval()(x))
+    saved.load_state_dict(torch.load(tmp_path / "ours.pt"), strict=True)
+    assert torch.equal(ours.eval()(x), saved.eval()(x))
 
 
 @pytest.mark.parametrize(
