@@ -125,7 +125,7 @@ def _train_batchnorms_only(model: nn.Module, train_classifier: bool) -> int:
 
 
 def _move_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """A bias in front of a BatchNorm only shifts its mean, and the kernels know no such bias."""
+    """Moves a convolution's bias into the running mean behind it: no bias there is known to the kernels."""
     if conv.bias is not None:
         if norm.running_mean is not None:
             norm.running_mean -= conv.bias

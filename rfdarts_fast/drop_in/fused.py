@@ -16,7 +16,7 @@ from rfdarts_fast.nn.supernet import cell_output
 
 
 class Fused:
-    """Mixed into a foreign class that cannot be imported under the new name, so pickling names both parts."""
+    """Base of the mixins below; a fused class has no name to import, so pickles name mixin and foreign class."""
 
     def __reduce__(self) -> Any:
         mixin, foreign = type(self).__bases__
@@ -24,7 +24,7 @@ class Fused:
 
 
 class FusedMixedOp(Fused):
-    """One edge; has the attributes of `rfdarts_fast.ops.Edge`."""
+    """One edge; has the attributes of `rfdarts_fast.ops.EdgeModule`."""
 
     def forward(self, x: Tensor, op_weights: Tensor) -> Tensor:
         return ops.mixed_cell([self], [x], op_weights[None])[0]  # type: ignore[list-item]
@@ -56,7 +56,7 @@ class FusedCell(Fused):
 
 
 class FusedReLUConvBN(Fused):
-    """The 1x1 convolution in front of a cell, computed as this package's own is."""
+    """The 1x1 convolution in front of a cell, computed as this package's own."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ReLUConvBN.forward(self, x)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ class FusedFactorizedReduce(Fused):
 
 
 class EdgeList(nn.ModuleList):
-    """The candidates of an edge of NAS-Bench-201, with the attributes of `rfdarts_fast.ops.Edge`."""
+    """The candidates of an edge of NAS-Bench-201, with the attributes of `rfdarts_fast.ops.EdgeModule`."""
 
     primitives: tuple[str, ...]
     channels: int

@@ -34,7 +34,7 @@ _CELL_ATTRIBUTES = {"training", "reduction", "primitives", "_steps", "_multiplie
 
 @dataclass
 class FusedEdge:
-    """A mixed op as the kernels see it: the attributes of `rfdarts_fast.ops.Edge`, and its ops' width."""
+    """A mixed op as the kernels see it: the attributes of `rfdarts_fast.ops.EdgeModule`, and its ops' width."""
 
     primitives: tuple[str, ...]
     stride: int
@@ -85,7 +85,7 @@ class Replacements:
                 self._examine_cell(path, module)
 
     def apply(self) -> dict[str, str]:
-        """Fuses everything; path -> what computes it now."""
+        """Fuses everything; returns path -> description of what computes it now."""
         replaced = {}
         for path, edge in self.edges.items():
             _fuse_edge(self.modules[path], edge)
@@ -301,7 +301,7 @@ def _fuse_benchmark_cell(cell: Any, mixin: type[Fused], edges: dict[str, FusedEd
 
 
 def _copy(module: nn.Module) -> Any:
-    """A copy to try things on, on the CPU and without the hooks that someone put there."""
+    """A copy to try things on, in float64 on the CPU and without hooks."""
     copied = copy.deepcopy(module).to("cpu", torch.float64)
     for inner in copied.modules():
         inner._forward_hooks.clear()

@@ -81,7 +81,7 @@ def cell_output(
 
 
 class SearchCell(nn.Module):
-    """Two preprocessed inputs, four nodes, 14 mixed ops; the last `multiplier` nodes are concatenated."""
+    """Two preprocessed inputs, then nodes of mixed ops; the last `multiplier` nodes are concatenated."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class SearchCell(nn.Module):
                 self._ops.append(self.make_edge(next(edges), c, stride, K, affine, track))
 
     def make_edge(self, *args: Any) -> MixedOp:
-        """For subclasses with a mixed op of their own; takes the arguments of `MixedOp`."""
+        """The mixed op of an edge, which subclasses may replace; takes the arguments of `MixedOp`."""
         return MixedOp(*args)
 
     def forward(
@@ -240,7 +240,7 @@ class SearchNetwork(Supernet):
     def _run_cells(
         self, s0: Tensor, s1: Tensor, cell_weights: dict[str, tuple[Tensor, Tensor | None]]
     ) -> Tensor:
-        """From the stem's states to the last cell's; all preprocessing of a state shares one read of it."""
+        """The output of the last cell, from the stem's; all preprocessing of a state shares one read of it."""
         cells: list[Any] = [*self.cells]
         weights = [cell_weights["reduce" if cell.reduction else "normal"] for cell in cells]
         if not all(runs_only(cell, SearchCell) for cell in cells):
@@ -258,7 +258,7 @@ class SearchNetwork(Supernet):
         return s1
 
     def make_cell(self, *args: Any) -> SearchCell:
-        """For subclasses with a cell of their own; takes the arguments of `SearchCell`."""
+        """A cell, which subclasses may replace; takes the arguments of `SearchCell`."""
         return SearchCell(*args)
 
     def forward(self, x: Tensor) -> Tensor:
