@@ -1,4 +1,4 @@
-"""What the configs of all commands share, and how a config is put together and checked."""
+"""The options that search and training share, and the reading and checking of options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
@@ -31,7 +31,7 @@ class RunConfig:
     dataset: Dataset = "digits"
     """Images: digits come with scikit-learn; npz is a file of x_train, y_train, x_test, y_test."""
     data_root: Path | None = None
-    """Where the data set lies: the npz file, or the folder."""
+    """The data set's npz file or folder."""
     download: bool = False
     """Let torchvision download the data set to data_root."""
     image_size: int | None = None
@@ -93,8 +93,8 @@ def check_choices(config: Any) -> None:
             )
 
 
-def read_yaml(path: Path, kind: type) -> dict[str, Any]:
-    """Values for the fields of `kind` from a YAML file; ConfigError for an unknown name or a bad file."""
+def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
+    """Values for fields of `config_class` from a YAML file; ConfigError for an unknown name or a bad file."""
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
@@ -104,15 +104,15 @@ def read_yaml(path: Path, kind: type) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config: expected names and values in {path}, got {type(values).__name__}")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
+    unknown = values.keys() - {field.name for field in dataclasses.fields(config_class)}
     if unknown:
         raise ConfigError(f"config: {path} has no such options: {', '.join(sorted(unknown))}")
-    return from_plain(values, kind)
+    return from_plain(values, config_class)
 
 
-def from_plain(values: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Values as JSON or YAML hold them, brought to the types of the fields of `kind`."""
-    hints = typing.get_type_hints(kind)
+def from_plain(values: dict[str, Any], config_class: type) -> dict[str, Any]:
+    """Values as JSON or YAML hold them, brought to the types of the fields; ConfigError for another type."""
+    hints = typing.get_type_hints(config_class)
     return {name: _to_type(name, value, hints[name]) for name, value in values.items()}
 
 
@@ -144,6 +144,3 @@ def _to_type(name: str, value: Any, hint: Any) -> Any:
         for o in options
     )
     raise ConfigError(f"{name}: expected {expected}, got {value!r}")
-
-
-Config = TypeVar("Config", bound=RunConfig)

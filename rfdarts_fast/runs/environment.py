@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, and what is built."""
+"""The machine that a run runs on: versions, hardware, kernels."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def version_of(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """JSON values that tell where a run runs."""
+    """The machine, the versions and the command as JSON values."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -78,13 +78,13 @@ def environment() -> dict[str, Any]:
 
 
 def compiled_engines() -> dict[str, str]:
-    """What the compiled engines were built for and what runs, or why not."""
-    cpu, gpu = cpu.status(), cuda.status()
-    isa = f"{cpu['isa']} (best here: {cpu['isa_best']})" if cpu["built"] else f"none: {cpu['reason']}"
+    """The state of each kernel backend here."""
+    host, gpu = cpu.status(), cuda.status()
+    isa = f"{host['isa']} (best here: {host['isa_best']})" if host["built"] else f"none: {host['reason']}"
     built = f"built for {gpu['archs']}" if gpu["built"] else "not built"
     return {
         "cpu kernels": isa,
-        "cpu harness": str(cpu.get("harness", "not built")),
+        "cpu harness": str(host.get("harness", "not built")),
         "cuda kernels": f"{built}; {gpu['reason']}" if "reason" in gpu else built,
         "triton kernels": triton.missing() or "run here",
     }
