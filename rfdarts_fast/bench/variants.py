@@ -22,12 +22,13 @@ VARIANTS = {
     "eager": "reference, NCHW",
     "eager-cl": "reference, channels_last",
     "compile": "reference, torch.compile of each mixed op",
-    "native": "kernels, fast",
+    "fast": "kernels, fast",
     "recompute": "kernels, recompute",
     "bfloat16": "kernels, bfloat16 storage",
 }
 
-MEMORY: dict[str, ops.Memory] = {"native": "fast", "recompute": "recompute", "bfloat16": "bfloat16"}
+# the others are the kernels' memory modes
+PLAIN = ("eager", "eager-cl", "compile")
 
 
 def make_network(method: Method, channels: int, layers: int, space: str) -> SearchNetwork:
@@ -64,10 +65,8 @@ def step_of(
         return loss.item()
 
     def run() -> float:
-        if variant in ("eager", "eager-cl", "compile"):
-            with ops.use_backend("reference"):
-                return step()
-        with ops.use_backend("native", MEMORY[variant]):
+        choice = ("reference",) if variant in PLAIN else ("native", variant)
+        with ops.use_backend(*choice):  # type: ignore[arg-type]
             return step()
 
     return run

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from rfdarts_fast.runs.run import load_data
-from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.ops.compiled import cpu
+from rfdarts_fast.runs.run import load_data
+from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.search.run import SearchRun
 
 STEPS = 20
@@ -51,9 +51,9 @@ def test_twenty_steps(tiny_search, tmp_path, method):
         return losses, run.network.genotype()
 
     truth, genotype = losses_and_genotype("reference", torch.float64)
-    losses, found = losses_and_genotype("native", torch.float64)
+    losses, searched = losses_and_genotype("native", torch.float64)
     assert losses == pytest.approx(truth, rel=1e-9)
-    assert found == genotype
+    assert searched == genotype
     # Adam turns the signs of gradients of no size into steps, so that rounding decides between equal
     # operations, in the reference too: only the losses can be told
     losses, _ = losses_and_genotype("native", torch.float32)
