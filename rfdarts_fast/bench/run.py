@@ -16,7 +16,7 @@ import torch
 
 from rfdarts_fast.bench.roofs import machine_roofs, step_counts
 from rfdarts_fast.bench.variants import PLAIN, VARIANTS, Method, resident, step_of
-from rfdarts_fast.ops.compiled import cpu
+from rfdarts_fast.ops import backends
 from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.runs.files import write_json
 
@@ -69,11 +69,12 @@ def run(
     Raises:
         ValueError: for a variant that does not exist or that this machine cannot run.
     """
+    status = backends()["cpu"].status()
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-        if variant not in PLAIN and not cpu.status()["built"]:
-            raise ValueError(f"variant: {variant} needs the compiled kernels: {cpu.status()['reason']}")
+        if variant not in PLAIN and not status["built"]:
+            raise ValueError(f"variant: {variant} needs the compiled kernels: {status['reason']}")
     shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     cpu_times: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -112,7 +113,7 @@ def run(
         **shape,
         "dtype": "float32",
         **environment(),
-        "kernels": cpu.status(),
+        "kernels": status,
         "rounds": rounds,
         "load": os.getloadavg()[0],
         "roofs": machine_roofs(),

@@ -65,7 +65,7 @@ def step_of(
         return loss.item()
 
     def run() -> float:
-        choice = ("reference",) if variant in PLAIN else ("native", variant)
+        choice = ("reference",) if variant in PLAIN else ("cpu", variant)
         with ops.use_backend(*choice):  # type: ignore[arg-type]
             return step()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rfdarts_fast.nn import ConvInit, GammaInit
-from rfdarts_fast.ops import Backend, Memory
+from rfdarts_fast.ops import Memory
 from rfdarts_fast.runs.config import (
     RunConfig,
     check_choices,
@@ -124,7 +124,7 @@ class SearchConfig(RunConfig):
     validate_every: int = 1
     """Epochs between evaluations on the validation half; 0 for never."""
 
-    backend: Backend = "auto"
+    backend: str = "auto"
     """Engine of the mixed ops: auto takes the fastest that can run, native is compiled C++ or CUDA, triton
     is for GPUs, reference is plain PyTorch."""
     memory: Memory = "fast"

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfdarts_fast.ops.compiled import cpu
 from rfdarts_fast.ops.backend import Memory
+from rfdarts_fast.ops.compiled import cpu
 from rfdarts_fast.ops.compiled.cuda import parameter_dtype, storage_dtype
 from rfdarts_fast.ops.compiled.plan import Plan, gamma_beta, plan_of, running_moments, training_mode
 from rfdarts_fast.ops.reference import Edge
