@@ -6,14 +6,32 @@ import dataclasses
 import importlib.util
 import math
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 
 Dataset = Literal["digits", "npz", "cifar10", "cifar100", "svhn", "imagefolder"]
 MemoryFormat = Literal["channels_last", "contiguous"]
+
+
+def one_of(names: Callable[[], Iterable[str]]) -> Any:
+    """The annotation of an option whose values are the names in a registry, read at each use.
+
+    `Name = Annotated[str, one_of(names)]` at the level of a module is the option's type.
+    """
+
+    def literal() -> Any:
+        return Literal[tuple(names())]
+
+    return tyro.conf.arg(
+        constructor_factory=literal,
+        # tyro takes the words of a custom constructor for a list
+        help_behavior_hint=lambda default: "(default: {})".format(default.strip("[]'")),
+    )
 
 
 class ConfigError(ValueError):
@@ -83,8 +101,8 @@ def require_not_negative(config: Any, *fields: str) -> None:
 
 
 def check_choices(config: Any) -> None:
-    """ConfigError for a value outside its field's Literal; the command line checks this itself."""
-    hints = typing.get_type_hints(type(config))
+    """ConfigError for a value that is none of its field's choices; the command line checks this itself."""
+    hints = _type_hints(type(config))
     for field in dataclasses.fields(config):
         if typing.get_origin(hints[field.name]) is Literal:
             choices = typing.get_args(hints[field.name])
@@ -112,8 +130,17 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
 
 def from_plain(values: dict[str, Any], config_class: type) -> dict[str, Any]:
     """Values as JSON or YAML hold them, brought to the types of the fields; ConfigError for another type."""
-    hints = typing.get_type_hints(config_class)
+    hints = _type_hints(config_class)
     return {name: _to_type(name, value, hints[name]) for name, value in values.items()}
+
+
+def _type_hints(config_class: type) -> dict[str, Any]:
+    """The types of the fields, the names of `one_of` as a Literal."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return {
+        name: hint.__metadata__[0].constructor_factory() if typing.get_origin(hint) is Annotated else hint
+        for name, hint in hints.items()
+    }
 
 
 def _to_type(name: str, value: Any, hint: Any) -> Any:

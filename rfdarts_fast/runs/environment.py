@@ -77,9 +77,13 @@ def environment() -> dict[str, Any]:
 
 
 def backend_status() -> dict[str, str]:
-    """The backends by name: what they were built for, and what runs or the reason why nothing does."""
+    """The facts about each registered backend, as text."""
+
+    def text(fact: str, value: str | bool) -> str:
+        return f"{fact}: {value}" if isinstance(value, str) else f"{'' if value else 'not '}{fact}"
+
     return {
-        f"{name} kernels": ", ".join(f"{key} {value}" for key, value in backend.status().items())
+        f"{name} kernels": ", ".join(text(*fact) for fact in backend.status().items())
         for name, backend in backends().items()
     }
 

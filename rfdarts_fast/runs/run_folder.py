@@ -14,6 +14,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from rfdarts_fast.runs.checkpoint import ANOTHER_VERSION, load_checkpoint, restoring, save_checkpoint
 from rfdarts_fast.runs.config import ConfigError, RunConfig, from_plain
 from rfdarts_fast.runs.environment import environment
@@ -24,11 +26,20 @@ FREE_FIELDS = frozenset(
     {"out", "config", "preset", "data_root", "download", "workers", "checkpoint_minutes", "tensorboard"}
 )
 
+
+def _compiled_backend(values: dict[str, Any]) -> str:
+    """The name of what was `native`: compiled C++, for the CPU or for GPUs."""
+    device = values.get("device", RunConfig.device)
+    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    return "cuda" if on_gpu else "cpu"
+
+
 # (command, option) or (command, option, value) of an earlier version -> the option or value of this one; a
 # function makes it of the folder's other options
 RENAMED: dict[tuple[str, ...], str | Callable[[dict[str, Any]], str]] = {
     # 0.1.0
     ("train", "recipe"): "preset",
+    ("search", "backend", "native"): _compiled_backend,
 }
 
 Config = TypeVar("Config", bound=RunConfig)

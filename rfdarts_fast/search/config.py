@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rfdarts_fast.nn import ConvInit, GammaInit
-from rfdarts_fast.ops import Memory
+from rfdarts_fast.ops import Memory, backend_names
 from rfdarts_fast.runs.config import (
     RunConfig,
     check_choices,
+    one_of,
     require,
     require_not_negative,
     require_positive,
 )
 
 Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
+BackendName = Annotated[str, one_of(backend_names)]
 SpaceName = Literal["darts", "s1", "s2", "s3", "s4", "nasbench201"]
 Preset = Literal[
     "quick",
@@ -124,9 +126,9 @@ class SearchConfig(RunConfig):
     validate_every: int = 1
     """Epochs between evaluations on the validation half; 0 for never."""
 
-    backend: str = "auto"
-    """Engine of the mixed ops: auto takes the fastest that can run, native is compiled C++ or CUDA, triton
-    is for GPUs, reference is plain PyTorch."""
+    backend: BackendName = "auto"
+    """Computes the mixed ops: auto takes the fastest that can run, reference is plain PyTorch; the command
+    `rfdarts env` describes the others."""
     memory: Memory = "fast"
     """Kept for the backward pass: all branch outputs, those in bfloat16 (on a GPU, use --amp bf16), or node
     states only. The reference keeps all."""

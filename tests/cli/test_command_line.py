@@ -4,14 +4,17 @@ import dataclasses
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from rfdarts_fast import cli
 from rfdarts_fast.cli import EvalOptions, parse_config
+from rfdarts_fast.ops import backend_names, backends, contract
 from rfdarts_fast.retrain import PRESETS as TRAIN_PRESETS
 from rfdarts_fast.retrain import TrainConfig
 from rfdarts_fast.retrain.config import preset_values as train_preset
+from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.search import PRESETS, SearchConfig
 from rfdarts_fast.search.config import preset_values
 
@@ -147,9 +150,23 @@ def test_environment(output):
         "torchvision",
         "tensorboard",
         "triton",
-        "triton kernels",
+        *(f"{backend} kernels" for backend in backends()),
     ):
         assert re.search(rf"^{name} +\S", text, re.MULTILINE)
+
+
+def test_a_backend_that_outside_code_registered(output, monkeypatch):
+    backend = SimpleNamespace(name="mine", status=lambda: {"built": False, "reason": "no time", "fast": True})
+    monkeypatch.setattr(contract, "_backends", {**backends(), "mine": backend})
+    monkeypatch.setenv("COLUMNS", "200")
+    config = search_config("--backend", "mine")
+    config.check()
+    assert config.backend == "mine"
+    assert f"--backend {{{','.join(backend_names())}}}" in output("search", "--help")
+    assert re.search(r"^mine kernels +not built, reason: no time, fast$", output("env"), re.MULTILINE)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"backend: expected one of auto, reference, .*, got 'mine'"):
+        config.check()
 
 
 def test_search_train_eval(output, tiny_npz, tmp_path):

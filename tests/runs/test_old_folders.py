@@ -10,11 +10,11 @@ import pytest
 import torch
 from same_run import assert_same_run
 
-from rfdarts_fast.ops.compiled import cpu
+from rfdarts_fast.ops import backends
 from rfdarts_fast.retrain import TrainConfig, evaluate_run, train
 from rfdarts_fast.retrain.run import TrainRun
 from rfdarts_fast.runs.checkpoint import CheckpointError
-from rfdarts_fast.runs.run_folder import RunFolderError
+from rfdarts_fast.runs.run_folder import RunFolderError, read_config
 from rfdarts_fast.search import SearchConfig, search
 from rfdarts_fast.search.run import SearchRun
 
@@ -29,7 +29,7 @@ SEARCH = {
     "learning_rate": 0.1,
     "learning_rate_min": 0.0,
     "arch_learning_rate": 6e-4,
-    "backend": "native" if cpu.status()["built"] else "reference",
+    "backend": "cpu" if backends()["cpu"].status()["built"] else "reference",
 }
 TRAIN = {**COMMON, "auxiliary": False, "cutout": 0}
 COMMANDS = {
@@ -109,13 +109,23 @@ def test_options_that_a_folder_lacks_have_their_defaults(runs, tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_folder_of_0_1_0(all_runs, tmp_path, command):
-    if command == "search" and not cpu.status()["built"]:
+    if command == "search" and not backends()["cpu"].status()["built"]:
         pytest.skip("needs the compiled CPU kernels")
     config = Path(__file__).parent / "folders" / f"{command}-0.1.0.json"
     folder = all_runs[command].older(tmp_path / "run", lambda values: None)
     shutil.copy(config, folder / "config.json")
     all_runs[command].go_on(folder)
     assert_same_run(folder, all_runs[command].whole)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"), [("cpu", "cpu"), ("cuda:1", "cuda"), ("auto", "cuda"), (None, "cuda")]
+)
+def test_native_was_the_backend_of_the_device(tmp_path, monkeypatch, device, backend):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    values = {"command": "search", "backend": "native", **({"device": device} if device else {})}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path, "search", SearchConfig).backend == backend
 
 
 REFUSED = {
