@@ -18,14 +18,11 @@ Dataset = Literal["digits", "npz", "cifar10", "cifar100", "svhn", "imagefolder"]
 MemoryFormat = Literal["channels_last", "contiguous"]
 
 
-def one_of(names: Callable[[], Iterable[str]]) -> Any:
-    """The annotation of an option whose values are the names in a registry, read at each use.
-
-    `Name = Annotated[str, one_of(names)]` at the level of a module is the option's type.
-    """
+def one_of(names: Iterable[str] | Callable[[], Iterable[str]]) -> Any:
+    """The annotation of an option whose values are the names in a registry, read at each use."""
 
     def literal() -> Any:
-        return Literal[tuple(names())]
+        return Literal[tuple(names() if callable(names) else names)]
 
     return tyro.conf.arg(
         constructor_factory=literal,

@@ -18,7 +18,6 @@ from rfdarts_fast.runs.config import (
 )
 
 Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
-BackendName = Annotated[str, one_of(backend_names)]
 SpaceName = Literal["darts", "s1", "s2", "s3", "s4", "nasbench201"]
 Preset = Literal[
     "quick",
@@ -126,7 +125,7 @@ class SearchConfig(RunConfig):
     validate_every: int = 1
     """Epochs between evaluations on the validation half; 0 for never."""
 
-    backend: BackendName = "auto"
+    backend: Annotated[str, one_of(backend_names)] = "auto"
     """Computes the mixed ops: auto takes the fastest that can run, reference is plain PyTorch; the command
     `rfdarts env` describes the others."""
     memory: Memory = "fast"
