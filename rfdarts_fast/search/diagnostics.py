@@ -1,4 +1,4 @@
-"""What to watch in a search: is the architecture settling, and is it collapsing to skip connections?"""
+"""Signs in a search that the architecture settles, or that it collapses to skip connections."""
 
 from __future__ import annotations
 
