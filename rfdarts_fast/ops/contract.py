@@ -206,11 +206,6 @@ class CellPlan:
     def noises(self) -> int:
         return sum(branch.op is Op.NOISE for branch in self.branches())
 
-    @cached_property
-    def outputs(self) -> int:
-        """Branch outputs that the cell keeps for its backward."""
-        return sum(branch.outputs for branch in self.branches())
-
     @property
     def eps(self) -> float:
         return self.norms[0].eps if self.norms else 1e-5
