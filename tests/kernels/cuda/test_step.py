@@ -101,9 +101,7 @@ def test_host_side_of_the_preprocessing(monkeypatch, dtype, reduce, memory):
         module, x = without_data(modules), torch.empty(2, 6, 10, 16, dtype=dtype).permute(0, 3, 1, 2)
         out = module(x)
         assert (tuple(out.shape), out.dtype, out.device.type) == ((2, 8, *side), dtype, "cuda")
-        *options, dx, gamma, beta = conv_bn.ConvNormFunction.backward(
-            context, torch.empty_like(out), None
-        )
+        *options, dx, gamma, beta = conv_bn.ConvNormFunction.backward(context, torch.empty_like(out), None)
         assert (tuple(dx.shape), dx.dtype, dx.stride()) == ((2, 16, 6, 10), dtype, x.stride())
         assert [(tuple(x.shape), x.dtype) for x in (gamma, beta)] == 2 * [((8,), torch.float32)]
         assert options == [None] * 5
@@ -206,9 +204,7 @@ def test_autocast_on_the_cpu_keeps_branch_outputs_in_bfloat16(memory):
         found = [ops.mixed_cell(edges, x, weights) for x in (inputs, half)]
         together = ops.concatenated_cell(edges, inputs, weights)
     kept = "bfloat16" if memory == "fast" else memory
-    expected = [
-        cpu.mixed_cell(edges, [y.float() for y in x], weights, memory=kept) for x in (inputs, half)
-    ]
+    expected = [cpu.mixed_cell(edges, [y.float() for y in x], weights, memory=kept) for x in (inputs, half)]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     torch.testing.assert_close(torch.cat(expected[0], 1), together, rtol=0, atol=0)
     exact = cpu.mixed_cell(edges, inputs, weights)
