@@ -21,7 +21,7 @@ FILE_LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)[^)]*\)")
 
 
 def sections(text: str) -> list[tuple[str, str]]:
-    """Heading and text of each `## ` section, heading included; the text before the first has the heading ''."""
+    """Heading and text (heading included) of each `## ` section; the text before the first has heading ''."""
     parts, fenced = [("", "")], False
     for line in text.splitlines(keepends=True):
         fenced ^= line.startswith("```")

@@ -8,8 +8,8 @@ downloaded; with the compiled kernels it takes less than two minutes on two core
 
 Printed after each epoch: cross entropy and accuracy on the batches that train the weights and on those that
 train the architecture, and the mean entropy of the op weights in nats (ln 8 = 2.079: undecided). In the end:
-the supernet's accuracy on 355 digits that the search has not seen, about 90 % (chance: 10 %), and the genotype,
-which `rfdarts train --preset quick --genotype TEXT --out FOLDER` takes.
+the supernet's accuracy on 355 digits that the search has not seen, about 90 % (chance: 10 %), and the
+genotype, which `rfdarts train --preset quick --genotype TEXT --out FOLDER` takes.
 """
 
 import torch
@@ -25,16 +25,14 @@ SPACE = get_space("darts")
 EDGES, PRIMITIVES = SPACE.num_edges, len(SPACE.cells["normal"][0])
 # a mixed op computes 1/4 of the channels, the others bypass it
 PARTIAL = 4
-CLASSES = 10
 
 
 # Data: 1,797 grey images of 8 x 8 pixels, enlarged to 16 x 16. One part trains the weights, one the
 # architecture, one is left for the end.
 def digits(seed):
     data = load_digits()
-    images = torch.from_numpy(data.images).float()[:, None] / 16
+    images, labels = torch.from_numpy(data.images).float()[:, None], torch.from_numpy(data.target)
     images = F.interpolate((images - images.mean()) / images.std(), scale_factor=2, mode="bilinear")
-    labels = torch.from_numpy(data.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return [(images[part], labels[part]) for part in order.split([721, 721, 355])]
 
@@ -59,17 +57,16 @@ class Architecture(nn.Module):
         return self.alpha.softmax(1), torch.cat(edge_weights)
 
 
-# Supernet: a stem, cells, a classifier. A cell reads the two states before it and computes four nodes; on each
-# of its 14 edges all eight primitives run side by side and are summed by their op weights.
+# Supernet: a stem, cells, a classifier. A cell reads the two states before it and computes four nodes; on
+# each of its 14 edges all eight primitives run side by side and are summed by their op weights.
 class ReLUConvBN(nn.Module):
     """Brings a state to a cell's channels; with stride 2, two convolutions take every other pixel each."""
 
     def __init__(self, channels_in, channels, stride):
         super().__init__()
         width = channels // stride
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels_in, width, 1, stride, bias=False) for _ in range(stride)
-        )
+        convs = [nn.Conv2d(channels_in, width, 1, stride, bias=False) for _ in range(stride)]
+        self.convs = nn.ModuleList(convs)
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x):
@@ -103,7 +100,7 @@ class Supernet(nn.Module):
             channels *= 2 if kind == "reduce" else 1
             self.cells.append(Cell(kind, channels_in, channels, reduced))
             channels_in, reduced = (channels_in[1], SPACE.nodes * channels), kind == "reduce"
-        self.classifier = nn.Linear(channels_in[1], CLASSES)
+        self.classifier = nn.Linear(channels_in[1], 10)
 
     def forward(self, images, architecture):
         weights = {kind: arch() for kind, arch in architecture.items()}
@@ -113,8 +110,8 @@ class Supernet(nn.Module):
         return self.classifier(s1.mean((2, 3)))
 
 
-# Search: in each step the architecture moves on a batch of its own, then the weights, which are gamma and beta
-# of the BatchNorms, on a training batch. During warm-up only the weights move.
+# Search: in each step the architecture moves on a batch of its own, then the weights, which are gamma and
+# beta of the BatchNorms, on a training batch. During warm-up only the weights move.
 def main(epochs=20, warmup=5, batch=32, channels=16, kinds=("normal", "reduce", "reduce"), seed=0):
     torch.manual_seed(seed)
     train, val, test = digits(seed)
@@ -145,19 +142,16 @@ def main(epochs=20, warmup=5, batch=32, channels=16, kinds=("normal", "reduce", 
         cosine.step()
         means = {name: torch.stack(values).mean(0) for name, values in seen.items() if values}
         text = "  ".join(f"{name} {loss:.3f} {acc:6.1%}" for name, (loss, acc) in means.items())
-        entropy = torch.stack(
-            [torch.special.entr(a()[0]).sum(1).mean() for a in architecture.values()]
-        ).mean()
-        print(f"epoch {epoch:2d}  {text}  entropy {entropy:.3f}", flush=True)
+        entropies = torch.cat([torch.special.entr(arch()[0]).sum(1) for arch in architecture.values()])
+        print(f"epoch {epoch:2d}  {text}  entropy {entropies.mean():.3f}", flush=True)
 
     # Result: of each edge the best primitive other than none, of each node the two best edges.
     with torch.no_grad():
-        accuracy = (supernet.eval()(test[0], architecture).argmax(1) == test[1]).float().mean()
+        accuracy = (supernet.eval()(test[0], architecture).argmax(1) == test[1]).float().mean().item()
         found = {kind: arch() for kind, arch in architecture.items()}
-        strengths = {kind: (op * edge[:, None]).tolist() for kind, (op, edge) in found.items()}
-    genotype = derive(SPACE, strengths)
+        genotype = derive(SPACE, {kind: (op * edge[:, None]).tolist() for kind, (op, edge) in found.items()})
     print(f"supernet, unseen digits: {accuracy:.1%}\n{genotype}")
-    return supernet, architecture, accuracy.item(), genotype
+    return supernet, architecture, accuracy, genotype
 
 
 if __name__ == "__main__":

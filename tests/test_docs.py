@@ -1,4 +1,4 @@
-"""Pages of the documentation: they exist, take their parts from where these are kept, and link to what is there."""
+"""The documentation's pages: all in the navigation, parts taken from where they are kept, links that lead."""
 
 import importlib.util
 import re
