@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and prints the registers and memory of each, one
-JSON a line.
+"""Compiles the Triton kernels for GPUs that need not be there; prints registers and memory of each, as lines
+of JSON.
 
     python -m tests.kernels.triton.ahead [--archs 80 90 100] [--dtypes bfloat16] [--all-tiles]
 
