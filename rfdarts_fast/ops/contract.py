@@ -306,7 +306,7 @@ class CellShape(NamedTuple):
         inputs, nodes, primitives, norms, K = encoded[:5]
         width = 1 + 7 * primitives
         starts = [at for edge in range(5, len(encoded), width) for at in range(edge + 1, edge + width, 7)]
-        branches = [Branch(Op(encoded[at]), *encoded[at + 1 : at + 3]) for at in starts]
+        branches = [Branch(Op(encoded[at]), encoded[at + 1], encoded[at + 2]) for at in starts]
         return cls(inputs, nodes, primitives, norms, K, encoded[5], len(starts) // primitives, branches)
 
 
