@@ -57,7 +57,9 @@ class Problem:
         """The parameters that get a gradient, by name."""
         return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
-    def leaves(self, backend, dtype: torch.dtype | None = None) -> tuple[nn.ModuleList, list[Tensor], list[Tensor]]:
+    def leaves(
+        self, backend, dtype: torch.dtype | None = None
+    ) -> tuple[nn.ModuleList, list[Tensor], list[Tensor]]:
         """Copies of the modules, inputs and weights on a backend's device; the same input twice is one leaf."""
         dtype = dtype or self.dtype
         parameters = backend.parameter_dtype(dtype)
@@ -220,7 +222,9 @@ def last(x: Tensor) -> Tensor:
 def view_of_wider(x: Tensor, first: int, rows: int = 1, memory_format=torch.channels_last) -> Tensor:
     """x as channels from `first` on, every `rows`-th row and all columns but the outer ones of a tensor of NaNs."""
     n, c, h, w = x.shape
-    wide = x.new_full((n, first + c + 8, rows * h + 2, w + 3), torch.nan).contiguous(memory_format=memory_format)
+    wide = x.new_full((n, first + c + 8, rows * h + 2, w + 3), torch.nan).contiguous(
+        memory_format=memory_format
+    )
     wide[:, first : first + c, 1 : 1 + rows * h : rows, 1 : 1 + w] = x
     return wide[:, first : first + c, 1 : 1 + rows * h : rows, 1 : 1 + w]
 

@@ -57,7 +57,9 @@ EMULATED_2["S1"] = dict(primitives=SPACES["s1"].cells["reduce"], nodes=4)
 ODD = [(1, 7, 5), (3, 1, 3), (2, 5, 1), (5, 3, 7), (2, 18, 10)]
 EVEN = [(1, 2, 6), (3, 10, 2), (2, 14, 34)]
 EMULATED = {name: dict(shapes=ODD, **options) for name, options in EMULATED.items()}
-EMULATED |= {f"{name}, stride 2": dict(shapes=EVEN, stride=2, **options) for name, options in EMULATED_2.items()}
+EMULATED |= {
+    f"{name}, stride 2": dict(shapes=EVEN, stride=2, **options) for name, options in EMULATED_2.items()
+}
 EMULATED |= {
     f"evaluated, stride {stride}": dict(shapes=[(2, 6, 10)], train=False, K=2, channels=8, stride=stride)
     for stride in (1, 2)
@@ -97,9 +99,7 @@ TRITON = {
     "K=2": dict(K=2, channels=6, shapes=[(3, 5, 3)], nodes=2),
     "K=4": dict(K=4, channels=20, shapes=[(1, 5, 7)]),
     "K=8": dict(K=8, channels=8, shapes=[(2, 3, 3)], primitives=("skip_connect", "sep_conv_3x3")),
-    "K=2, stride 2": dict(
-        K=2, stride=2, shapes=[(2, 6, 10)], nodes=2, inputs=2, primitives=FEW[1:4]
-    ),
+    "K=2, stride 2": dict(K=2, stride=2, shapes=[(2, 6, 10)], nodes=2, inputs=2, primitives=FEW[1:4]),
     "K=4, stride 2": dict(K=4, channels=8, stride=2, shapes=[(3, 2, 6)], nodes=2),
     "not affine": dict(affine=False),
     "no running statistics": dict(track=False),
@@ -314,7 +314,9 @@ def test_frozen_weights_that_change_are_packed_again(backend):
     for conv in edges.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.normal_(conv.weight)
-    found, expected = (problem.compute(each, edges, inputs, *weights) for each in (backend, Oracle(backend.device)))
+    found, expected = (
+        problem.compute(each, edges, inputs, *weights) for each in (backend, Oracle(backend.device))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -357,6 +359,11 @@ def test_opcheck(backend):
     recorded = RecordedOps(backend.backend._ops)
     problem = CellProblem((2, 4, 4), F32, K=2, stride=2, **SMALL)
     problem.run(Kernels(type(backend.backend)(recorded), backend.device), memory="recompute", concat=True)
-    assert recorded.calls.keys() == {"cell_forward", "cell_branch_outputs", "cell_backward", "update_running_stats"}
+    assert recorded.calls.keys() == {
+        "cell_forward",
+        "cell_branch_outputs",
+        "cell_backward",
+        "update_running_stats",
+    }
     for op, arguments, options in recorded.calls.values():
         library.opcheck(op, arguments, options, test_utils=("test_schema", "test_faketensor"))

@@ -40,7 +40,9 @@ def assert_as_good_as_torch(
         for each, truth in zip(problems, truths, strict=True)
     ]
     for _ in backend.schedules():
-        ours = [errors(each.run(backend, **options), truth) for each, truth in zip(problems, truths, strict=True)]
+        ours = [
+            errors(each.run(backend, **options), truth) for each, truth in zip(problems, truths, strict=True)
+        ]
         for name in truths[0]:
             if name.startswith("gradient") and not gradients:
                 continue
@@ -54,7 +56,9 @@ def assert_as_good_as_torch(
             bound = (3 if name.startswith("gradient") else 2) * theirs + floor * torch.finfo(dtype).eps * size
             measured = slice(-1, None) if dtype.itemsize == 2 else slice(None)
             # a NaN is an error too
-            assert (error <= bound)[measured].all(), f"{name}: errors {error}, allowed {bound}, PyTorch's {theirs}"
+            assert (error <= bound)[measured].all(), (
+                f"{name}: errors {error}, allowed {bound}, PyTorch's {theirs}"
+            )
         if not exact:
             break
 
