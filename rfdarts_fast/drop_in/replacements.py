@@ -34,7 +34,7 @@ _CELL_ATTRIBUTES = {"training", "reduction", "primitives", "_steps", "_multiplie
 
 @dataclass
 class FusedEdge:
-    """A mixed op as the kernels see it: the attributes of `rfdarts_fast.ops.EdgeModule`, and its ops' width."""
+    """A mixed op with the attributes of `rfdarts_fast.ops.EdgeModule`, and the channels of its primitives."""
 
     primitives: tuple[str, ...]
     stride: int

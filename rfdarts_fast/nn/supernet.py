@@ -240,7 +240,7 @@ class SearchNetwork(Supernet):
     def _run_cells(
         self, s0: Tensor, s1: Tensor, cell_weights: dict[str, tuple[Tensor, Tensor | None]]
     ) -> Tensor:
-        """The output of the last cell, from the stem's; all preprocessing of a state shares one read of it."""
+        """The last cell's output, from the stem's; all preprocessing of a state shares one read of it."""
         cells: list[Any] = [*self.cells]
         weights = [cell_weights["reduce" if cell.reduction else "normal"] for cell in cells]
         if not all(runs_only(cell, SearchCell) for cell in cells):
