@@ -21,27 +21,28 @@ from rfdarts_fast.search import SearchConfig, search
 from rfdarts_fast.spaces import SPACES, get_space, parse, to_json
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = re.split(r"^##+ ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
-# primitive, space, data set -> the blocks of code
-RECIPES = {
-    text.splitlines()[0].removeprefix("Add a "): re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    for text in SECTIONS
-    if "```python" in text
-}
-# the file that a recipe names; imports stand at its top
+# recipe -> the files that it names; what its code needs is imported there
 HOMES = {
     "primitive": ["rfdarts_fast.nn.primitives"],
     "space": ["rfdarts_fast.spaces.space"],
     "data set": ["rfdarts_fast.data.sources.npz", "rfdarts_fast.data.sources"],
 }
+SECTIONS = re.split(r"^##+ ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+CODE = {
+    recipe: block
+    for recipe in HOMES
+    for text in SECTIONS
+    if text.startswith(f"Add a {recipe}\n")
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+}
 
 
 @pytest.fixture(autouse=True)
-def registries(monkeypatch):
+def registries():
     """The registries are left as they were."""
     before = [(registry, dict(registry)) for registry in (PRIMITIVES, SPACES, DATASETS)]
-    monkeypatch.delitem(sys.modules, "extend", raising=False)
     yield
+    sys.modules.pop("extend", None)
     for registry, entries in before:
         registry.clear()
         registry.update(entries)
@@ -59,7 +60,7 @@ def inside(_):
         names = {}
         for home in homes:
             names |= vars(importlib.import_module(home))
-        exec("\n\n".join(RECIPES[recipe]), names)
+        exec(CODE[recipe], names)
         if recipe == "primitive":
             blur = names["Blur"]
     return blur
@@ -115,9 +116,8 @@ def test_the_drop_in_reads_the_same_registry(monkeypatch):
 
 
 def test_the_example_has_the_code_of_the_recipes_and_runs(monkeypatch, tmp_path, capsys):
-    assert RECIPES.keys() == HOMES.keys()
     text = (ROOT / "examples" / "extend.py").read_text()
-    assert all(len(blocks) == 1 and blocks[0] in text for blocks in RECIPES.values())
+    assert all(CODE[recipe] in text for recipe in HOMES)
     outside(monkeypatch)
     genotype, result = sys.modules["extend"].main([str(tmp_path), "--epochs=1"])
     assert f"{genotype}\ntest accuracy {result['test_accuracy']:.1f}%" in capsys.readouterr().out
