@@ -18,7 +18,7 @@ from rfdarts_fast.nn import PRIMITIVES
 from rfdarts_fast.retrain import TrainConfig, train
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.search import SearchConfig, search
-from rfdarts_fast.spaces import SPACES, get_space, parse, to_json
+from rfdarts_fast.spaces import SPACES, derive, get_space, parse, to_json
 
 ROOT = Path(__file__).parents[2]
 # recipe -> the files that it names; what its code needs is imported there
@@ -76,7 +76,7 @@ def test_the_entries_are_searched_derived_and_retrained(follow, monkeypatch, tmp
     assert record["parameter_free_ops"] == sum(op in free for op in searched.ops())
     assert record["gamma"].keys() == {"skip_connect", "sep_conv_3x3", "blur_3x3"}
 
-    genotype = get_space("blur").derive({cell: [[0.3, 0.1, 0.2, 0.4]] * 14 for cell in ("normal", "reduce")})
+    genotype = derive(get_space("blur"), dict.fromkeys(("normal", "reduce"), [[0.3, 0.1, 0.2, 0.4]] * 14))
     assert set(genotype.ops()) == {"blur_3x3"}
     assert parse(to_json(genotype)) == parse(str(genotype)) == genotype
     options = {"auxiliary": False, "cutout": 0, "drop_path": 0.0}
