@@ -29,7 +29,7 @@ $(INSTALLED): $(TORCH_READY) $(SOURCES)
 
 search: install
 	$(BIN)/rfdarts search --preset quick --out $(RUN)/search
-	$(BIN)/rfdarts train --recipe quick --genotype $(RUN)/search/genotype.json --out $(RUN)/train
+	$(BIN)/rfdarts train --preset quick --genotype $(RUN)/search/genotype.json --out $(RUN)/train
 	@echo; echo "genotype     $(RUN)/search/genotype.json"; cat $(RUN)/search/genotype.json
 	@echo "search run   $(RUN)/search"; echo "training run $(RUN)/train"
 
