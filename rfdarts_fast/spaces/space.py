@@ -24,7 +24,7 @@ class Family:
         inputs: states that enter a cell.
         cells: its cell types.
         genotype: the form of its results; the derived network follows from it (`retrain/run.py`).
-        derive: the rule, (space, cell type -> term weights [edges][primitives]) -> genotype.
+        derive: the rule, (space, cell type -> term weights `[edges][primitives]`) -> genotype.
         nodes: states that a cell computes, where the family fixes it.
     """
 
@@ -112,7 +112,7 @@ class Space:
         """The strongest genotype, by the rule of the family.
 
         Args:
-            term_weights: cell type -> weights [edges][primitives] of that cell's edges, in the space's order:
+            term_weights: cell type -> weights `[edges][primitives]` of its edges, in the order of the space:
                 the softmax of the alphas, in PC-DARTS multiplied by the edge's weight (alpha x beta).
         """
         return self.family.derive(self, term_weights)
