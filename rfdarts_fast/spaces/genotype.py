@@ -107,3 +107,4 @@ class CellGenotype:
 
 
 AnyGenotype = Genotype | CellGenotype
+"""The result of a search."""
