@@ -67,9 +67,13 @@ def test_an_included_section_is_the_file_s():
 
 def test_sections_end_at_headings_outside_code_and_links_to_files_are_text(tmp_path, monkeypatch):
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
-    text = "# T\nintro\n## A\n```\n## code\n```\n[f](f.h) [w](https://a.b) [s](#a)\n### A1\n## B\nb\n"
+    text = (
+        "# T\nintro\n## A\n```\n## code\nf[i](x)\n```\n[f](f.h) [w](https://a.b) [s](#a)\n### A1\n## B\nb\n"
+    )
     (tmp_path / "f.md").write_text(text)
-    assert hooks.include("f.md: A") == "## A\n```\n## code\n```\nf [w](https://a.b) [s](#a)\n### A1\n"
+    assert (
+        hooks.include("f.md: A") == "## A\n```\n## code\nf[i](x)\n```\nf [w](https://a.b) [s](#a)\n### A1\n"
+    )
     assert hooks.include("f.md").split() == hooks.include("f.md: A").join(["intro\n", "## B\nb\n"]).split()
 
 
