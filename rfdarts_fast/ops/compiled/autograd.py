@@ -1,7 +1,7 @@
 """The compiled ops behind autograd: one node for a whole cell, one for the layers that read a state.
 
-Neither is differentiable twice: nothing in the package needs that. csrc/README.md has the ops' arguments and
-the derivation of the gradients.
+Gradients of gradients are those of `ops.functional`. csrc/README.md has the ops' arguments and the derivation
+of the gradients.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from rfdarts_fast.ops import functional
+from rfdarts_fast.ops.contract import CellPlan, ReLUConvBNLayer
 
 
 def channels_inside(x: Tensor) -> Tensor:
@@ -53,7 +55,6 @@ class CellOptions:
 
     Attributes:
         ops: namespace of the ops, `torch.ops.rfdarts`.
-        cell: `CellPlan.encoded`.
         conv_weights: see `packing.cell_weights`.
         bfloat16: branch outputs are kept in bfloat16.
         recompute: branch outputs are computed again in the backward.
@@ -61,20 +62,22 @@ class CellOptions:
     """
 
     ops: Any
-    cell: list[int]
+    plan: CellPlan
     conv_weights: Tensor
-    eps: float
     bfloat16: bool
     recompute: bool
     concat: bool
 
     @property
     def numbers(self) -> dict[str, Any]:
-        return dict(cell=self.cell, eps=self.eps, bfloat16=self.bfloat16)
+        return dict(cell=self.plan.encoded, eps=self.plan.eps, bfloat16=self.bfloat16)
 
 
 class CellFunction(torch.autograd.Function):
-    """All nodes of a cell, or their concatenation, and the moments [2, norms, C/K] of its BatchNorms."""
+    """All nodes of a cell, or their concatenation, and the moments [2, norms, C/K] of its BatchNorms.
+
+    `inputs` are [N, C, H, W] with consecutive channels, see `channels_inside`.
+    """
 
     @staticmethod
     def forward(
@@ -89,7 +92,7 @@ class CellFunction(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         tensors: dict[str, Any] = dict(
-            inputs=[channels_inside(x.detach()) for x in inputs],
+            inputs=list(inputs),
             noise=noise,
             conv_weights=options.conv_weights,
             gamma=gamma,
@@ -110,7 +113,6 @@ class CellFunction(torch.autograd.Function):
         return (concat, used_moments) if options.concat else (*nodes, used_moments)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         options, shared = ctx.options, _saved(ctx) | ctx.options.numbers
         noise, edge_weights = shared.pop("noise"), shared.pop("edge_weights")
@@ -118,7 +120,27 @@ class CellFunction(torch.autograd.Function):
         if options.concat:
             shared["nodes"] = list(shared["nodes"][0].chunk(ctx.node_count, dim=1))
             whole = node_grads[0]
-            node_grads = list(whole.chunk(ctx.node_count, dim=1)) if whole is not None else []
+            node_grads = (
+                [None] * ctx.node_count if whole is None else list(whole.chunk(ctx.node_count, dim=1))
+            )
+        if torch.is_grad_enabled():
+            moments = None if ctx.training else shared["moments"]
+
+            def nodes(
+                gamma: Tensor, beta: Tensor, op_weights: Tensor, edge_weights: Tensor | None, *inputs: Tensor
+            ) -> list[Tensor]:
+                weights = gamma, beta, op_weights, edge_weights
+                return functional.cell(options.plan, inputs, noise, *weights, moments)
+
+            arguments = [
+                shared["gamma"],
+                shared["beta"],
+                shared["op_weights"],
+                edge_weights,
+                *shared["inputs"],
+            ]
+            needed = ctx.needs_input_grad[3:]
+            return None, None, None, *functional.gradients(nodes, arguments, needed, node_grads)
         branch_outputs, ctx.branch_outputs = ctx.branch_outputs, None
         if branch_outputs is None:
             branch_outputs = options.ops.cell_branch_outputs(**shared)
@@ -147,18 +169,21 @@ class LayerOptions:
 
     Attributes:
         ops: namespace of the ops, `torch.ops.rfdarts`.
+        layers: of one stride.
         conv_weights: of each layer, see `packing.layer_weights`.
         moments: running mean and variance [2, C'] of each layer in float64; empty for the batch's.
-        reduce: layers are FactorizedReduce.
         recompute: the convolutions' outputs are computed again in the backward.
     """
 
     ops: Any
+    layers: list[ReLUConvBNLayer]
     conv_weights: list[Tensor]
     moments: list[Tensor]
-    eps: float
-    reduce: bool
     recompute: bool
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return dict(eps=self.layers[0].norm.eps, reduce=self.layers[0].reduce)
 
 
 class ReLUConvBNFunction(torch.autograd.Function):
@@ -169,7 +194,7 @@ class ReLUConvBNFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: LayerOptions, x: Tensor, *gammas_betas: Tensor) -> tuple[Tensor, ...]:
-        x, count = channels_inside(x), len(options.conv_weights)
+        count = len(options.layers)
         layers: dict[str, Any] = dict(
             x=x,
             conv_weights=options.conv_weights,
@@ -177,7 +202,7 @@ class ReLUConvBNFunction(torch.autograd.Function):
             betas=list(gammas_betas[count:]),
         )
         outputs, conv_outputs, moments = options.ops.relu_conv_bn_forward(
-            **layers, moments=options.moments, eps=options.eps, reduce=options.reduce
+            **layers, moments=options.moments, **options.numbers
         )
         _save(ctx, **layers, moments=moments, conv_outputs=[] if options.recompute else conv_outputs)
         ctx.options = options
@@ -186,13 +211,24 @@ class ReLUConvBNFunction(torch.autograd.Function):
         return *outputs, *moments
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         options, needs_input_grad = ctx.options, ctx.needs_input_grad[1]
-        count = len(options.conv_weights)
+        count = len(options.layers)
         if all(grad is None for grad in grads[:count]):
             return (None,) * len(ctx.needs_input_grad)
-        shared = _saved(ctx) | dict(eps=options.eps, reduce=options.reduce)
+        shared = _saved(ctx) | options.numbers
+        if torch.is_grad_enabled():
+            moments = options.moments or [None] * count
+
+            def outputs(x: Tensor, *gammas_betas: Tensor) -> list[Tensor]:
+                tensors = zip(gammas_betas[:count], gammas_betas[count:], moments, strict=True)
+                return [
+                    functional.relu_conv_bn(layer.convs, x, *each, shared["eps"])
+                    for layer, each in zip(options.layers, tensors, strict=True)
+                ]
+
+            arguments = [shared["x"], *shared["gammas"], *shared["betas"]]
+            return None, *functional.gradients(outputs, arguments, ctx.needs_input_grad[1:], grads[:count])
         conv_outputs = shared.pop("conv_outputs") or options.ops.relu_conv_bn_forward(**shared)[1]
         dense = [
             torch.zeros_like(output) if grad is None else channels_last(grad)

@@ -13,6 +13,7 @@ from rfdarts_fast.ops.compiled.autograd import (
     CellOptions,
     LayerOptions,
     ReLUConvBNFunction,
+    channels_inside,
     channels_last,
 )
 from rfdarts_fast.ops.compiled.packing import cell_weights, layer_weights
@@ -51,7 +52,7 @@ class CompiledBackend:
         plan, pixels = call.plan, call.pixels()
         storage = self.storage_dtype(call.inputs[0])
         parameters = parameter_dtype(storage)
-        inputs = [x.to(storage) for x in call.inputs]
+        inputs = [channels_inside(x.to(storage)) for x in call.inputs]
         op_weights = call.op_weights.to(parameters).contiguous()
         edge_weights = call.edge_weights
         if edge_weights is not None:
@@ -66,9 +67,8 @@ class CompiledBackend:
         *nodes, moments = CellFunction.apply(
             CellOptions(
                 ops=self._ops,
-                cell=plan.encoded,
+                plan=plan,
                 conv_weights=cell_weights(plan, parameters),
-                eps=plan.eps,
                 bfloat16=memory == "bfloat16" and storage == torch.float32,
                 recompute=memory == "recompute",
                 concat=call.concat,
@@ -90,7 +90,7 @@ class CompiledBackend:
         Raises:
             ValueError: in training mode with a single value per channel, as BatchNorm2d.
         """
-        x = x.to(self.storage_dtype(x))
+        x = channels_inside(x.to(self.storage_dtype(x)))
         outputs: dict[int, Tensor] = {}
         for group in self.groups(layers):
             made = self._relu_conv_bns(x, [layers[i] for i in group], memory)
@@ -116,10 +116,9 @@ class CompiledBackend:
         betas = [norm.bias if norm.affine else like.new_zeros(norm.num_features) for norm in norms]
         options = LayerOptions(
             ops=self._ops,
+            layers=layers,
             conv_weights=conv_weights,
             moments=[] if training else [_running_moments(norm) for norm in norms],
-            eps=first.norm.eps,
-            reduce=first.reduce,
             recompute=memory == "recompute",
         )
         made = ReLUConvBNFunction.apply(options, x, *gammas, *betas)

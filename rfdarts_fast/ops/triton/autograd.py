@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rfdarts_fast.ops.contract import CellCall, CellPlan
 from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
@@ -102,8 +101,11 @@ class CellFunction(torch.autograd.Function):
         return tuple(node.permute(0, 3, 1, 2) for node in nodes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backend: triton has no second derivatives (create_graph=True); use_backend('reference') has"
+            )
         options, plan = ctx.options, ctx.options.plan
         states, moments, rstd, gamma, beta, op_weights, edge_weights, *outputs = ctx.saved_tensors
         branch_outputs, argmax = empty_branch_outputs(options, states) if options.recompute else outputs
