@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -165,6 +166,16 @@ def run_env(args: list[str]) -> None:
         print(f"{name:14} {', '.join(value) or 'none' if isinstance(value, list) else value}")
 
 
+def load_plugins() -> None:
+    """Imports the modules in the entry-point group `rfdarts_fast.plugins` of all installed packages, which
+    register primitives, spaces and data sets. ConfigError for one that cannot be imported."""
+    for plugin in entry_points(group="rfdarts_fast.plugins"):
+        try:
+            plugin.load()
+        except Exception as error:
+            raise ConfigError(f"plugin {plugin.name}: {plugin.value} cannot be loaded: {error}") from error
+
+
 COMMANDS = {"search": run_search, "train": run_train, "eval": run_eval, "bench": run_bench, "env": run_env}
 
 
@@ -178,6 +189,7 @@ def main() -> None:
         print(f"rfdarts: there is no command {args[0]!r}\n\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
     try:
+        load_plugins()
         COMMANDS[args[0]](args[1:])
     except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
         print(f"rfdarts {args[0]}: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 # importing a backend's package registers it
 from rfdarts_fast.ops import compiled as compiled
+from rfdarts_fast.ops import triton as triton
 from rfdarts_fast.ops.backend import BackendError, backend_names, use_backend
 from rfdarts_fast.ops.contract import (
     Backend,

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-Dataset = Literal["digits", "npz", "cifar10", "cifar100", "svhn", "imagefolder"]
+from rfdarts_fast.data import DATASETS
+
 MemoryFormat = Literal["channels_last", "contiguous"]
 
 
@@ -43,7 +44,7 @@ class RunConfig:
     """The run's folder. The same command again resumes what was begun there."""
     config: Path | None = None
     """A YAML file of values for the options below; the command line wins over it."""
-    dataset: Dataset = "digits"
+    dataset: Annotated[str, one_of(DATASETS)] = "digits"
     """Images: digits come with scikit-learn; npz is a file of x_train, y_train, x_test, y_test."""
     data_root: Path | None = None
     """The data set's npz file or folder."""
@@ -52,7 +53,7 @@ class RunConfig:
     image_size: int | None = None
     """Side of the images in pixels (default: the data set's own)."""
     flip: bool | None = None
-    """Mirror training images at random (default: all data sets but digits)."""
+    """Mirror training images at random (default: what is registered for the data set; all but digits)."""
     workers: int = 0
     """Processes that decode images (imagefolder only)."""
     seed: int = 2

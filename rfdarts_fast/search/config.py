@@ -16,9 +16,9 @@ from rfdarts_fast.runs.config import (
     require_not_negative,
     require_positive,
 )
+from rfdarts_fast.spaces import NASBENCH201, SPACES
 
 Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
-SpaceName = Literal["darts", "s1", "s2", "s3", "s4", "nasbench201"]
 Preset = Literal[
     "quick",
     "darts",
@@ -46,8 +46,8 @@ class SearchConfig(RunConfig):
     """Published values for the options below. `quick` needs minutes on a CPU and no data set."""
     method: Method = "rf-pcdarts"
     """rf-: random features, every convolution frozen. pc: partial channels and edge weights."""
-    space: SpaceName = "darts"
-    """The candidate operations: DARTS, RobustDARTS S1 to S4, NAS-Bench-201."""
+    space: Annotated[str, one_of(SPACES)] = "darts"
+    """The candidate operations: DARTS, RobustDARTS S1 to S4, NAS-Bench-201, or a registered one."""
 
     channels: int = 16
     """Channels of the first cells."""
@@ -163,9 +163,9 @@ class SearchConfig(RunConfig):
             self.cuda_graph != "on" or self.order == "first", self, "cuda_graph",
             "off or auto with the second order",
         )  # fmt: skip
-        if self.space == "nasbench201":
-            require(not partial, self, "method", "darts or rf-darts in the NAS-Bench-201 space")
-            require(self.stem == "cifar", self, "stem", "cifar in the NAS-Bench-201 space")
+        if SPACES[self.space].family is NASBENCH201:
+            require(not partial, self, "method", f"darts or rf-darts in the space {self.space}")
+            require(self.stem == "cifar", self, "stem", f"cifar in the space {self.space}")
         require(
             not self.random_features or self.affine, self, "affine", f"affine BatchNorm with {self.method}"
         )
@@ -264,7 +264,8 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
     name = given.get("preset")
     if name is None:
         method = given.get("method", SearchConfig.method)
-        name = f"nasbench201-{method}" if given.get("space") == "nasbench201" else method
+        space = SPACES.get(given.get("space", SearchConfig.space))
+        name = f"nasbench201-{method}" if space and space.family is NASBENCH201 else method
     if name not in PRESETS:
         # an impossible pair of method and space; `check` explains it
         return {}

@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +11,17 @@ import torch
 from image_samples import npz_arrays, write_photo
 
 from rfdarts_fast.data import (
-    NAMES,
+    DATASETS,
     Batches,
     ColourJitter,
     DataError,
+    Dataset,
     DataSource,
     ImageSet,
     default_augment,
     evaluation_augment,
     load,
+    register_dataset,
 )
 
 
@@ -357,12 +360,34 @@ def test_only_download_fetches(tmp_path, monkeypatch):
         ({"name": "digits", "image_size": 0}, "image_size: expected an integer of at least 1, got 0"),
         ({"name": "digits", "image_size": 8.5}, "image_size: expected an integer"),
         ({"name": "digits", "image_size": True}, "image_size: expected an integer"),
-        *[({"name": name}, "data root: expected .* got none") for name in NAMES if name != "digits"],
+        *[({"name": name}, "data root: expected .* got none") for name in DATASETS if name != "digits"],
     ],
 )
 def test_arguments_that_cannot_be(arguments, message):
     with pytest.raises(DataError, match=f"^{message}"):
         load(arguments.pop("name"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Dataset("digits", load), "dataset: expected a new name, an identifier, got 'digits'"),
+        (Dataset("my digits", load), "dataset: expected a new name, an identifier, got 'my digits'"),
+        (Dataset("mine", "mine.npz"), r"dataset mine: expected load\(root, download\), got 'mine.npz'"),
+    ],
+    ids=["taken", "no-name", "no-function"],
+)
+def test_bad_entries_are_refused(dataset, message):
+    before = dict(DATASETS)
+    with pytest.raises(ValueError, match=message):
+        register_dataset(dataset)
+    assert before == DATASETS
+
+
+def test_files_need_statistics(monkeypatch, photos):
+    monkeypatch.setitem(DATASETS, "mine", replace(DATASETS["imagefolder"], name="mine", statistics=None))
+    with pytest.raises(DataError, match="dataset mine: expected statistics for images in files, got none"):
+        load("mine", root=photos)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

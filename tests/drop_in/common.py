@@ -7,14 +7,14 @@ from torch import nn
 
 from rfdarts_fast.drop_in import darts, pc_darts, pc_darts_imagenet
 
-from . import foreign
+from . import forks
 
 MODULES = {"darts": darts, "pc_darts": pc_darts, "pc_darts_imagenet": pc_darts_imagenet}
 
 
 def foreign_network(name, C, layers, K=None, **options):
     default = {"darts": 1, "pc_darts": 4, "pc_darts_imagenet": 2}[name]
-    return foreign.Network(
+    return forks.Network(
         C, 10, layers, nn.CrossEntropyLoss(), k=K or default, imagenet=name.endswith("imagenet"), **options
     )
 

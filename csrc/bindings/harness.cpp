@@ -1,0 +1,197 @@
+// The kernels one by one on NumPy arrays, for tests of every instruction set in one process, and what they were built
+// with. No torch here. Images are [H, W, C].
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+namespace rfdarts {
+namespace {
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+void expect(const char* name, const Array<T>& a, const std::vector<int64_t>& shape) {
+  bool same = a.ndim() == int64_t(shape.size());
+  for (size_t i = 0; same && i < shape.size(); i++) same = a.shape(i) == shape[i];
+  if (same) return;
+  std::string text = std::string(name) + ": expected shape [";
+  for (int64_t n : shape) text += std::to_string(n) + " ";
+  text.back() = ']';
+  throw std::invalid_argument(text);
+}
+
+// T: of arrays and arithmetic
+template <class T>
+class Harness {
+ public:
+  explicit Harness(const std::string& isa) : k_(kernels_for<T, T>(isa.c_str())) {
+    if (!k_) throw std::invalid_argument("isa: expected baseline, avx2 or avx512 if this processor has it, got " + isa);
+  }
+
+  py::tuple conv_forward(const Array<T>& x, const Array<T>& depthwise, const Array<T>& pointwise, int dilation,
+                         int stride) const {
+    Image in(x);
+    int kernel = depthwise.shape(0);
+    expect("depthwise", depthwise, {kernel, kernel, in.c});
+    expect("pointwise", pointwise, {in.c, in.c});
+    Conv conv{kernel, dilation, stride};
+    Frame frame = k_->frame(in.h, in.w, in.c, stride);
+    std::vector<T> framed(frame.size), scratch = room(in);
+    k_->frame_relu({x.data(), in.w * in.c, in.c}, in.h, in.w, in.c, frame, framed.data());
+    auto dw = repeated(depthwise, in.c, stride), pw = repeated(pointwise, in.c, stride);
+    Array<T> y(in.pooled(stride));
+    Array<double> mean(in.c), deviation(in.c);
+    Ahead ahead;
+    k_->conv_forward(framed.data(), frame, in.h, in.w, in.c, conv, dw.data(), pw.data(), y.mutable_data(), false,
+                     mean.mutable_data(), deviation.mutable_data(), scratch.data(), ahead);
+    return py::make_tuple(y, mean, deviation);
+  }
+
+  // coef [4, C]; pointwise is transposed here
+  Array<T> conv_backward(const Array<T>& g, const Array<T>& y, const Array<T>& coef, const Array<T>& depthwise,
+                         const Array<T>& pointwise, int dilation, int stride, int64_t h, int64_t w) const {
+    int64_t c = g.shape(2);
+    int kernel = depthwise.shape(0);
+    Array<T> dx({h, w, c});
+    Image in(dx);
+    expect("g", g, in.pooled(stride));
+    expect("y", y, in.pooled(stride));
+    expect("coef", coef, {4, c});
+    std::vector<T> transposed(c * c), scratch = room(in);
+    for (int64_t i = 0; i < c; i++)
+      for (int64_t o = 0; o < c; o++) transposed[o * c + i] = pointwise.at(i, o);
+    Frame frame = k_->frame(g.shape(0), g.shape(1), c, stride);
+    std::vector<T> e(frame.size);
+    auto dw = repeated(depthwise, c, stride), pw = repeated(Array<T>({c, c}, transposed.data()), c, stride);
+    auto wide = repeated(coef, c, 1);
+    Ahead ahead;
+    // once more, added
+    for (bool add : {false, true})
+      k_->conv_backward(g.data(), y.data(), wide.data(), h, w, c, {kernel, dilation, stride}, dw.data(), pw.data(),
+                        frame, e.data(), add, dx.mutable_data(), scratch.data(), ahead);
+    return dx;
+  }
+
+  // by a few rows at a time, as a cell does
+  py::tuple pool_forward(const Array<T>& x, int stride, int64_t rows) const {
+    Image in(x);
+    Array<T> max(in.pooled(stride)), avg(in.pooled(stride));
+    std::vector<T> scratch = room(in);
+    int64_t row = max.shape(1) * in.c;
+    for (int64_t r = 0; r < max.shape(0); r += rows)
+      k_->pool_forward(x.data(), in.h, in.w, in.c, stride, r, std::min<int64_t>(rows, max.shape(0) - r),
+                       max.mutable_data() + r * row, avg.mutable_data() + r * row, scratch.data());
+    return py::make_tuple(max, avg);
+  }
+  Array<T> pool_backward(const Array<T>& x, const Array<T>& d_max, const Array<T>& d_avg, int stride) const {
+    Image in(x);
+    expect("d_max", d_max, in.pooled(stride));
+    expect("d_avg", d_avg, in.pooled(stride));
+    Array<T> dx({in.h, in.w, in.c}), share(in.pooled(stride));
+    std::copy_n(d_avg.data(), d_avg.size(), share.mutable_data());
+    std::fill_n(dx.mutable_data(), dx.size(), T(0));
+    std::vector<T> scratch = room(in);
+    k_->divide_by_window(share.mutable_data(), in.h, in.w, in.c, stride);
+    k_->pool_backward(x.data(), d_max.data(), share.data(), in.h, in.w, in.c, stride, dx.mutable_data(),
+                      scratch.data());
+    return dx;
+  }
+
+  // mean and sum of squared deviations over `x`, by a few rows at a time
+  py::tuple moments(const Array<T>& x, int64_t rows) const {
+    Image in(x);
+    Array<double> mean(in.c), deviation(in.c);
+    std::vector<T> shift(k_->repeat(in.c)), sums(2 * shift.size());
+    for (int64_t r = 0; r < in.h; r += rows)
+      k_->add_moments(x.data() + r * in.w * in.c, std::min(rows, in.h - r) * in.w, in.c, r == 0, shift.data(),
+                      mean.mutable_data(), deviation.mutable_data(), sums.data());
+    k_->finish_moments(shift.data(), in.h * in.w, in.c, mean.mutable_data(), deviation.mutable_data());
+    return py::make_tuple(mean, deviation);
+  }
+
+  Array<T> shuffle(const Array<T>& mixed, const Array<T>& around, int64_t K) const {
+    Image in(around);
+    expect("mixed", mixed, {in.h, in.w, in.c / K});
+    Array<T> out({in.h, in.w, in.c});
+    std::vector<T> scratch = room(in);
+    ImageView<T> x{around.data(), in.w * in.c, in.c};
+    T one = 1;
+    k_->bypass_forward(1, &x, &one, mixed.data(), in.h, in.w, in.c, K, out.mutable_data(), scratch.data());
+    return out;
+  }
+  py::tuple unshuffle(const Array<T>& x, int64_t K) const {
+    Image in(x);
+    Array<T> mixed({in.h, in.w, in.c / K}), planar({in.h, in.w, in.c});
+    std::vector<T> scratch = room(in);
+    const T *g = x.data(), one = 1;
+    ImageView<T> none{nullptr, 0, 0};
+    k_->take_mixed({g, in.w * in.c, in.c}, in.h, in.w, in.c, K, mixed.mutable_data());
+    k_->join(nullptr, 1, &g, &one, none, none, in.h, in.w, in.c, K, planar.mutable_data(), nullptr, scratch.data());
+    return py::make_tuple(mixed, planar);
+  }
+
+ private:
+  struct Image {
+    int64_t h, w, c;
+    explicit Image(const Array<T>& x) {
+      if (x.ndim() != 3 || x.size() == 0) throw std::invalid_argument("expected a non-empty image [H, W, C]");
+      h = x.shape(0), w = x.shape(1), c = x.shape(2);
+    }
+    std::vector<int64_t> pooled(int stride) const { return {(h - 1) / stride + 1, (w - 1) / stride + 1, c}; }
+  };
+  static std::vector<T> room(const Image& in) { return std::vector<T>(16 * (in.w + 16) * (in.c + 16) + 32768); }
+  // rows of C values as the kernels read them: see Kernels::repeat
+  std::vector<T> repeated(const Array<T>& rows, int64_t c, int stride) const {
+    int64_t period = stride == 1 ? k_->repeat(c) : c, count = rows.size() / c;
+    std::vector<T> wide(count * period);
+    for (int64_t r = 0; r < count; r++)
+      for (int64_t i = 0; i < period; i++) wide[r * period + i] = rows.data()[r * c + i % c];
+    return wide;
+  }
+  const Kernels<T, T>* k_;
+};
+
+template <class T>
+void define(py::module_& m, const char* name) {
+  using H = Harness<T>;
+  py::class_<H>(m, name, "Kernels for one instruction set, on images [H, W, C] of one dtype.")
+      .def(py::init<const std::string&>(), py::arg("isa"))
+      .def("conv_forward", &H::conv_forward, py::arg("x"), py::arg("depthwise"), py::arg("pointwise"),
+           py::arg("dilation") = 1, py::arg("stride") = 1,
+           "relu(x) through depthwise [K, K, C] and pointwise [C in, C out]: y, its mean and sum of squared deviations")
+      .def("conv_backward", &H::conv_backward, py::arg("g"), py::arg("y"), py::arg("coef"), py::arg("depthwise"),
+           py::arg("pointwise"), py::arg("dilation"), py::arg("stride"), py::arg("h"), py::arg("w"),
+           "twice the gradient [h, w, C] before the ReLU of coef[0] g + coef[1] (y - coef[2]) + coef[3]")
+      .def("pool_forward", &H::pool_forward, py::arg("x"), py::arg("stride") = 1, py::arg("rows") = 4,
+           "3x3 max and average pool, padding not counted")
+      .def("pool_backward", &H::pool_backward, py::arg("x"), py::arg("d_max"), py::arg("d_avg"), py::arg("stride") = 1)
+      .def("moments", &H::moments, py::arg("x"), py::arg("rows") = 4)
+      .def("shuffle", &H::shuffle, py::arg("mixed"), py::arg("around"), py::arg("K"),
+           "mixed [H, W, C / K] and what bypasses it [H, W, C], shuffled with K groups")
+      .def("unshuffle", &H::unshuffle, py::arg("x"), py::arg("K"));
+}
+}  // namespace
+}  // namespace rfdarts
+
+PYBIND11_MODULE(_kernels, m) {
+  m.doc() = "The CPU kernels without torch: how they were built, and each by itself.";
+  m.def("build", [] {
+    py::dict d;
+    d["compiler"] = "g++ " __VERSION__;
+    d["standard"] = int64_t(__cplusplus);
+    d["isa"] = rfdarts::isa_name();
+    d["isa_best"] = rfdarts::isa_best();
+    return d;
+  });
+  m.def("has", [](const std::string& isa) { return rfdarts::kernels_for<float, float>(isa.c_str()) != nullptr; },
+        py::arg("isa"), "Whether this processor runs the kernels for an instruction set.");
+  rfdarts::define<float>(m, "Float");
+  rfdarts::define<double>(m, "Double");
+}
