@@ -18,9 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from rfdarts_fast.ops import backends
 from rfdarts_fast.ops.triton import tuning
-from tests.kernels.cuda.emulated import Case
-from tests.kernels.triton.call import mixed_cell
+from tests.kernels.oracles import Kernels
+from tests.kernels.problems import CellProblem
 
 # the first one has all kernels, the third the branches of a whole cell
 CELLS = (
@@ -49,6 +50,13 @@ class AbsentGPU:
         return self.arch
 
 
+class AbsentKernels(Kernels):
+    """The backend with tensors on the CPU: no kernel is to run."""
+
+    def cell(self, *arguments, **options):
+        return self.backend.mixed_cell(self.call(*arguments, **options))
+
+
 def launches(dtype, cells):
     """{(kernel, constants): all arguments} of all kernels that cells launch."""
     recorded = {}
@@ -60,8 +68,7 @@ def launches(dtype, cells):
 
     tuning.launch = record
     for options in cells:
-        parameters = torch.float64 if dtype == torch.float64 else torch.float32
-        Case((2, 8, 8), dtype, **options).run(mixed_cell, dtype, parameters)
+        CellProblem((2, 8, 8), dtype, **options).run(AbsentKernels(backends()["triton"]), poison=False)
     return recorded
 
 

@@ -13,13 +13,14 @@ from rfdarts_fast import ops
 from rfdarts_fast.nn import MixedOp
 from rfdarts_fast.nn.primitives import FactorizedReduce
 from rfdarts_fast.ops import BackendError, backends, triton, use_backend
-from rfdarts_fast.ops.dispatch import cell_call
+from rfdarts_fast.spaces import DARTS_PRIMITIVES
 from tests.asked import Asked
-from tests.kernels.triton.call import mixed_cell
-from tests.kernels.triton.cases import ALL, FEW, Cell
+from tests.kernels.oracles import Kernels, on
+from tests.kernels.problems import CellProblem
 from tests.kernels.triton.device import DEVICE, SWITCH
 
-BACKEND = backends()["triton"]
+TRITON = Kernels(backends()["triton"], DEVICE)
+FEW = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_3x3")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,8 @@ def found_anew():
         cache.cache_clear()
 
 
-def test_mixed_ops_of_a_network_use_the_backend(kernels):
+@on("triton")
+def test_mixed_ops_of_a_network_use_the_backend(backend):
     torch.manual_seed(0)
     edge = MixedOp(FEW, 4, 1, 2).to(DEVICE)
     for conv in edge.modules():
@@ -49,26 +51,14 @@ def test_mixed_ops_of_a_network_use_the_backend(kernels):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_autocast_decides_the_dtype_of_states(kernels):
-    cell = Cell(dtype=torch.float32, primitives=("skip_connect", "sep_conv_3x3"))
-    edges = list(cell.edges.float().to(DEVICE))
-    inputs = [x.float().to(DEVICE).requires_grad_() for x in cell.inputs]
-    weights = cell.weights.float().to(DEVICE).requires_grad_()
-    with torch.autocast(DEVICE, torch.bfloat16), use_backend("triton"):
-        assert BACKEND.unsupported_cell(cell_call(edges, inputs, weights)) is None
-        [node] = ops.mixed_cell(edges, inputs, weights)
-    assert node.dtype == torch.bfloat16
-    node.float().sum().backward()
-    assert inputs[0].grad.dtype == weights.grad.dtype == torch.float32
-
-
-def test_a_backend_that_was_named_raises_where_it_cannot_run(monkeypatch):
+@pytest.mark.parametrize("module", [MixedOp(FEW, 4, 1), FactorizedReduce(4, 6)], ids=["cell", "layer"])
+def test_a_backend_that_was_named_raises_where_it_cannot_run(module, monkeypatch):
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    edge = MixedOp(FEW, 4, 1)
-    edge.requires_grad_(False)
+    module.requires_grad_(False)
+    arguments = [torch.rand(len(FEW))] if isinstance(module, MixedOp) else []
     with use_backend("triton"), pytest.raises(BackendError, match=r"triton cannot run: .*(CUDA|installed)"):
-        edge(torch.randn(2, 4, 4, 4), torch.rand(len(FEW)))
+        module(torch.randn(2, 4, 4, 4), *arguments)
 
 
 def test_an_absent_triton_says_what_to_install(monkeypatch):
@@ -76,7 +66,7 @@ def test_an_absent_triton_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     reason = "triton is not installed (pip install 'rfdarts_fast[triton]')"
     assert triton.unavailable_reason() == reason
-    assert BACKEND.status() == {"built": False, "reason": reason}
+    assert TRITON.backend.status() == {"built": False, "reason": reason}
 
 
 def test_a_device_too_old_is_named(monkeypatch):
@@ -88,55 +78,42 @@ def test_a_device_too_old_is_named(monkeypatch):
     assert "7.5" in triton.unavailable_reason()
 
 
-def against(edges, inputs):
+def reason(edges, *inputs):
     """The reason against a cell on any machine."""
-    primitives = len(edges[0].primitives)
-    return triton.unsupported_anywhere(cell_call(edges, inputs, torch.rand(len(edges), primitives)))
+    op_weights = torch.rand(len(edges), len(edges[0].primitives))
+    return triton.unsupported_anywhere(TRITON.call(list(edges), inputs, op_weights))
 
 
 def test_reasons_against_a_cell():
-    cell = Cell(primitives=("none", "skip_connect"), channels=6, K=3)
-    edges, [x] = list(cell.edges), cell.inputs
-    assert against(edges, [x]) == "no kernels for K=3"
-    assert "dtype" in against(edges, [x.int()])
-    cell = Cell(primitives=("none", "skip_connect"), inputs=2)
-    edges, [x, _] = list(cell.edges), cell.inputs
-    assert against(edges, [x, x]) is None
-    assert against(edges, [x, x.float()]) == "inputs of different dtypes"
-    assert against(edges, [x, x[:1]]) == "inputs of different sizes"
+    problem = CellProblem(primitives=("none", "skip_connect"), channels=6, K=3, inputs=1, nodes=1)
+    [x] = problem.inputs
+    assert reason(problem.module, x) == "no kernels for K=3"
+    assert "dtype" in reason(problem.module, x.int())
+    problem = CellProblem(primitives=("none", "skip_connect"), nodes=1)
+    edges, [x, _] = problem.module, problem.inputs
+    assert reason(edges, x, x) is None
+    assert reason(edges, x, x.float()) == "inputs of different dtypes"
+    assert reason(edges, x, x[:1]) == "inputs of different sizes"
     huge = torch.empty(2**14, 4, 2**8, 2**8, device="meta", dtype=torch.float64)
-    assert "no kernels for inputs of" in against(edges, [huge, huge])
-    trained = Cell()
-    next(m for m in trained.edges.modules() if isinstance(m, torch.nn.Conv2d)).weight.requires_grad_(True)
-    assert "trained" in against(list(trained.edges), trained.inputs)
+    assert "no kernels for inputs of" in reason(edges, huge, huge)
+    trained = CellProblem(nodes=1)
+    next(m for m in trained.module.modules() if isinstance(m, torch.nn.Conv2d)).weight.requires_grad_(True)
+    assert "trained" in reason(trained.module, *trained.inputs)
 
 
 def test_edges_of_different_strides_are_refused():
     edges = [MixedOp(("none", "max_pool_3x3"), 4, stride).double() for stride in (2, 1)]
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    assert against(edges, [x, x]) == "edges of different strides from one state"
+    assert reason(edges, x, x) == "edges of different strides from one state"
 
 
-def test_one_value_per_channel_is_refused(kernels):
-    cell = Cell((1, 1, 1))
-    with pytest.raises(ValueError, match="more than one value per channel"):
-        mixed_cell(list(cell.edges), cell.inputs, cell.weights)
-
-
-@pytest.mark.parametrize("where", ["elsewhere", "here"])
-def test_layers_are_those_of_the_reference_where_triton_runs(where, request, monkeypatch):
-    module, x = FactorizedReduce(4, 6).requires_grad_(False), torch.randn(2, 4, 6, 6)
+@on("triton")
+def test_layers_are_those_of_the_reference(backend):
+    module, x = FactorizedReduce(4, 6).requires_grad_(False).to(DEVICE), torch.randn(2, 4, 6, 6, device=DEVICE)
     with use_backend("triton"):
-        if where == "elsewhere":
-            monkeypatch.delenv(SWITCH, raising=False)
-            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-            with pytest.raises(BackendError, match=r"triton cannot run: .*(CUDA|installed)"):
-                module(x)
-            return
-        request.getfixturevalue("kernels")
-        found = module.to(DEVICE)(x.to(DEVICE))
+        found = module(x)
     with use_backend("reference"):
-        torch.testing.assert_close(module(x.to(DEVICE)), found, rtol=0, atol=0)
+        assert torch.equal(module(x), found)
 
 
 def test_backends_of_a_gpu_in_order():
@@ -149,7 +126,7 @@ def test_importing_the_package_leaves_triton_alone():
 
 
 @pytest.fixture
-def launched(kernels, monkeypatch):
+def launched(backend, monkeypatch):
     """Names of the kernels that are launched; none runs, so that what they should write stays NaN."""
     tuning = importlib.import_module("rfdarts_fast.ops.triton.tuning")
     names = []
@@ -158,22 +135,26 @@ def launched(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("memory", ["fast", "recompute"])
-def test_the_host_never_asks_for_a_value(launched, memory):
+@on("triton")
+def test_the_host_never_asks_for_a_value(backend, launched, memory):
     """Or a step could not be recorded in a CUDA graph."""
-    cell = Cell(dtype=torch.float32, K=2, channels=8, nodes=2, stride=2, primitives=("noise", *ALL))
+    problem = CellProblem(
+        dtype=torch.float32, K=2, channels=8, stride=2, inputs=1, primitives=("noise", *DARTS_PRIMITIVES)
+    )
     # what is made once
-    cell.ours(memory=memory)
+    problem.run(backend, memory=memory)
     with Asked() as asked:
-        cell.ours(memory=memory)
+        problem.run(backend, memory=memory)
     assert asked.found == []
     assert "input_gradient_kernel" in launched
 
 
-def test_edges_share_launches(launched):
+@on("triton")
+def test_edges_share_launches(backend, launched):
     counts = []
     for nodes in (1, 2, 4):
         del launched[:]
-        Cell(inputs=2, nodes=nodes, primitives=ALL, dtype=torch.float32).ours()
+        CellProblem(dtype=torch.float32, nodes=nodes).run(backend)
         counts.append(len(launched))
     # one more state to stage, one more node: no more launches for the edges between them
     assert counts[1] - counts[0] == (counts[2] - counts[1]) / 2
@@ -186,32 +167,31 @@ def test_edges_share_launches(launched):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("concat", [False, True])
 @pytest.mark.parametrize("memory", ["fast", "bfloat16", "recompute"])
-def test_host_side_on_another_device(launched, monkeypatch, dtype, concat, memory):
+@on("triton")
+def test_host_side_on_another_device(backend, launched, monkeypatch, dtype, concat, memory):
     """Shapes, dtypes, and that nothing is made on the CPU: on a device whose tensors hold no data."""
     # torch knows no autocast there
     for module in (triton, importlib.import_module("rfdarts_fast.ops.triton.autograd")):
         monkeypatch.setattr(module, "storage_dtype", lambda x: x.dtype)
-    case = Cell(primitives=("noise", *ALL), channels=8, K=2, stride=2, nodes=2, inputs=2)
-    edges = list(case.edges.float().to("meta"))
-    with torch.device("meta"):
-        inputs = [torch.empty(2, 8, 6, 10, dtype=dtype, requires_grad=True) for _ in range(2)]
-        weights, edge_weights = torch.empty(5, 9, requires_grad=True), torch.empty(5, requires_grad=True)
-    assert against(edges, inputs) is None
-    nodes = mixed_cell(edges, inputs, weights, edge_weights, memory=memory, concat=concat)
+    problem = CellProblem((2, 6, 10), K=2, channels=8, stride=2, primitives=("noise", *DARTS_PRIMITIVES))
+    edges, inputs, weights = problem.leaves(Kernels(backend.backend, "meta"), dtype)
+    call = backend.call(list(edges), inputs, *weights, memory=memory, concat=concat)
+    assert triton.unsupported_anywhere(call) is None
+    nodes = backend.backend.mixed_cell(call)
     assert [tuple(x.shape) for x in nodes] == ([(2, 16, 3, 5)] if concat else 2 * [(2, 8, 3, 5)])
     assert all(x.device.type == "meta" and x.dtype == dtype for x in nodes)
     torch.autograd.backward(nodes, [torch.empty_like(node) for node in nodes])
-    leaves = [*inputs, weights, edge_weights, *(p for p in case.edges.parameters() if p.requires_grad)]
-    for leaf in leaves:
+    for leaf in (*inputs, *weights, *(p for p in edges.parameters() if p.requires_grad)):
         assert (leaf.grad.shape, leaf.grad.dtype, leaf.grad.device) == (leaf.shape, leaf.dtype, leaf.device)
     assert "depthwise_kernel" in launched and "bypass_backward_kernel" in launched
 
 
-def test_a_layout_lives_as_long_as_its_plan(kernels):
+@on("triton")
+def test_a_layout_lives_as_long_as_its_plan(backend):
     from rfdarts_fast.ops.plan import plan_of
     from rfdarts_fast.ops.triton.layout import layout_of
 
-    edges = list(Cell(nodes=2).edges)
+    edges = list(CellProblem(primitives=FEW, inputs=1).module)
     plan = plan_of(edges, 1)
     layout = layout_of(plan)
     assert layout_of(plan) is layout

@@ -12,9 +12,9 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.cuda.emulated import Case
-from tests.kernels.triton.ahead import AbsentGPU
-from tests.kernels.triton.call import mixed_cell
+from rfdarts_fast.ops import backends
+from tests.kernels.problems import CellProblem
+from tests.kernels.triton.ahead import AbsentGPU, AbsentKernels
 
 tuned = set()
 
@@ -34,8 +34,9 @@ def run(self, *arguments, grid, warmup, TILE, num_warps, **constants):
 def main():
     driver.set_active(AbsentGPU(90))
     Autotuner._bench, JITFunction.run = bench, run
-    torch.use_deterministic_algorithms(sys.argv[1:] == ["deterministic"])
-    Case((2, 8, 8), torch.float32, channels=16, K=4, stride=2, nodes=2).run(mixed_cell, torch.float32)
+    problem = CellProblem((2, 8, 8), torch.float32, channels=16, K=4, stride=2)
+    # NaNs in fresh memory come with deterministic algorithms
+    problem.run(AbsentKernels(backends()["triton"]), poison=sys.argv[1:] == ["deterministic"])
 
 
 if __name__ == "__main__":
