@@ -210,4 +210,5 @@ def build_options() -> dict:
     }
 
 
-setup(**build_options())
+if __name__ == "__main__":
+    setup(**build_options())

@@ -17,17 +17,17 @@ import re
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rfdarts_fast.ops.compiled.plan import Plan, plan_of
+from tests.kernels.cuda.convs import ConvCase
 
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
 from rfdarts_fast.ops.compiled import cpu
-from rfdarts_fast.ops.compiled.plan import Plan, plan_of
 from tests.kernels.cuda import emulated
-from tests.kernels.cuda.convs import ConvCase
 
 BANDWIDTH = 3.0e12
 MULTIPLY_ADDS = 132 * 128 * 1.98e9
@@ -51,6 +51,14 @@ KERNELS = {
     "ConvNormAffine": "conv_norm_affine_kernel",
     "ConvNormSums": "conv_norm_sums_kernel",
     "ConvNormBackward": "conv_norm_backward_kernel",
+}
+# kernel -> the one that adds up what its blocks leave
+READERS = {
+    "conv_forward_kernel": "merge_moments_kernel",
+    "node_backward_kernel": "node_finish_kernel",
+    "inner_backward_kernel": "inner_finish_kernel",
+    "conv_norm_forward_kernel": "merge_moments_kernel",
+    "conv_norm_sums_kernel": "inner_finish_kernel",
 }
 # cells of the supernets: name, K, width, image, stride, batch
 CELLS = [
@@ -126,28 +134,31 @@ def preprocessing_launches(
 
 
 def recorded(forward: Callable[[], list[torch.Tensor]]) -> list[tuple[str, int, int]]:
-    torch.ops.rfdarts.record(True)
+    emulation = torch.ops.rfdarts_emulated
+    emulation.record(True)
     nodes = forward()
     torch.autograd.backward(nodes, [torch.empty_like(node) for node in nodes])
-    text = torch.ops.rfdarts.recorded()
-    torch.ops.rfdarts.record(False)
-    found = []
+    text = emulation.recorded()
+    emulation.record(False)
+    launched = []
     for line in text.splitlines():
         params, blocks, shared = line.split(" | ")
         key = re.search(r"(\w+)(<\w+>)?\s*,?\s*(int)?", params.split("cuda::")[1])
         assert key is not None
-        kind = "bypass" if "int" in params.split(">")[-1] else key[1]
-        found.append((KERNELS[kind], int(blocks), int(shared)))
-    return found
+        kernel = "bypass" if "int" in params.split(">")[-1] else key[1]
+        launched.append((KERNELS[kernel], int(blocks), int(shared)))
+    return launched
 
 
-class Work(NamedTuple):
-    """Of one launch; multiply-adds apart for what runs on CUDA cores and on tensor cores."""
+class Launch(NamedTuple):
+    """What a launch needs: bytes, and multiply-adds on CUDA cores and on tensor cores.
 
-    kernel: str
+    `left` are the bytes of sums that each block leaves for the kernel's reader: READERS."""
+
     bytes: float = 0.0
     adds: float = 0.0
     tensor_adds: float = 0.0
+    left: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -156,161 +167,153 @@ class Work(NamedTuple):
         return max(self.bytes / BANDWIDTH, *computing)
 
 
-def work(
-    K: int,
-    channels: int,
-    side: int,
-    stride: int,
-    batch: int,
-    blocks: Sequence[int] = (),
-    item: int = 2,
-) -> list[Work]:
-    """Every launch of a cell's forward and backward, in order: run_forward.h, run_backward.h.
+# kernel -> its launches, in order
+Needs = dict[str, list[Launch]]
 
-    With the `blocks` of each, what these leave of sums is counted too."""
-    c, out = channels // K, side // stride
-    places = [batch * side * side if j < 2 else batch * out * out for j in range(6)]
-    pixels = batch * out * out
-    y = pixels * c * item
 
-    def part(of: int, first: int, last: int) -> int:
-        """Bytes of a state's channels [first, last)."""
-        begin, end = first * item // SECTOR * SECTOR, -(-last * item // SECTOR) * SECTOR
-        return of * min(end - begin, channels * item)
+def with_readers(needs: Needs) -> Needs:
+    return needs | {reader: [Launch()] * len(needs[of]) for of, reader in READERS.items() if of in needs}
 
-    x = [part(place, 0, c) for place in places]
-    # channels that bypass
-    rest = [part(place, c, channels) if K > 1 else 0 for place in places]
-    whole = [place * channels * item for place in places]
-    taps = 9 + 25 + 9 + 25
-    reduces = [stride == 2 and j < 2 for j in range(6)]
+
+def with_sums(needs: Needs, blocks: dict[str, list[int]]) -> Needs:
+    """What the blocks of each launch leave, added to the bytes of the kernel and of its reader."""
+    needs = dict(needs)
+    for kernel, reader in READERS.items():
+        if kernel in needs:
+            sums = [one.left * count for one, count in zip(needs[kernel], blocks[kernel], strict=True)]
+            for name in (kernel, reader):
+                launches = zip(needs[name], sums, strict=True)
+                needs[name] = [one._replace(bytes=one.bytes + size) for one, size in launches]
+    return needs
+
+
+def cell_needs(K: int, channels: int, side: int, stride: int, batch: int, item: int = 2) -> Needs:
+    """Of the forward and backward of a cell with two inputs and four nodes."""
+    c = channels // K
+    pixels = batch * (side // stride) ** 2
+    y, taps = pixels * c * item, 9 + 25 + 9 + 25
+    inputs, nodes = range(2), range(2, 6)
+    places = [pixels * stride**2] * 2 + [pixels] * 4
     leaving = [4, 4, 3, 2, 1, 0]
-    found: list[Work] = []
+    # outputs of an edge's first convolutions
+    outputs = [4 + (stride == 2)] * 2 + [4] * 4
+    streams = [sum(outputs[:s]) for s in range(6)]
 
-    def count(at: int) -> int:
-        return blocks[at] if blocks else 0
+    def part(first: int, last: int) -> list[int]:
+        """Bytes of each state's channels [first, last)."""
+        begin, end = first * item // SECTOR * SECTOR, -(-last * item // SECTOR) * SECTOR
+        return [place * min(end - begin, channels * item) for place in places]
 
-    def launch(kernel: str, size: float = 0, depthwise: float = 0, products: float = 0, sums: int = 0) -> int:
-        """depthwise, products: multiply-adds for each pixel of the output; sums: doubles that a block leaves
-        for each channel, returned as the bytes of all of them."""
+    x, whole, bypassed = part(0, c), part(0, channels), part(c, channels)
+
+    def launch(size: float, depthwise: float = 0, products: float = 0, sums: int = 0) -> Launch:
+        """depthwise, products: multiply-adds for each pixel of the output; sums: of a block, per channel."""
         tensor = item == 2 and c % 16 == 0
         cuda_cores = depthwise if tensor else depthwise + products
-        left = sums * count(len(found)) * c * 8
-        found.append(Work(kernel, size + left, pixels * cuda_cores, pixels * products if tensor else 0))
-        return left
+        return Launch(size, pixels * cuda_cores, pixels * products if tensor else 0, sums * c * 8)
 
-    def stages(s: int) -> None:
-        edges = leaving[s]
-        if not edges:
-            return
-        kept = edges * (4 + reduces[s])
+    def first_convs(s: int, edges: int, of: int) -> Launch:
         # both pools have statistics too; what several BatchNorms take is read once
-        moments = launch(
-            "conv_forward_kernel", x[s] + kept * y, edges * taps * c, kept * c * c, sums=2 * (kept + 2)
-        )
-        launch("merge_moments_kernel", moments)
-        moments = launch(
-            "conv_forward_kernel", 4 * edges * y, edges * (9 + 25) * c, edges * 2 * c * c, sums=4 * edges
-        )
-        launch("merge_moments_kernel", moments)
+        return launch(x[s] + edges * of * y, edges * taps * c, edges * of * c * c, 2 * (edges * of + 2))
 
-    def state_backward(s: int) -> None:
-        edges = leaving[s]
-        if not edges:
-            return
-        # nodes have a gradient from outside the cell
-        outer = s >= 2
-        # per edge: G, and (y, d) of its two separable, y of its other convolutions
-        read = edges * (1 + 2 * 2 + 2 + reduces[s]) * y + (1 + outer) * x[s]
-        products = edges * (4 + reduces[s]) * c * c
-        launch("state_backward_kernel", read + x[s], edges * taps * c, products)
-        if K > 1:
-            # the bypass lies between the mixed channels of a gradient
-            passed = edges * pixels * channels * item
-            launch("bypass_backward_kernel", passed + (1 + outer + (stride == 2 and s < 2)) * rest[s])
+    def second_convs(edges: int) -> Launch:
+        return launch(4 * edges * y, edges * 34 * c, edges * 2 * c * c, 4 * edges)
 
-    for s in range(6):
-        if s >= 2:
-            streams = sum(4 + reduces[j] for j in range(s))
-            launch("node_forward_kernel", streams * y + sum(whole[:s]) + whole[s], c * streams)
-        stages(s)
-    launch("update_running_kernel")
-    for s in range(5, 1, -1):
-        state_backward(s)
-        streams = sum(4 + reduces[j] for j in range(s))
-        dense = y if K > 1 else 0
-        # of each stream, both pools and the identity of each edge, the gradient, each bypass
-        rows = streams + 3 * s + 1 + (s if K > 1 else 0)
-        size = streams * y + sum(whole[:s]) + whole[s] + dense
-        sums = launch("node_backward_kernel", size, c * streams, sums=rows)
-        launch("node_finish_kernel", sums)
-        # per separable convolution, each of which has its own blocks: G, y of both halves, du
-        sums = launch("inner_backward_kernel", s * 2 * 4 * y, s * 34 * c, s * 2 * c * c, sums=2)
-        launch("inner_finish_kernel", sums)
-    for s in range(2):
-        state_backward(s)
-    return found
+    def state_backward(s: int, edges: int, of: int) -> Launch:
+        # per edge: g, and (y, d) of its two separable, y of its other convolutions; nodes have a gradient from
+        # outside the cell
+        read = edges * (1 + 2 + of) * y + (1 + (s in nodes)) * x[s]
+        return launch(read + x[s], edges * taps * c, edges * of * c * c)
+
+    def bypass_backward(s: int, edges: int) -> Launch:
+        # the bypass lies between the mixed channels of a gradient
+        times = 1 + (s in nodes) + (stride == 2 and s in inputs)
+        return launch(edges * pixels * channels * item + times * bypassed[s])
+
+    def node(s: int, dense: int = 0, sums: int = 0) -> Launch:
+        return launch(streams[s] * y + sum(whole[: s + 1]) + dense, c * streams[s], sums=sums)
+
+    def rows(s: int) -> int:
+        """Each stream, both pools and the identity of each edge, the gradient, each bypass."""
+        return streams[s] + 3 * s + 1 + (s if K > 1 else 0)
+
+    backwards = [s for s in (*reversed(nodes), *inputs) if leaving[s]]
+    needs = {
+        "conv_forward_kernel": [
+            one
+            for s in range(5)
+            for one in (first_convs(s, leaving[s], outputs[s]), second_convs(leaving[s]))
+        ],
+        "node_forward_kernel": [node(s) for s in nodes],
+        "update_running_kernel": [Launch()],
+        "node_backward_kernel": [node(s, y if K > 1 else 0, rows(s)) for s in reversed(nodes)],
+        # per separable convolution, each of which has its own blocks: g, y of both halves, du
+        "inner_backward_kernel": [
+            launch(s * 2 * 4 * y, s * 34 * c, s * 2 * c * c, 2) for s in reversed(nodes)
+        ],
+        "state_backward_kernel": [state_backward(s, leaving[s], outputs[s]) for s in backwards],
+    }
+    if K > 1:
+        needs["bypass_backward_kernel"] = [bypass_backward(s, leaving[s]) for s in backwards]
+    return with_readers(needs)
 
 
-def preprocessing_work(
-    c_in: int, c_out: int, side: int, stride: int, batch: int, blocks: Sequence[int] = (), item: int = 2
-) -> list[Work]:
-    """Every launch of a cell's preprocessing, in order: conv_bn.cu. `blocks`: as of `work`."""
+def preprocessing_needs(c_in: int, c_out: int, side: int, stride: int, batch: int, item: int = 2) -> Needs:
+    """Of the forward and backward of one of a cell's preprocessings."""
     pixels, part = batch * (side // stride) ** 2, c_out // stride
     # of a reduction every second pixel is read in every second row, once for each convolution
     x, dx, y = stride * pixels * c_in * item, batch * side**2 * c_in * item, pixels * c_out * item
     adds = pixels * c_in * c_out
 
-    def product(kernel: str, size: int, inputs: int, outputs: int) -> Work:
+    def product(size: int, inputs: int, outputs: int, left: int = 0) -> Launch:
         tensor = item == 2 and inputs % 16 == 0 and outputs % 8 == 0
-        return Work(kernel, size, 0 if tensor else adds, adds if tensor else 0)
+        return Launch(size, 0 if tensor else adds, adds if tensor else 0, left)
 
     # two doubles for each of a block's channels
-    moments, sums = (2 * 8 * blocks[0] * part, 2 * 8 * blocks[4] * c_out) if blocks else (0, 0)
-    return [
-        product("conv_norm_forward_kernel", x + y + moments, c_in, part),
-        Work("merge_moments_kernel", moments),
-        Work("conv_norm_affine_kernel", 2 * y),
-        Work("update_running_kernel"),
-        Work("conv_norm_sums_kernel", 2 * y + sums),
-        Work("inner_finish_kernel", sums),
-        product("conv_norm_backward_kernel", 2 * y + x + dx, part, c_in),
-    ]
+    return with_readers(
+        {
+            "conv_norm_forward_kernel": [product(x + y, c_in, part, 2 * 8 * part)],
+            "conv_norm_affine_kernel": [Launch(2 * y)],
+            "update_running_kernel": [Launch()],
+            "conv_norm_sums_kernel": [Launch(2 * y, left=2 * 8 * c_out)],
+            "conv_norm_backward_kernel": [product(2 * y + x + dx, part, c_in)],
+        }
+    )
 
 
-def print_table(launched: list[tuple[str, int, int]], needed: list[Work], used: dict[str, int]) -> None:
-    rows: dict[str, list[float]] = {}
-    assert [kernel for kernel, *_ in launched] == [one.kernel for one in needed]
-    for (kernel, blocks, shared), one in zip(launched, needed, strict=True):
-        row = rows.setdefault(kernel, [0] * 7)
-        row[0] += 1
-        row[1] = max(row[1], blocks)
-        row[2] = max(row[2], shared)
-        for i, value in enumerate((one.bytes, one.adds, one.tensor_adds, one.seconds)):
-            row[3 + i] += value
+def print_table(launched: list[tuple[str, int, int]], needs: Needs, used: dict[str, int]) -> None:
+    blocks, shared = defaultdict(list), defaultdict(list)
+    for kernel, *numbers in launched:
+        for by_kernel, number in zip((blocks, shared), numbers, strict=True):
+            by_kernel[kernel].append(number)
+    assert {kernel: len(of) for kernel, of in blocks.items()} == {
+        kernel: len(of) for kernel, of in needs.items()
+    }
+    needs = with_sums(needs, blocks)
     print(
         "| kernel | launches | blocks (most) | registers | shared KiB | MB | M multiply-adds "
         "| on tensor cores | floor µs |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for kernel, (count, blocks, shared, size, adds, tensor, seconds) in rows.items():
+
+    def print_row(name: str, facts: str, of: list[Launch]) -> None:
+        size, adds, tensor = (sum(one[i] for one in of) for i in range(3))
         print(
-            f"| {kernel} | {count:.0f} | {blocks:.0f} | {used.get(kernel, '')} | {shared / 1024:.1f} "
-            f"| {size / 1e6:.1f} | {adds / 1e6:.0f} | {tensor / 1e6:.0f} | {seconds * 1e6:.1f} |"
+            f"| {name} | {len(of)} | {facts} | {size / 1e6:.1f} | {adds / 1e6:.0f} "
+            f"| {tensor / 1e6:.0f} | {sum(one.seconds for one in of) * 1e6:.1f} |"
         )
-    total = [sum(row[i] for row in rows.values()) for i in range(7)]
-    print(
-        f"| **all** | {total[0]:.0f} | | | | {total[3] / 1e6:.1f} "
-        f"| {total[4] / 1e6:.0f} | {total[5] / 1e6:.0f} | {total[6] * 1e6:.1f} |"
-    )
-    print(f"\nLaunches add about {total[0] * LAUNCH * 1e6:.0f} µs inside a CUDA graph.")
+
+    for kernel in blocks:
+        facts = f"{max(blocks[kernel])} | {used.get(kernel, '')} | {max(shared[kernel]) / 1024:.1f}"
+        print_row(kernel, facts, needs[kernel])
+    print_row("**all**", "| |", [one for of in needs.values() for one in of])
+    print(f"\nLaunches add about {len(launched) * LAUNCH * 1e6:.0f} µs inside a CUDA graph.")
 
 
 def main() -> None:
     nvcc = emulated.find_nvcc()
     used = registers(str(nvcc)) if nvcc else {}
-    with tempfile.TemporaryDirectory() as folder:
-        emulated.load(emulated.build(Path(folder)))
+    with tempfile.TemporaryDirectory() as folder, emulated.Emulation(emulated.build(Path(folder))):
         print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
         print(__doc__.split("\n\n")[2].strip() if __doc__ else "")
         print()
@@ -318,16 +321,13 @@ def main() -> None:
         for cell in CELLS:
             name, K, channels, side, stride, batch = cell
             print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
-            launched = launches(*cell)
-            blocks = [blocks for _, blocks, _ in launched]
-            print_table(launched, work(K, channels, side, stride, batch, blocks), used)
+            print_table(launches(*cell), cell_needs(K, channels, side, stride, batch), used)
         for case in PREPROCESSING:
             name, c_in, c_out, side, stride, batch = case
             size = f"{side}x{side}, stride {stride}, batch {batch}"
             print(f"\n## Preprocessing, {name}: {c_in} -> {c_out}, {size}\n")
-            launched = preprocessing_launches(*case)
-            blocks = [blocks for _, blocks, _ in launched]
-            print_table(launched, preprocessing_work(c_in, c_out, side, stride, batch, blocks), used)
+            needs = preprocessing_needs(c_in, c_out, side, stride, batch)
+            print_table(preprocessing_launches(*case), needs, used)
 
 
 if __name__ == "__main__":

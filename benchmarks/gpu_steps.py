@@ -8,21 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rfdarts_fast.bench.variants import compile_mixed_ops
-from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
 from rfdarts_fast.ops import use_backend
+from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.search.architect import descend, gradients
 from rfdarts_fast.spaces import get_space
 
 if TYPE_CHECKING:
-    from benchmarks.cuda_predicted import Work
+    from benchmarks.cuda_predicted import Needs
 
 # K, stem, image side
 NETWORKS = {
@@ -193,7 +193,7 @@ def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, A
             nodes = cuda.mixed_cell(edges, inputs, weights, edge_weights)
             torch.autograd.backward(nodes, [torch.ones_like(node) for node in nodes])
 
-        found[f"{name}, batch {batch}"] = profiled(step, cuda_predicted.work(K, 16, 32, 1, batch), roof)
+        found[f"{name}, batch {batch}"] = profiled(step, cuda_predicted.cell_needs(K, 16, 32, 1, batch), roof)
     for stride, width in ((1, 16), (2, 32)):
         case = convs.ConvCase((1, 2, 2), torch.float32, (64, width), reduce=stride == 2)
         parts = case.parts(case.module.float().to(device))
@@ -203,26 +203,22 @@ def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, A
             out = cuda.relu_conv_bn(x, *parts)
             out.backward(torch.ones_like(out))
 
-        needed = cuda_predicted.preprocessing_work(64, width, 32, stride, batch)
-        found[f"preprocessing, stride {stride}, batch {batch}"] = profiled(preprocess, needed, roof)
+        needs = cuda_predicted.preprocessing_needs(64, width, 32, stride, batch)
+        found[f"preprocessing, stride {stride}, batch {batch}"] = profiled(preprocess, needs, roof)
     return found
 
 
-def profiled(
-    step: Callable[[], None], works: Sequence[Work], roof: dict[str, float]
-) -> dict[str, dict[str, float]]:
-    """The kernels of a step that needs `works`; see `kernel_times`."""
+def profiled(step: Callable[[], None], needs: Needs, roof: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The kernels of a step that `needs` so much; see `kernel_times`."""
     for _ in range(2):
         step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    needed: dict[str, list[float]] = {}
-    for one in works:
-        row = needed.setdefault(one.kernel, [0.0, 0.0])
-        row[0], row[1] = row[0] + one.bytes, row[1] + one.adds + one.tensor_adds
     rows: dict[str, dict[str, float]] = {}
-    for kernel, (size, adds) in needed.items():
+    for kernel, launches in needs.items():
+        size = sum(one.bytes for one in launches)
+        adds = sum(one.adds + one.tensor_adds for one in launches)
         events = [event for event in profile.key_averages() if kernel in event.key]
         ms = sum(event.device_time_total for event in events) / 1e3
         if not ms:

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, and what is built."""
+"""The machine that a run runs on: versions, hardware, kernels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 import rfdarts_fast
-from rfdarts_fast.ops import triton
-from rfdarts_fast.ops.compiled import cpu, cuda
+from rfdarts_fast.ops import backends
 
 _OPTIONAL = {
     "torchvision": "data sets cifar10, cifar100, svhn (pip install 'rfdarts_fast[vision]')",
@@ -61,7 +60,7 @@ def version_of(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """JSON values that tell where a run runs."""
+    """The machine, the versions and the command as JSON values."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -77,16 +76,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-def compiled_engines() -> dict[str, str]:
-    """What the compiled engines were built for and what runs, or why not."""
-    cpu, gpu = cpu.status(), cuda.status()
-    isa = f"{cpu['isa']} (best here: {cpu['isa_best']})" if cpu["built"] else f"none: {cpu['reason']}"
-    built = f"built for {gpu['archs']}" if gpu["built"] else "not built"
+def backend_status() -> dict[str, str]:
+    """The facts about each registered backend, as text."""
+
+    def text(fact: str, value: str | bool) -> str:
+        return f"{fact}: {value}" if isinstance(value, str) else f"{'' if value else 'not '}{fact}"
+
     return {
-        "cpu kernels": isa,
-        "cpu harness": str(cpu.get("harness", "not built")),
-        "cuda kernels": f"{built}; {gpu['reason']}" if "reason" in gpu else built,
-        "triton kernels": triton.missing() or "run here",
+        f"{name} kernels": ", ".join(text(*fact) for fact in backend.status().items())
+        for name, backend in backends().items()
     }
 
 

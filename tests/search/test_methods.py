@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from rfdarts_fast.retrain import train
 from rfdarts_fast.search import search
@@ -83,3 +84,11 @@ def test_a_search_learns(tiny_search):
         json.loads(line)["train"]["loss"] for line in (config.out / "metrics.jsonl").read_text().splitlines()
     ]
     assert sum(losses[-3:]) / 3 < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_search_in_bfloat16(tiny_search, tmp_path, backend):
+    search(tiny_search(amp="bf16", space="darts", channels=4, backend=backend))
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=False)["network"]
+    parts = [x for x in state.values() if x.is_floating_point()]
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in parts)

@@ -12,6 +12,7 @@ import torch
 from tests.kernels.cpu.cells import Problem, make_cell, needs_kernels
 from torch import library, nn
 
+from rfdarts_fast import ops
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
 from rfdarts_fast.ops import reference, use_backend
 from rfdarts_fast.ops.compiled import cpu
@@ -211,3 +212,21 @@ def test_memory_returns_to_the_pool():
     assert torch.ops.rfdarts.pool_cached() == before > 0
     torch.ops.rfdarts.pool_release()
     assert torch.ops.rfdarts.pool_cached() == 0
+
+
+@pytest.mark.parametrize("memory", ["fast", "recompute"])
+def test_autocast_on_the_cpu_keeps_branch_outputs_in_bfloat16(memory):
+    edges = list(make_cell(channels=4))
+    inputs = [torch.randn(2, 4, 6, 6) for _ in range(2)]
+    weights = torch.rand(5, 8).softmax(-1)
+    half = [x.bfloat16() for x in inputs]
+    with use_backend("native", memory), torch.autocast("cpu", torch.bfloat16):
+        found = [ops.mixed_cell(edges, x, weights) for x in (inputs, half)]
+        together = ops.concatenated_cell(edges, inputs, weights)
+    kept = "bfloat16" if memory == "fast" else memory
+    expected = [cpu.mixed_cell(edges, [y.float() for y in x], weights, memory=kept) for x in (inputs, half)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat(expected[0], 1), together, rtol=0, atol=0)
+    exact = cpu.mixed_cell(edges, inputs, weights)
+    same = all(torch.equal(a, b) for a, b in zip(exact, expected[0], strict=True))
+    assert same == (memory == "recompute")

@@ -14,10 +14,8 @@ def emulated_library(tmp_path_factory):
 @pytest.fixture
 def emulation(emulated_library):
     """The ops of cells are the CUDA kernels on the CPU; fresh memory is full of NaNs."""
-    native = torch.ops.rfdarts
-    emulated.load(emulated_library)
     torch.use_deterministic_algorithms(True)
-    yield torch.ops.rfdarts_emulated
+    with emulated.Emulation(emulated_library):
+        yield torch.ops.rfdarts_emulated
     torch.use_deterministic_algorithms(False)
-    torch.ops.rfdarts.shuffle(False)
-    torch.ops.rfdarts = native
+    torch.ops.rfdarts_emulated.shuffle(False)

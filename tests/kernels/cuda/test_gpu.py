@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import library
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
@@ -154,23 +155,25 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
+class Calls(TorchDispatchMode):
+    """The calls of one compiled op, as (overload, arguments)."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.found = name, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.overloadpacket is getattr(torch.ops.rfdarts, self.name):
+            self.found.append((function, arguments))
+        return function(*arguments, **(options or {}))
+
+
 def test_opcheck():
     case = Case((2, 8, 8), torch.float32, channels=8, nodes=2)
-    found = []
-    original = torch.ops.rfdarts.cell_forward
-
-    class Caught:
-        def __call__(self, *arguments):
-            found.append(arguments)
-            return original(*arguments)
-
-    torch.ops.rfdarts.cell_forward = Caught()
-    try:
+    with Calls("cell_forward") as calls:
         case.kernels()
-    finally:
-        torch.ops.rfdarts.cell_forward = original
-    tests = ("test_schema", "test_faketensor")
-    library.opcheck(original.default, found[0], test_utils=tests)
+    [call] = calls.found
+    library.opcheck(*call, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -32,7 +32,7 @@ def assert_exact(case):
     """With threads in the order of their numbers, and in random order."""
     expected = case.reference()
     for shuffled in (False, True):
-        torch.ops.rfdarts.shuffle(shuffled)
+        torch.ops.rfdarts_emulated.shuffle(shuffled)
         found = errors(case.emulated(), expected)
         assert all(error < 1e-10 for error in found.values()), (shuffled, found)
 
@@ -207,90 +207,63 @@ F64, BF16, CONV = "cuda/cell_f64.cu", "cuda/cell_bf16.cu", "cuda/conv_bn.cu"
 # header, what is there, what is planted, the source that is compiled again, dtype
 MUTATIONS = {
     "missing barrier, forward": (
-        "cuda/conv_forward.h",
-        "      }\n      __syncthreads();\n      if (pools) continue;",
-        "      }\n      if (pools) continue;",
-        F64,
-        "float64",
+        "cuda/conv_forward.h", "} __syncthreads(); if (pools) continue;", "} if (pools) continue;", F64, "float64"
     ),
     "missing barrier, backward": (
-        "cuda/conv_backward.h",
-        "    __syncthreads();\n    if (!strip.valid) continue;",
-        "    if (!strip.valid) continue;",
-        F64,
-        "float64",
+        "cuda/conv_backward.h", "__syncthreads(); if (!strip.valid) continue;", "if (!strip.valid) continue;",
+        F64, "float64",
     ),
     "off by one, width": (
-        "cuda/tile.h",
-        "unsigned(z) < unsigned(w)",
-        "unsigned(z) <= unsigned(w)",
-        F64,
-        "float64",
+        "cuda/tile.h", "unsigned(z) < unsigned(w)", "unsigned(z) <= unsigned(w)", F64, "float64"
     ),
     "off by one, window": (
-        "cuda/conv_backward.h",
-        "if (y - u < 0 || x - v < 0 || q >= high || p >= wide) continue;",
-        "if (y - u < 0 || x - v < 0 || q >= high || p >= wide - 1) continue;",
-        F64,
-        "float64",
+        "cuda/conv_backward.h", "p >= wide) continue;", "p >= wide - 1) continue;", F64, "float64"
     ),
     "off by one, tensor cores": (
-        "cuda/mma.h",
-        "*high = low + 8 * ld,",
-        "*high = low + 7 * ld,",
-        BF16,
-        "bfloat16",
+        "cuda/mma.h", "*high = low + 8 * ld,", "*high = low + 7 * ld,", BF16, "bfloat16"
     ),
     "missing sum, tensor cores": (
         "cuda/conv_backward.h",
         "if (c0 && has_high) acc[2] = high[0], acc[3] = high[1];",
         "if (c0 && has_high) acc[2] = high[0];",
-        BF16,
-        "bfloat16",
+        BF16, "bfloat16",
     ),
     "missing barrier before a chunk, preprocessing": (
-        "cuda/conv_bn_forward.h",
-        "      __syncthreads();\n      if (a.wide)",
-        "      if (a.wide)",
-        CONV,
-        "float64",
+        "cuda/conv_bn_forward.h", "__syncthreads(); if (a.wide)", "if (a.wide)", CONV, "float64"
     ),
     "missing barrier after the product, preprocessing": (
         "cuda/conv_bn_backward.h",
-        "      product.put(es, at.ldy, count);\n      __syncthreads();",
-        "      product.put(es, at.ldy, count);",
-        CONV,
-        "float64",
+        "product.put(es, at.ldy, count); __syncthreads();",
+        "product.put(es, at.ldy, count);",
+        CONV, "float64",
     ),
     "off by one, the second pixel of a reduction": (
         "cuda/conv_bn_forward.h",
         "(p - row * ow) * passes + pass) * x.pixel",
         "(p - row * ow) * passes) * x.pixel",
-        CONV,
-        "float64",
+        CONV, "float64",
     ),
     "no zeros between the pixels of a reduction": (
         "cuda/conv_bn_backward.h",
         "if (a.passes == 2) *reinterpret_cast",
         "if (a.passes == 2 && pass) *reinterpret_cast",
-        CONV,
-        "float64",
+        CONV, "float64",
     ),
     "off by one, tensor cores of preprocessing": (
-        "cuda/product.h",
-        "*high = low + 8 * ldd",
-        "*high = low + 7 * ldd",
-        CONV,
-        "bfloat16",
+        "cuda/product.h", "*high = low + 8 * ldd", "*high = low + 7 * ldd", CONV, "bfloat16"
     ),
     "weights of the first chunk for all": (
-        "cuda/conv_bn_forward.h",
-        "int skipped = c0 % s.wk *",
-        "int skipped = 0 *",
-        CONV,
-        "bfloat16",
+        "cuda/conv_bn_forward.h", "int skipped = c0 % s.wk *", "int skipped = 0 *", CONV, "bfloat16"
     ),
-}
+}  # fmt: skip
+
+
+def test_planting_depends_on_neither_white_space_nor_comments():
+    text = "int a=1;  // one\n\n  f( a );\nint ab = 1;"
+    assert emulated.plant(text, "int a = 1; f(a);", "f(1);").split() == ["f(1);", "int", "ab", "=", "1;"]
+    for twice_or_never in ("int", "1;", "f(b)"):
+        with pytest.raises(AssertionError, match="once"):
+            emulated.plant(text, twice_or_never, "")
 
 
 def test_the_check_passes_unchanged(emulated_library):
