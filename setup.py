@@ -99,10 +99,10 @@ def compile_kernels() -> list[str]:
     # not pip's temporary folder: it would take minutes at every change of any other file
     folder = Path("build/cuda").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    headers = [*CSRC.glob("cuda/*.h"), *CSRC.glob("include/rfdarts/*.h")]
+    headers = [*CSRC.glob("cuda/*.h"), *CSRC.glob("core/*.h")]
     changed = max(path.stat().st_mtime for path in headers)
     common = [str(find_nvcc()), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode()]
-    common += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    common += [f"-I{CSRC}"]
     key = folder / "command"
     if not key.is_file() or key.read_text() != " ".join(common):
         changed = float("inf")
@@ -171,7 +171,7 @@ def build_options() -> dict:
         found.optional = True
         return found
 
-    include = str((CSRC / "include").resolve())
+    include = str(CSRC.resolve())
     sources = (CSRC / "sources.txt").read_text().split()
     kernels = [source for source in sources if Path(source).name.startswith("isa")]
     extensions = []
@@ -182,7 +182,7 @@ def build_options() -> dict:
 
         found = Extension(
             HARNESS,
-            [str(CSRC / "harness.cpp")],
+            [str(CSRC / "bindings/harness.cpp")],
             include_dirs=[include, pybind11.get_include()],
             extra_compile_args={"cxx": [*FLAGS, "-O2"]},
             language="c++",
@@ -196,7 +196,7 @@ def build_options() -> dict:
         extensions.append(
             extension(
                 CUDA,
-                ["bindings_cuda.cpp", "cpu/cell.cpp"],
+                ["bindings/cuda.cpp", "core/cell.cpp"],
                 ["-O2", f'-DRFDARTS_CUDA_ARCHS="{" ".join(archs())}"'],
                 include_dirs=[include, str(home / "include")],
                 library_dirs=[str(home / "lib64"), str(home / "lib")],

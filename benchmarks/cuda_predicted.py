@@ -90,7 +90,7 @@ def registers(nvcc: str) -> dict[str, int]:
     for source in ("cell_bf16.cu", "cell.cu", "conv_bn.cu"):
         with tempfile.TemporaryDirectory() as folder:
             command = [nvcc, "-std=c++20", "-O3", "-arch=sm_90", "-Xptxas", "-v", f"-I{csrc}"]
-            command += [f"-I{csrc / 'include'}", "-cubin", str(csrc / "cuda" / source)]
+            command += ["-cubin", str(csrc / "cuda" / source)]
             command += ["-o", str(Path(folder) / "kernels.cubin")]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         pattern = r"Function properties for (\S+)\n.*?\n.*?Used (\d+) registers"

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from rfdarts_fast.data import DataError
+from rfdarts_fast.ops import BackendError
+from rfdarts_fast.retrain.config import TrainConfig, recipe_values
 from rfdarts_fast.runs.checkpoint import CheckpointError
 from rfdarts_fast.runs.config import ConfigError, RunConfig, read_yaml, require
 from rfdarts_fast.runs.run import Diverged
 from rfdarts_fast.runs.run_folder import RunFolderError
 from rfdarts_fast.runs.signals import Stopped
-from rfdarts_fast.ops import BackendError
-from rfdarts_fast.retrain.config import TrainConfig, recipe_values
 from rfdarts_fast.search.config import SearchConfig, preset_values
 
 USAGE = """\
@@ -134,7 +134,7 @@ def run_bench(args: list[str]) -> None:
     import torch
 
     from rfdarts_fast import bench
-    from rfdarts_fast.ops.compiled import cpu
+    from rfdarts_fast.ops import backends
 
     options = tyro.cli(BenchOptions, prog="rfdarts bench", args=args)
     for name in ("batch", "size", "channels", "layers", "rounds"):
@@ -144,19 +144,19 @@ def run_bench(args: list[str]) -> None:
     variants = ["eager", "eager-cl"]
     if options.compile:
         variants.append("compile")
-    if cpu.status()["built"]:
-        variants += ["native", "recompute", "bfloat16"]
+    if backends()["cpu"].status()["built"]:
+        variants += ["fast", "recompute", "bfloat16"]
     shape = {name: getattr(options, name) for name in ("batch", "size", "channels", "layers", "rounds")}
     print(bench.table(bench.run(options.method, variants, **shape, out=options.out)))
 
 
 def run_env(args: list[str]) -> None:
-    from rfdarts_fast.runs.environment import compiled_engines, environment, optional_packages
+    from rfdarts_fast.runs.environment import backend_status, environment, optional_packages
 
     argparse.ArgumentParser("rfdarts env", description="What is installed and built here.").parse_args(args)
     here = environment()
     del here["command"]
-    rows = {**here, **compiled_engines(), **optional_packages()}
+    rows = {**here, **backend_status(), **optional_packages()}
     for name, value in rows.items():
         print(f"{name:14} {', '.join(value) or 'none' if isinstance(value, list) else value}")
 

@@ -72,7 +72,7 @@ RF_INLINE void add_unshuffled_pixel(const T* from, int64_t cm, int64_t groups, T
 
 // the mixed op's channels of a shuffled image, dense
 template <class T>
-void take_mixed(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed) {
+void take_mixed(ImageView<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed) {
   int64_t cm = c / K;
   with_groups<T>(K, cm, [&](auto groups) {
     for (int64_t r = 0; r < h; r++)
@@ -94,7 +94,7 @@ void take_mixed(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed)
 
 // One row of sum_j scale[j] x[j], dense.
 template <class T>
-RF_INLINE void sum_row(int n, const View<T>* x, const T* scale, int64_t row, int64_t w, int64_t c, T* to) {
+RF_INLINE void sum_row(int n, const ImageView<T>* x, const T* scale, int64_t row, int64_t w, int64_t c, T* to) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
     for (int64_t q = 0; q < w; q++)
@@ -108,7 +108,7 @@ RF_INLINE void sum_row(int n, const View<T>* x, const T* scale, int64_t row, int
 
 // out = shuffle([mixed | sum_j scale[j] x[j]]); scratch of w c
 template <class T>
-void bypass_forward(int n, const View<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c, int64_t K,
+void bypass_forward(int n, const ImageView<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c, int64_t K,
                     T* out, T* scratch) {
   int64_t cm = c / K;
   for (int64_t r = 0; r < h; r++) {
@@ -148,7 +148,7 @@ RF_INLINE void join_streams(bool first, const T* const* g, int64_t at, const T* 
 
 // to = outer + [mixed | 0], a row; either may be null
 template <class T>
-RF_INLINE void start_row(const T* mixed, View<T> outer, int64_t row, int64_t w, int64_t c, int64_t cm, T* to) {
+RF_INLINE void start_row(const T* mixed, ImageView<T> outer, int64_t row, int64_t w, int64_t c, int64_t cm, T* to) {
   if (outer.data)
     with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
       for (int64_t q = 0; q < w; q++)
@@ -167,7 +167,7 @@ RF_INLINE void start_row(const T* mixed, View<T> outer, int64_t row, int64_t w, 
 
 // The gradients stay shuffled until they are summed, so each is read once and nothing is kept in between.
 template <class T>
-void join(const T* mixed, int n, const T* const* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
+void join(const T* mixed, int n, const T* const* g, const T* scale, ImageView<T> outer, ImageView<T> x, int64_t h, int64_t w,
           int64_t c, int64_t K, T* dst, double* dots, T* scratch) {
   int64_t cm = c / K, row = w * c;
   T *sum = scratch, *state = x.data ? scratch + row : nullptr, *nothing = scratch + 2 * row;
@@ -203,7 +203,7 @@ void join(const T* mixed, int n, const T* const* g, const T* scale, View<T> oute
 
 // 2x2 max pool with stride 2
 template <class T>
-void half_pool_forward(View<T> x, int64_t h, int64_t w, int64_t c, T* out) {
+void half_pool_forward(ImageView<T> x, int64_t h, int64_t w, int64_t c, T* out) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
     for (int64_t r = 0; r < h / 2; r++)
@@ -220,7 +220,7 @@ void half_pool_forward(View<T> x, int64_t h, int64_t w, int64_t c, T* out) {
 
 // dx [h][w][C] += d where x is its window's first maximum
 template <class T>
-void half_pool_backward(View<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx) {
+void half_pool_backward(ImageView<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
     for (int64_t r = 0; r < h / 2; r++)

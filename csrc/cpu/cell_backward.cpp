@@ -4,7 +4,7 @@
 // stored: norm_backward in image_backward.h.
 #include <algorithm>
 
-#include "cell_parts.h"
+#include "cpu/cell_context.h"
 
 namespace rfdarts {
 namespace {
@@ -22,21 +22,21 @@ struct Backward : CellContext<T, S> {
   CellBackward<T, S>& back;
   // per node: the gradient at the mixed op's output, and where channels bypass it the whole gradient, both dense
   std::vector<const T*> mixed_grad, node_grad;
-  std::vector<Batch<T>> state_grad;
+  std::vector<BatchView<T>> state_grad;
   // per BatchNorm: A, B, mean, C of its backward, see norm_backward
   std::vector<Coefficients<T>> norms;
   std::vector<double> edge_gradients;
 
   Backward(const Cell& cell, CellBackward<T, S>& back, const Parallel& parallel, const Allocate& allocate)
       : CellContext<T, S>(cell, back.forward, parallel, allocate), back(back), mixed_grad(cell.nodes),
-        node_grad(cell.nodes), state_grad(cell.inputs + cell.nodes), norms(cell.norms),
+        node_grad(cell.nodes), state_grad(cell.states()), norms(cell.norms),
         edge_gradients(cell.edges.size()) {
-    for (int s = 0; s < cell.inputs + cell.nodes; s++)
+    for (int s = 0; s < cell.states(); s++)
       if (!cell.sources[s].edges.empty()) this->plan_dense(s, cell.K > 1 && back.grad_edge_weights);
     for (int i = 0; i < cell.nodes; i++) state_grad[cell.inputs + i] = back.grad_nodes[i];
     std::fill_n(back.grad_gamma, cell.norms * cm, T(0));
     std::fill_n(back.grad_beta, cell.norms * cm, T(0));
-    std::fill_n(back.grad_mix, cell.edges.size() * cell.primitives, T(0));
+    std::fill_n(back.grad_op_weights, cell.edges.size() * cell.primitives, T(0));
   }
 
   // Gradients of a BatchNorm from sum g and sum g (y - mean) at its output, and what its input's gradient needs.
@@ -97,7 +97,7 @@ struct Backward : CellContext<T, S> {
       plan.widest = std::max(plan.widest, cell.sources[j].w);
     }
     plan.partials = this->take_sums(cell.images * plan.sums * cm);
-    const Batch<T>& g = state_grad[s];
+    const BatchView<T>& g = state_grad[s];
     bool ready = g.data && g.pixel == c && g.row == cell.ow * c && g.image == full;
     if (cell.K > 1 || !ready) plan.gathered = this->take(cell.images * size);
     mixed_grad[i] = plan.gathered ? plan.gathered : g.data;
@@ -117,7 +117,7 @@ struct Backward : CellContext<T, S> {
     int64_t size = cell.pixels() * cm;
     for (int j = 0; j < plan.count && queue.bytes() < kFetchAtMost; j++) {
       const auto& branches = cell.edges[plan.first + j].branches;
-      for (int p : plan.edges[j].kept) queue.add(this->slot(branches[p].slot, n), size * sizeof(S));
+      for (int p : plan.edges[j].kept) queue.add(this->branch_output(branches[p].output, n), size * sizeof(S));
       queue.add(this->mixed_image(j, n), size * sizeof(T));
     }
   }
@@ -125,7 +125,7 @@ struct Backward : CellContext<T, S> {
     int64_t size = cell.pixels() * cm, c = cell.channels, full = cell.pixels() * c;
     double* sum = plan.partials + n * plan.sums * cm;
     std::fill_n(sum, plan.sums * cm, 0.0);
-    View<T> whole = state_grad[cell.inputs + i][n];
+    ImageView<T> whole = state_grad[cell.inputs + i][n];
     if (plan.dense) {
       T* to = plan.dense + n * full;
       if (whole.data)
@@ -151,7 +151,7 @@ struct Backward : CellContext<T, S> {
       const auto& branches = cell.edges[plan.first + j].branches;
       double* to = sum + t.first * cm;
       room.kept.clear();
-      for (int p : t.kept) room.kept.push_back(this->slot(branches[p].slot, n));
+      for (int p : t.kept) room.kept.push_back(this->branch_output(branches[p].output, n));
       k.dot_kept(g, room.kept.size(), room.kept.data(), t.kept_mean.row(0), to, size, cm, room.scratch);
       const T* x = this->mixed_image(j, n);
       auto dot = [&](int64_t at, int64_t len, const T* max, const T* avg) {
@@ -186,10 +186,10 @@ struct Backward : CellContext<T, S> {
           const Branch& b = cell.edges[e].branches[p];
           double gradient = 0;
           if (b.norm >= 0)
-            gradient = norm_gradients(b.norm, this->strength(e, p), sum.data(), at);
+            gradient = norm_gradients(b.norm, this->term_weight(e, p), sum.data(), at);
           else
             for (int64_t ch = 0; ch < cm; ch++) gradient += at[ch];
-          back.grad_mix[e * cell.primitives + p] = T(this->edge_weight(e) * gradient);
+          back.grad_op_weights[e * cell.primitives + p] = T(this->edge_weight(e) * gradient);
           edge_gradient += this->mix(e, p) * gradient;
           at += cm;
         }
@@ -200,7 +200,6 @@ struct Backward : CellContext<T, S> {
   // Second halves of the edges that enter node i. What reaches the inner BatchNorm's output replaces the kept
   // output of the second half, which is not needed any more.
   void stage2(int i) {
-    Timed timed(kStage2Backward);
     std::vector<const Branch*> branches;
     int64_t work = 0;
     int first = cell.first_edge(i);
@@ -222,7 +221,7 @@ struct Backward : CellContext<T, S> {
     }
     double* partials = this->take_sums(cell.images * count * 2 * cm);
     Frame frame = k.frame(h, w, cm, 1);
-    this->parallel(cell.images, [&](Images& images) {
+    this->parallel(cell.images, [&](ImageQueue& images) {
       Scratch room;
       T* e = room.take<T>(frame.size, true);
       T* dx = room.take<T>(size);
@@ -232,23 +231,23 @@ struct Backward : CellContext<T, S> {
       images.each([&](int64_t n, int64_t next) {
         queue.clear();
         for (int64_t j = 0; j < count; j++) {
-          queue.add(this->slot(branches[j]->inner_slot, n), bytes);
-          if (j + 1 < count) queue.add(this->slot(branches[j + 1]->slot, n), bytes);
+          queue.add(this->branch_output(branches[j]->inner_output, n), bytes);
+          if (j + 1 < count) queue.add(this->branch_output(branches[j + 1]->output, n), bytes);
         }
         if (next >= 0) {
           queue.add(mixed_grad[i] + next * size, size * sizeof(T));
-          queue.add(this->slot(branches[0]->slot, next), bytes);
+          queue.add(this->branch_output(branches[0]->output, next), bytes);
         }
         Ahead ahead = queue.over(work);
         for (int64_t j = 0; j < count; j++) {
           const Branch& b = *branches[j];
           auto p = this->pair(b, true, 1);
-          S* y = this->slot(b.slot, n);
+          S* y = this->branch_output(b.output, n);
           k.conv_backward(mixed_grad[i] + n * size, y, norms[b.norm].row(0), h, w, cm, p.conv, p.dw, p.pw_t, frame,
                           e, false, dx, scratch, ahead);
           double* sums = partials + (n * count + j) * 2 * cm;
           std::fill_n(sums, 2 * cm, 0.0);
-          k.relu_backward_inner(dx, this->slot(b.inner_slot, n), affine[j].row(0), affine[j].row(1),
+          k.relu_backward_inner(dx, this->branch_output(b.inner_output, n), affine[j].row(0), affine[j].row(1),
                                 affine[j].row(2), y, sums, sums + cm, size, cm, scratch);
         }
       });
@@ -274,7 +273,7 @@ struct Backward : CellContext<T, S> {
     // a pool is the stream after the gradients
     Coefficients<T> identity, max_coef, avg_coef, max_bias, avg_bias, max_mean, avg_mean, zero;
     bool has_identity = false;
-    Batch<T> outer;
+    BatchView<T> outer;
     T* whole = nullptr;
     Frame frame{};
     std::vector<double> dots;  // of each edge's gradient with what bypassed it, per image
@@ -316,7 +315,7 @@ struct Backward : CellContext<T, S> {
         if (b.convolves()) plan.convs.push_back({&b, cell.edges[e].node}), plan.work += this->work(b);
         if (b.op == Op::MaxPool) pool(j, b, plan.max_coef, plan.max_mean, slopes[0], constants[0]);
         if (b.op == Op::AvgPool) pool(j, b, plan.avg_coef, plan.avg_mean, slopes[1], constants[1]);
-        if (b.op == Op::Identity) through += this->strength(e, p), plan.has_identity = true;
+        if (b.op == Op::Identity) through += this->term_weight(e, p), plan.has_identity = true;
       }
       plan.identity.set(j, through);
     }
@@ -335,13 +334,13 @@ struct Backward : CellContext<T, S> {
     Queue extra;
     Stage1Room(Scratch& room, const Backward& run, const Stage1& plan, const Source& source) {
       const Cell& cell = run.cell;
-      int64_t in = source.h * source.w * cell.mixed, size = cell.pixels() * cell.mixed;
+      int64_t in = source.h * source.w * cell.mixed_channels, size = cell.pixels() * cell.mixed_channels;
       e = room.take<T>(plan.frame.size, true);
       dx = room.take<T>(in);
       rest = room.take<T>(in);
-      scratch = room.take<T>(4 * (source.w + 2) * cell.mixed + 16384);
+      scratch = room.take<T>(4 * (source.w + 2) * cell.mixed_channels + 16384);
       for (T** p : {&d_max, &d_avg}) *p = room.take<T>(source.pools ? size : 0);
-      pool_scratch = room.take<T>(source.pools ? 8 * (source.w * cell.mixed + 96) : 0);
+      pool_scratch = room.take<T>(source.pools ? 8 * (source.w * cell.mixed_channels + 96) : 0);
       pools = run.take_pool_room(room, source.w);
       summed = room.take<T>(cell.K > 1 && source.stride == 2 ? cell.pixels() * cell.channels : 0);
       rows = room.take<T>((2 * source.w + 1) * cell.channels);
@@ -359,9 +358,9 @@ struct Backward : CellContext<T, S> {
     int node = -1;
     auto conv = [&](const typename Stage1::Term& t, int64_t n) {
       bool sep = t.branch->op == Op::SepConv;
-      queue.add(this->slot(sep ? t.branch->inner_slot : t.branch->slot, n), size * sizeof(S));
+      queue.add(this->branch_output(sep ? t.branch->inner_output : t.branch->output, n), size * sizeof(S));
       if (sep)
-        queue.add(this->slot(t.branch->slot, n), size * sizeof(S));
+        queue.add(this->branch_output(t.branch->output, n), size * sizeof(S));
       else if (t.node != node)
         queue.add(mixed_grad[node = t.node] + n * size, size * sizeof(T));
     };
@@ -387,13 +386,13 @@ struct Backward : CellContext<T, S> {
       const T* g = mixed_grad[t.node] + n * size;
       const T* coef = norms[b.op == Op::SepConv ? b.inner_norm : b.norm].row(0);
       if (b.op == Op::Reduce)
-        k.reduce_backward(g, this->slot(b.slot, n), coef, h, w, cm, data.weights + b.weight + 2 * cm * cm, room.dx,
+        k.reduce_backward(g, this->branch_output(b.output, n), coef, h, w, cm, data.conv_weights + b.weight + 2 * cm * cm, room.dx,
                           room.scratch, ahead);
       else if (b.op == Op::SepConv)
-        k.conv_backward_kept(this->slot(b.slot, n), this->slot(b.inner_slot, n), coef, h, w, cm, p.conv, p.dw, p.pw_t,
+        k.conv_backward_kept(this->branch_output(b.output, n), this->branch_output(b.inner_output, n), coef, h, w, cm, p.conv, p.dw, p.pw_t,
                              plan.frame, room.e, add, room.dx, room.scratch, ahead);
       else
-        k.conv_backward(g, this->slot(b.slot, n), coef, h, w, cm, p.conv, p.dw, p.pw_t, plan.frame, room.e, add,
+        k.conv_backward(g, this->branch_output(b.output, n), coef, h, w, cm, p.conv, p.dw, p.pw_t, plan.frame, room.e, add,
                         room.dx, room.scratch, ahead);
       add = true;
     }
@@ -426,7 +425,7 @@ struct Backward : CellContext<T, S> {
     const T* scale = plan.scale.data();
     T* dst = plan.whole + n * h * w * c;
     double* dots = plan.dots.empty() ? nullptr : plan.dots.data() + n * plan.count;
-    View<T> none{nullptr, 0, 0}, x_around = dots ? bypass[s][n] : none;
+    ImageView<T> none{nullptr, 0, 0}, x_around = dots ? bypass[s][n] : none;
     int count = around.size();
     if (count && source.stride == 2) {
       k.join(nullptr, count, around.data(), scale, none, x_around, cell.oh, cell.ow, c, cell.K, room.summed, dots,
@@ -445,7 +444,6 @@ struct Backward : CellContext<T, S> {
 
   // The gradient of state s, and the dot products of the edges that enter it.
   void state(int s) {
-    Timed timed(kStage1Backward);
     int i = s - cell.inputs;
     bool leaves = !cell.sources[s].edges.empty();
     Stage1 stage;
@@ -458,7 +456,7 @@ struct Backward : CellContext<T, S> {
       if (i >= 0) state_grad[s] = {stage.whole, full, row, cell.channels};
     }
     if (i >= 0) plan = plan_node(i);
-    this->parallel(cell.images, [&](Images& images) {
+    this->parallel(cell.images, [&](ImageQueue& images) {
       Scratch room;
       Stage1Room stage_room(room, *this, stage, cell.sources[s]);
       NodeRoom node_room(room, *this, plan);

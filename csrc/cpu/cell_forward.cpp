@@ -3,7 +3,7 @@
 // batch statistics. Threads split the images; statistics are summed in the images' order.
 #include <algorithm>
 
-#include "cell_parts.h"
+#include "cpu/cell_context.h"
 
 namespace rfdarts {
 namespace {
@@ -29,7 +29,7 @@ struct Forward : CellContext<T, S> {
     }
   }
   bool bypasses(int64_t branches) const {
-    return branches * cell.images * cell.image() * int64_t(sizeof(S)) > kBypassCache;
+    return branches * cell.images * cell.image_size() * int64_t(sizeof(S)) > kBypassCache;
   }
 
   struct Stage1 {
@@ -81,10 +81,10 @@ struct Forward : CellContext<T, S> {
     bool bypass_cache = bypasses(count);
     for (int64_t i = 0; i < count; i++) {
       const Branch& b = *plan.branches[i];
-      S* y = this->slot(b.op == Op::SepConv ? b.inner_slot : b.slot, n);
+      S* y = this->branch_output(b.op == Op::SepConv ? b.inner_output : b.output, n);
       double *mean = plan.moments.mean_of(n, i), *deviation = plan.moments.deviation_of(n, i);
       if (b.op == Op::Reduce) {
-        k.reduce_forward(room.x, plan.frame, h, w, cm, data.weights + b.weight, y, mean, deviation, room.scratch,
+        k.reduce_forward(room.x, plan.frame, h, w, cm, data.conv_weights + b.weight, y, mean, deviation, room.scratch,
                          ahead);
       } else {
         auto p = this->pair(b, false, source.stride);
@@ -105,7 +105,6 @@ struct Forward : CellContext<T, S> {
   }
 
   void stage2(int s) {
-    Timed timed(kStage2);
     std::vector<const Branch*> branches;
     int64_t work = 0;
     for (int e : cell.sources[s].edges)
@@ -118,21 +117,21 @@ struct Forward : CellContext<T, S> {
     Moments moments = this->take_moments(count);
     Frame frame = k.frame(h, w, cm, 1);
     bool bypass_cache = bypasses(count);
-    this->parallel(cell.images, [&](Images& images) {
+    this->parallel(cell.images, [&](ImageQueue& images) {
       Scratch room;
       T* u = room.take<T>(frame.size, true);
       T* scratch = room.take<T>(w * cm + 4 * cm + 16384);
       Queue queue;
       images.each([&](int64_t n, int64_t next) {
         queue.clear();
-        for (int64_t i = 1; i < count; i++) queue.add(this->slot(branches[i]->inner_slot, n), bytes);
-        if (next >= 0) queue.add(this->slot(branches[0]->inner_slot, next), bytes);
+        for (int64_t i = 1; i < count; i++) queue.add(this->branch_output(branches[i]->inner_output, n), bytes);
+        if (next >= 0) queue.add(this->branch_output(branches[0]->inner_output, next), bytes);
         Ahead ahead = queue.over(work);
         for (int64_t i = 0; i < count; i++) {
           const Branch& b = *branches[i];
-          k.frame_affine_relu(this->slot(b.inner_slot, n), affine[i].row(0), affine[i].row(1), h, w, cm, frame, u);
+          k.frame_affine_relu(this->branch_output(b.inner_output, n), affine[i].row(0), affine[i].row(1), h, w, cm, frame, u);
           auto p = this->pair(b, true, 1);
-          k.conv_forward(u, frame, h, w, cm, p.conv, p.dw, p.pw, this->slot(b.slot, n), bypass_cache,
+          k.conv_forward(u, frame, h, w, cm, p.conv, p.dw, p.pw, this->branch_output(b.output, n), bypass_cache,
                          moments.mean_of(n, i), moments.deviation_of(n, i), scratch, ahead);
         }
       });
@@ -163,11 +162,11 @@ struct Forward : CellContext<T, S> {
     };
     auto each = [&](auto&& wanted, auto&& add) {
       for (int p = 0; p < cell.primitives; p++)
-        if (wanted(edge.branches[p])) add(edge.branches[p], this->strength(e, p));
+        if (wanted(edge.branches[p])) add(edge.branches[p], this->term_weight(e, p));
     };
     each([](const Branch& b) { return b.convolves(); }, [&](const Branch& b, double strength) {
       normalised(t.kept, t.kept_mean, t.slots.size(), b, strength);
-      t.slots.push_back(b.slot);
+      t.slots.push_back(b.output);
     });
     // the order in which `node` lists the streams
     each([](const Branch& b) { return b.op == Op::MaxPool; }, [&](const Branch& b, double strength) {
@@ -213,7 +212,7 @@ struct Forward : CellContext<T, S> {
   struct NodeRoom {
     T *scratch, *inner;
     typename CellContext<T, S>::PoolRoom pools;
-    std::vector<View<T>> around;
+    std::vector<ImageView<T>> around;
     std::vector<const S*> kept;
     std::vector<const T*> from;
     NodeRoom(Scratch& room, const Forward& run, const Node& plan)
@@ -225,7 +224,7 @@ struct Forward : CellContext<T, S> {
   void fetch_node(const Node& plan, int64_t n, Queue& queue) const {
     int64_t size = cell.pixels() * cm, full = cell.pixels() * cell.channels;
     for (int j = 0; j < plan.count && queue.bytes() < kFetchAtMost; j++) {
-      for (int s : plan.edges[j].slots) queue.add(this->slot(s, n), size * sizeof(S));
+      for (int s : plan.edges[j].slots) queue.add(this->branch_output(s, n), size * sizeof(S));
       queue.add(this->mixed_image(j, n), size * sizeof(T));
       if (cell.K > 1) queue.add(bypass[j][n].data, full * sizeof(T));
     }
@@ -238,7 +237,7 @@ struct Forward : CellContext<T, S> {
       const Source& source = cell.sources[j];
       const Terms& t = plan.edges[j];
       room.kept.clear();
-      for (int s : t.slots) room.kept.push_back(this->slot(s, n));
+      for (int s : t.slots) room.kept.push_back(this->branch_output(s, n));
       k.sum_kept(sum, j == 0, room.kept.size(), room.kept.data(), t.kept.row(0), t.kept_mean.row(0),
                  plan.bias.row(0), size, period);
       const T* x = this->mixed_image(j, n);
@@ -261,13 +260,12 @@ struct Forward : CellContext<T, S> {
     if (cell.K > 1)
       k.bypass_forward(plan.count, room.around.data(), plan.scale.data(), sum, cell.oh, cell.ow, c, cell.K, out,
                        room.scratch);
-    if (data.together)
-      k.spread(out, cell.pixels(), c, data.together + (n * cell.pixels() * cell.nodes + i) * c, cell.nodes * c);
+    if (data.concat)
+      k.spread(out, cell.pixels(), c, data.concat + (n * cell.pixels() * cell.nodes + i) * c, cell.nodes * c);
   }
 
   // Makes state s, if it is a node and wanted, and runs stage 1 of the edges that leave it.
   void state(int s, bool nodes) {
-    Timed timed(kStage1);
     bool sums = nodes && s >= cell.inputs, leaves = !cell.sources[s].edges.empty();
     if (!sums && !leaves) return;
     Node plan;
@@ -276,7 +274,7 @@ struct Forward : CellContext<T, S> {
     else
       this->plan_dense(s, nodes && cell.K > 1);
     Stage1 stage = plan_stage1(s);
-    this->parallel(cell.images, [&](Images& images) {
+    this->parallel(cell.images, [&](ImageQueue& images) {
       Scratch room;
       NodeRoom node_room(room, *this, plan);
       Stage1Room stage_room(room, *this, stage, cell.sources[s]);
@@ -297,6 +295,14 @@ struct Forward : CellContext<T, S> {
     finish_stage1(stage);
   }
 
+  // nodes: false where they are there already
+  void run(bool nodes) {
+    for (int s = 0; s < cell.states(); s++) {
+      state(s, nodes);
+      stage2(s);
+    }
+  }
+
   Coefficients<T> affine(int norm) {
     Coefficients<T> a(2, cm, period);
     for (int64_t i = 0; i < cm; i++) {
@@ -310,15 +316,18 @@ struct Forward : CellContext<T, S> {
 }  // namespace
 
 template <class T, class S>
-void cell_forward(const Cell& cell, CellForward<T, S>& data, bool nodes, const Parallel& parallel,
-                  const Allocate& allocate) {
-  Forward<T, S> run(cell, data, parallel, allocate);
-  for (int s = 0; s < cell.inputs + cell.nodes; s++) {
-    run.state(s, nodes);
-    run.stage2(s);
-  }
+void cell_forward(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate) {
+  Forward<T, S>(cell, data, parallel, allocate).run(true);
 }
-template void cell_forward(const Cell&, CellForward<float, float>&, bool, const Parallel&, const Allocate&);
-template void cell_forward(const Cell&, CellForward<float, bf16>&, bool, const Parallel&, const Allocate&);
-template void cell_forward(const Cell&, CellForward<double, double>&, bool, const Parallel&, const Allocate&);
+template <class T, class S>
+void cell_branch_outputs(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel,
+                         const Allocate& allocate) {
+  Forward<T, S>(cell, data, parallel, allocate).run(false);
+}
+#define RF_CELL_FORWARD(T, S)                                                                       \
+  template void cell_forward(const Cell&, CellForward<T, S>&, const Parallel&, const Allocate&); \
+  template void cell_branch_outputs(const Cell&, CellForward<T, S>&, const Parallel&, const Allocate&);
+RF_CELL_FORWARD(float, float)
+RF_CELL_FORWARD(float, bf16)
+RF_CELL_FORWARD(double, double)
 }  // namespace rfdarts

@@ -8,4 +8,4 @@
 #include <immintrin.h>
 #endif
 
-#include "rfdarts/kernels.h"
+#include "cpu/kernels.h"

@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "rfdarts/kernels.h"
+#include "cpu/kernels.h"
 
 namespace rfdarts {
 extern const Kernels<float, float> table_baseline_f32;

@@ -1,6 +1,6 @@
-#include "includes.h"
+#include "cpu/includes.h"
 // float64 checks gradients; one build of it is enough
 #define RFDARTS_WITH_DOUBLE
 #define RFDARTS_ISA baseline
 #define RFDARTS_VECTOR_BYTES 16
-#include "table.h"
+#include "cpu/table.h"

@@ -4,18 +4,18 @@
 namespace rfdarts {
 namespace {
 namespace RFDARTS_ISA {
-#include "vec.h"
+#include "cpu/vec.h"
 
-#include "depthwise.h"
-#include "elementwise.h"
-#include "pointwise.h"
-#include "pool.h"
+#include "cpu/depthwise.h"
+#include "cpu/elementwise.h"
+#include "cpu/pointwise.h"
+#include "cpu/pool.h"
 
-#include "bypass.h"
-#include "image.h"
-#include "image_backward.h"
+#include "cpu/bypass.h"
+#include "cpu/conv_forward.h"
+#include "cpu/conv_backward.h"
 
-#include "image_1x1.h"
+#include "cpu/relu_conv_bn_kernels.h"
 
 template <class T, class S>
 constexpr Kernels<T, S> make_table(const char* name) {

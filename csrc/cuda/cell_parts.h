@@ -23,7 +23,7 @@ struct CellParts {
   const CellForward& data;
   cudaStream_t stream;
   const Allocate& allocate;
-  int n = int(cell.images), c = int(cell.channels), cm = int(cell.mixed), oh = int(cell.oh), ow = int(cell.ow);
+  int n = int(cell.images), c = int(cell.channels), cm = int(cell.mixed_channels), oh = int(cell.oh), ow = int(cell.ow);
   std::vector<Images<T>> states;
   Norms<T> norms;
   const Acc<T>*weights, *mix, *edge_weights;
@@ -35,13 +35,13 @@ struct CellParts {
     auto params = [](const void* p) { return static_cast<const Acc<T>*>(p); };
     norms = {params(data.gamma), params(data.beta), data.moments, data.moments + int64_t(cell.norms) * cm,
              Acc<T>(cell.eps), cm};
-    weights = params(data.weights), mix = params(data.mix), edge_weights = params(data.edge_weights);
+    weights = params(data.conv_weights), mix = params(data.op_weights), edge_weights = params(data.edge_weights);
   }
   static Images<T> dense(const T* data, int h, int w, int channels) {
     return {data, int64_t(h) * w * channels, w * channels, channels};
   }
-  T* slot(int s) const { return static_cast<T*>(data.kept) + s * cell.images * cell.image(); }
-  Images<T> slot_images(int s) const { return {slot(s), cell.image(), ow * cm, cm}; }
+  T* branch_output(int s) const { return static_cast<T*>(data.branch_outputs) + s * cell.images * cell.image_size(); }
+  Images<T> branch_output_images(int s) const { return {branch_output(s), cell.image_size(), ow * cm, cm}; }
   template <class U>
   U* take(int64_t count) const {
     return static_cast<U*>(allocate(count * int64_t(sizeof(U))));
@@ -55,7 +55,7 @@ struct CellParts {
     Node<T> p{};
     p.images = n, p.oh = oh, p.ow = ow, p.c = c, p.cm = cm;
     p.norms = norms, p.mix = mix, p.edge_weights = edge_weights;
-    int first = cell.first_edge(i), count = cell.inputs + i;
+    int first = cell.first_edge(i), count = cell.incoming(i);
     require(count <= kMaxIncoming, "edges of a node");
     for (int j = 0; j < count; j++) {
       int e = first + j;
@@ -71,7 +71,7 @@ struct CellParts {
         if (!b.convolves() && b.op != Op::Noise) continue;
         require(p.streams < kMaxBranches, "branches of a node");
         if (b.convolves())
-          p.stream[p.streams++] = {slot(b.slot), cell.image(), b.norm, at, e};
+          p.stream[p.streams++] = {branch_output(b.output), cell.image_size(), b.norm, at, e};
         else
           p.stream[p.streams++] = {static_cast<const T*>(data.noise[b.noise]), cell.pixels() * cm, -1, at, e};
       }

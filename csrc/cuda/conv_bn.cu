@@ -1,5 +1,5 @@
 // ReLU, frozen 1x1 convolution, BatchNorm as sequences of launches: forward three, backward three.
-#include "rfdarts/cuda_conv_bn.h"
+#include "cuda/relu_conv_bn.h"
 
 #include "cuda/cell_parts.h"
 #include "cuda/conv_bn_backward.h"
@@ -14,7 +14,7 @@ constexpr int kWeightsGoal = 40 << 10;
 
 template <class T>
 struct RunConvNorm {
-  const ConvNorm& a;
+  const ReLUConvBN& a;
   cudaStream_t stream;
   const Allocate& allocate;
   int pixels = int(a.images * a.oh() * a.ow()), co = int(a.co), ci = int(a.ci), passes = a.reduce ? 2 : 1;
@@ -46,7 +46,7 @@ struct RunConvNorm {
     p.x = images<T>(a.x);
     p.oh = int(a.oh()), p.ow = int(a.ow()), p.pixels = pixels, p.ci = ci, p.co = co, p.passes = passes;
     p.wide = ci % kWide<T> == 0 && aligned(p.x, kWide<T>);
-    p.weights = static_cast<const Acc<T>*>(a.weights);
+    p.weights = static_cast<const Acc<T>*>(a.conv_weights);
   }
   dim3 channel_grid(int64_t blocks) const { return dim3(unsigned(blocks), ceil_div(co, kChannels)); }
 
@@ -123,20 +123,20 @@ struct RunConvNorm {
   }
 };
 
-void check_size(const ConvNorm& a) {
+void check_size(const ReLUConvBN& a) {
   // threads without a pixel have the number 2^30
   if (a.images * a.oh() * a.ow() >= 1 << 30)
     throw std::invalid_argument("x: more pixels than the CUDA kernels have numbers for");
 }
 }  // namespace
 
-void conv_norm_forward(Storage storage, const ConvNorm& a, void* out, void* stream, const Allocate& allocate) {
+void relu_conv_bn_forward(Storage storage, const ReLUConvBN& a, void* out, void* stream, const Allocate& allocate) {
   check_size(a);
   with_storage(storage, [&]<class T>() {
     RunConvNorm<T>{a, static_cast<cudaStream_t>(stream), allocate}.forward(static_cast<T*>(out));
   });
 }
-void conv_norm_backward(Storage storage, const ConvNorm& a, const void* g, void* dx, void* grad_gamma,
+void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, const void* g, void* dx, void* grad_gamma,
                         void* grad_beta, void* stream, const Allocate& allocate) {
   check_size(a);
   with_storage(storage, [&]<class T>() {

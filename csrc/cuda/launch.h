@@ -6,7 +6,7 @@
 #include "cuda/conv_backward.h"
 #include "cuda/conv_forward.h"
 #include "cuda/node.h"
-#include "rfdarts/cuda_cell.h"
+#include "cuda/cell.h"
 
 namespace rfdarts::cuda {
 

@@ -1,7 +1,8 @@
 // What kernels are launched with: plain structs, passed by value.
 #pragma once
 #include "cuda/numeric.h"
-#include "rfdarts/cell.h"
+#include "core/cell.h"
+#include "core/running_stats.h"
 
 namespace rfdarts::cuda {
 
@@ -166,12 +167,12 @@ struct StateBackward : Back<T> {
 
 constexpr int kMaxNorms = 128;
 
-// Running statistics, each towards the batch's by `momentum`; the variance unbiased.
+// mean, variance: [norms][c] of the batch
 template <class A>
 struct RunningParams {
   const double *mean, *variance;
   int c, norms;
-  double momentum, unbias;
+  RunningUpdate update;
   struct {
     A *mean, *variance;
     int64_t* batches;

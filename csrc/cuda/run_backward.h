@@ -17,10 +17,10 @@ struct RunBackward : CellParts<T> {
 
   RunBackward(const Cell& cell, const CellBackward& back, cudaStream_t stream, const Allocate& allocate)
       : Parts(cell, back.forward, stream, allocate), back(back), state_grad(cell.inputs + cell.nodes),
-        mixed_grad(cell.nodes), du(cell.slots) {
+        mixed_grad(cell.nodes), du(cell.outputs) {
     for (int i = 0; i < cell.nodes; i++) state_grad[cell.inputs + i] = images<T>(back.grad_nodes[i]);
     auto params = [](void* p) { return static_cast<Acc<T>*>(p); };
-    grad_gamma = params(back.grad_gamma), grad_beta = params(back.grad_beta), grad_mix = params(back.grad_mix);
+    grad_gamma = params(back.grad_gamma), grad_beta = params(back.grad_beta), grad_mix = params(back.grad_op_weights);
     grad_edge_weights = params(back.grad_edge_weights);
     coef = this->template take<Acc<T>>(int64_t(cell.norms) * 4 * cm);
     zero(grad_mix, int64_t(cell.edges.size()) * cell.primitives);
@@ -61,12 +61,12 @@ struct RunBackward : CellParts<T> {
   }
 
   void common(Back<T>& p, int h, int w, int stride, int reach, bool pools) {
-    p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image();
+    p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
     p.weights = this->weights, p.norms = norms;
     p.tiling = backward_tiling<T>(n, h, w, cm, reach, stride, pools, p.region);
   }
   BackBranch<T> branch(const Branch& b, const Images<T>& g, int slot, int norm, int64_t weight) const {
-    return {g, this->slot(slot), coef + int64_t(norm) * 4 * cm, weight, int16_t(b.op), int8_t(b.kernel),
+    return {g, this->branch_output(slot), coef + int64_t(norm) * 4 * cm, weight, int16_t(b.op), int8_t(b.kernel),
             int8_t(b.dilation)};
   }
 
@@ -75,15 +75,15 @@ struct RunBackward : CellParts<T> {
     InnerFinish<T> f{};
     int first = cell.first_edge(i), reach = 0;
     p.wide = this->wide(mixed_grad[i]);
-    for (int e = first; e < first + cell.inputs + i; e++)
+    for (int e = first; e < first + cell.incoming(i); e++)
       for (const Branch& b : cell.edges[e].branches) {
         if (b.op != Op::SepConv) continue;
         Parts::require(p.branches < kMaxBranches / 2, "separable convolutions of a node");
-        du[b.slot] = this->template take<T>(cell.images * cell.image());
+        du[b.output] = this->template take<T>(cell.images * cell.image_size());
         int64_t second = b.weight + int64_t(b.kernel) * b.kernel * cm + 2 * int64_t(cm) * cm;
         f.norm[p.branches] = b.inner_norm;
-        p.branch[p.branches++] = {branch(b, mixed_grad[i], b.slot, b.norm, second), this->slot(b.inner_slot),
-                                  du[b.slot], b.inner_norm};
+        p.branch[p.branches++] = {branch(b, mixed_grad[i], b.output, b.norm, second), this->branch_output(b.inner_output),
+                                  du[b.output], b.inner_norm};
         reach = std::max(reach, this->reach(b));
       }
     if (!p.branches) return;
@@ -121,9 +121,9 @@ struct RunBackward : CellParts<T> {
         if (!b.convolves()) continue;
         Parts::require(p.branches < kMaxBranches, "branches of a state");
         bool sep = b.op == Op::SepConv;
-        Images<T> g = sep ? Images<T>{du[b.slot], cell.image(), ow * cm, cm} : leaving.g;
+        Images<T> g = sep ? Images<T>{du[b.output], cell.image_size(), ow * cm, cm} : leaving.g;
         p.branch[p.branches++] =
-            branch(b, g, sep ? b.inner_slot : b.slot, sep ? b.inner_norm : b.norm, b.weight);
+            branch(b, g, sep ? b.inner_output : b.output, sep ? b.inner_norm : b.norm, b.weight);
         reach = std::max(reach, b.op == Op::Reduce ? 0 : this->reach(b));
       }
     }

@@ -10,17 +10,15 @@ struct RunForward : CellParts<T> {
   using Parts = CellParts<T>;
   using Parts::cell, Parts::cm, Parts::data, Parts::n, Parts::norms, Parts::oh, Parts::ow, Parts::stream;
   using Parts::Parts;
-  // the statistics are already known
-  bool replay = false;
 
   // feeds: the BatchNorms behind each branch
   void convolve(ConvForward<T>& p, const std::vector<std::vector<int>>& feeds, int stride) {
     if (!p.branches) return;
-    p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image(), p.weights = this->weights, p.norms = norms;
+    p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size(), p.weights = this->weights, p.norms = norms;
     p.tiling = forward_tiling<T>(n, oh, ow, cm, p.reach, stride);
     p.wide = true;
     for (int b = 0; b < p.branches; b++) p.wide = p.wide && this->wide(p.branch[b].x);
-    bool moments = cell.training && !replay;
+    bool moments = cell.training;
     p.partial = moments ? this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm) : nullptr;
     int shared = ForwardShared<T>(p.tiling, cm, p.reach, stride).bytes;
     auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
@@ -51,12 +49,12 @@ struct RunForward : CellParts<T> {
         if (b.pools()) pools[b.op == Op::AvgPool].push_back(b.norm);
         if (!b.convolves()) continue;
         bool sep = b.op == Op::SepConv;
-        add(p) = {this->states[s], this->slot(sep ? b.inner_slot : b.slot), b.weight, -1, int16_t(b.op),
+        add(p) = {this->states[s], this->branch_output(sep ? b.inner_output : b.output), b.weight, -1, int16_t(b.op),
                   int8_t(b.kernel), int8_t(b.dilation)};
         p.reach = std::max(p.reach, this->reach(b));
         feeds.push_back({sep ? b.inner_norm : b.norm});
       }
-    if (cell.training && !replay)
+    if (cell.training)
       for (Op op : {Op::MaxPool, Op::AvgPool}) {
         if (pools[op == Op::AvgPool].empty()) continue;
         add(p) = {this->states[s], nullptr, 0, -1, int16_t(op), 3, 1};
@@ -74,7 +72,7 @@ struct RunForward : CellParts<T> {
       for (const Branch& b : cell.edges[e].branches) {
         if (b.op != Op::SepConv) continue;
         int64_t second = b.weight + int64_t(b.kernel) * b.kernel * cm + 2 * int64_t(cm) * cm;
-        add(p) = {this->slot_images(b.inner_slot), this->slot(b.slot), second, b.inner_norm, int16_t(b.op),
+        add(p) = {this->branch_output_images(b.inner_output), this->branch_output(b.output), second, b.inner_norm, int16_t(b.op),
                   int8_t(b.kernel), int8_t(b.dilation)};
         p.reach = std::max(p.reach, this->reach(b));
         feeds.push_back({b.norm});
@@ -109,7 +107,6 @@ struct RunForward : CellParts<T> {
 template <class T>
 void run_forward(const Cell& cell, const CellForward& data, bool nodes, cudaStream_t stream, const Allocate& allocate) {
   RunForward<T> run(cell, data, stream, allocate);
-  run.replay = !nodes;
   for (int s = 0; s < cell.inputs + cell.nodes; s++) {
     if (nodes && s >= cell.inputs) run.node(s - cell.inputs);
     if (cell.sources[s].edges.empty()) continue;

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "rfdarts/kernels.h"
+#include "cpu/kernels.h"
 
 namespace {
 float noise() { return float(std::rand()) / float(RAND_MAX) - 0.5f; }

@@ -16,9 +16,9 @@ import torch
 
 from rfdarts_fast.bench.roofs import machine_roofs, step_counts
 from rfdarts_fast.bench.variants import VARIANTS, Method, resident, step_of
+from rfdarts_fast.ops import backends
 from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.runs.files import write_json
-from rfdarts_fast.ops.compiled import cpu
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Result:
 
 def run(
     method: Method = "rf-darts",
-    variants: Sequence[str] = ("eager", "eager-cl", "native", "recompute", "bfloat16"),
+    variants: Sequence[str] = ("eager", "eager-cl", "fast", "recompute", "bfloat16"),
     batch: int = 64,
     size: int = 32,
     channels: int = 16,
@@ -62,11 +62,12 @@ def run(
     Raises:
         ValueError: for a variant that does not exist or that this machine cannot run.
     """
+    status = backends()["cpu"].status()
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-        if not variant.startswith(("eager", "compile")) and not cpu.status()["built"]:
-            raise ValueError(f"variant: {variant} needs the compiled kernels: {cpu.status()['reason']}")
+        if not variant.startswith(("eager", "compile")) and not status["built"]:
+            raise ValueError(f"variant: {variant} needs the compiled kernels: {status['reason']}")
     shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     cpu: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -105,7 +106,7 @@ def run(
         **shape,
         "dtype": "float32",
         **environment(),
-        "kernels": cpu.status(),
+        "kernels": status,
         "rounds": rounds,
         "load": os.getloadavg()[0],
         "roofs": machine_roofs(),

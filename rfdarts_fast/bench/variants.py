@@ -22,12 +22,12 @@ VARIANTS = {
     "eager": "reference, NCHW",
     "eager-cl": "reference, channels_last",
     "compile": "reference, torch.compile of each mixed op",
-    "native": "kernels, fast",
+    "fast": "kernels, fast",
     "recompute": "kernels, recompute",
     "bfloat16": "kernels, bfloat16 storage",
 }
 
-MEMORY: dict[str, ops.Memory] = {"native": "fast", "recompute": "recompute", "bfloat16": "bfloat16"}
+MEMORY: dict[str, ops.Memory] = {"fast": "fast", "recompute": "recompute", "bfloat16": "bfloat16"}
 
 
 def make_network(method: Method, channels: int, layers: int, space: str) -> SearchNetwork:
@@ -67,7 +67,7 @@ def step_of(
         if variant in ("eager", "eager-cl", "compile"):
             with ops.use_backend("reference"):
                 return step()
-        with ops.use_backend("native", MEMORY[variant]):
+        with ops.use_backend("cpu", MEMORY[variant]):
             return step()
 
     return run

@@ -56,8 +56,8 @@ class ReLUConvBN(nn.Module):
             nn.BatchNorm2d(c_out, affine=affine, track_running_stats=track),
         )
 
-    def layer(self) -> ops.Layer:
-        return (self.op[1],), self.op[2]  # type: ignore[return-value]
+    def layer(self) -> ops.ReLUConvBNLayer:
+        return ops.ReLUConvBNLayer((self.op[1],), self.op[2])  # type: ignore[arg-type]
 
     # self may be a foreign module of the same layout: see drop_in/fused.py
     def forward(self, x: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ class FactorizedReduce(nn.Module):
         self.conv_2 = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out, affine=affine, track_running_stats=track)
 
-    def layer(self) -> ops.Layer:
-        return (self.conv_1, self.conv_2), self.bn
+    def layer(self) -> ops.ReLUConvBNLayer:
+        return ops.ReLUConvBNLayer((self.conv_1, self.conv_2), self.bn)
 
     # as in ReLUConvBN
     def forward(self, x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class SearchCell(nn.Module):
         inputs = [s0, s1] if preprocessed else [self.preprocess0(s0), self.preprocess1(s1)]
         edges = mixed_ops(self)
         if self.multiplier == self.nodes:
-            return ops.concatenated_cell(edges, inputs, weights, edge_weights)
+            return ops.concat_cell(edges, inputs, weights, edge_weights)
         return torch.cat(ops.mixed_cell(edges, inputs, weights, edge_weights)[-self.multiplier :], dim=1)
 
 

@@ -1,29 +1,33 @@
-"""Which engine computes mixed ops: the user's wish, by `use_backend` or the variable RFDARTS_BACKEND."""
+"""The user's choice of a backend for mixed ops: `use_backend`, or the variable RFDARTS_BACKEND."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from typing import Literal, get_args
+from typing import get_args
 
-Backend = Literal["auto", "reference", "native", "triton"]
-Memory = Literal["fast", "bfloat16", "recompute"]
+from rfdarts_fast.ops.contract import Memory, backends
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for by name cannot run; the message says why."""
+    """A backend that was asked for by name and cannot run; the message says why."""
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names that `use_backend` takes."""
+    return ("auto", "reference", *backends())
 
 
 class use_backend:
-    """Chooses the engine for mixed ops, at once and, in a `with` statement, until its end.
+    """Chooses the backend for mixed ops, at once and, in a `with` statement, until its end.
 
     Args:
-        name: "auto" takes the fastest engine that can run and says once why one cannot; "reference" is plain
-            PyTorch; "native" (C++ on the CPU, CUDA C++ on a GPU) and "triton" (on a GPU) raise BackendError
-            where they cannot run.
-        memory: what engines keep between forward and backward: "fast" all branch outputs, "bfloat16"
+        name: "auto" takes the first that can run, and says once why others cannot; "reference" is plain
+            PyTorch; "cpu" and "cuda" (compiled C++), "triton" and every other registered backend raise
+            BackendError where they cannot run.
+        memory: what a backend keeps between forward and backward: "fast" all branch outputs, "bfloat16"
             those rounded to half the bytes, "recompute" node states only. The gradients of "fast" and
             "recompute" are the same bit for bit.
 
@@ -32,12 +36,12 @@ class use_backend:
     """
 
     # the variable is checked at the first use, so that importing the package never fails
-    name: Backend = os.environ.get("RFDARTS_BACKEND", "auto")  # type: ignore[assignment]
+    name: str = os.environ.get("RFDARTS_BACKEND", "auto")
     memory: Memory = "fast"
 
-    def __init__(self, name: Backend, memory: Memory = "fast") -> None:
-        if name not in get_args(Backend):
-            raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {name!r}")
+    def __init__(self, name: str, memory: Memory = "fast") -> None:
+        if name not in backend_names():
+            raise ValueError(f"backend: expected one of {', '.join(backend_names())}, got {name!r}")
         if memory not in get_args(Memory):
             raise ValueError(f"memory: expected one of {', '.join(get_args(Memory))}, got {memory!r}")
         self._before = use_backend.name, use_backend.memory
@@ -50,20 +54,19 @@ class use_backend:
         use_backend.name, use_backend.memory = self._before
 
 
-def backend_name() -> Backend:
-    """The backend in force; BackendError if RFDARTS_BACKEND names one that does not exist."""
-    if use_backend.name not in get_args(Backend):
+def backend_name() -> str:
+    """The name in force; BackendError if RFDARTS_BACKEND holds one that does not exist."""
+    if use_backend.name not in backend_names():
         raise BackendError(
-            f"RFDARTS_BACKEND: expected one of {', '.join(get_args(Backend))}, got {use_backend.name!r}"
+            f"RFDARTS_BACKEND: expected one of {', '.join(backend_names())}, got {use_backend.name!r}"
         )
     return use_backend.name
 
 
 def fall_back(reason: str, expected: bool = False) -> None:
-    """The fast engine cannot run because of `reason`: BackendError if it was asked for by name; otherwise it
-    is told once, unless it was to be expected."""
+    """Raises BackendError if a backend was asked for by name; else warns, once, unless `expected`."""
     if use_backend.name != "auto":
         raise BackendError(f"backend: {use_backend.name} cannot run: {reason}")
-    if not expected and reason not in _told:
-        _told.add(reason)
+    if not expected and reason not in _warned:
+        _warned.add(reason)
         warnings.warn(f"mixed ops run on the slow PyTorch reference: {reason}", RuntimeWarning, stacklevel=4)

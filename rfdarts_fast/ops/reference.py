@@ -8,33 +8,12 @@ node's incoming edges.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Edge(Protocol):
-    """What an engine needs to know of a mixed op; `rfdarts_fast.nn.MixedOp` is one.
-
-    Attributes:
-        primitives: names of the candidates, in the space's order.
-        _ops: the candidates as modules, in the same order; each maps [N, C/K, H, W] to [N, C/K, H', W'].
-        channels: C, all channels of the edge.
-        stride: 1 or 2.
-        K: 1/K of the channels are mixed, the others bypass.
-    """
-
-    primitives: tuple[str, ...]
-    _ops: nn.ModuleList
-    channels: int
-    stride: int
-    K: int
-
-
-# a convolution, or FactorizedReduce's two, and the BatchNorm behind
-Layer = tuple[tuple[nn.Conv2d, ...], nn.BatchNorm2d]
+from rfdarts_fast.ops.contract import EdgeModule
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
@@ -58,11 +37,11 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
     return norm(torch.cat([convs[0](x), convs[1](x[:, :, 1:, 1:])], dim=1))
 
 
-def mixed_op(edge: Edge, x: Tensor, weights: Tensor) -> Tensor:
-    """One edge: x [N, C, H, W], weights [primitives] -> [N, C, H / stride, W / stride]."""
+def mixed_op(edge: EdgeModule, x: Tensor, op_weights: Tensor) -> Tensor:
+    """One edge: x [N, C, H, W], op_weights [primitives] -> [N, C, H / stride, W / stride]."""
     mixed = x[:, : edge.channels // edge.K]
     total = None
-    for name, op, weight in zip(edge.primitives, edge._ops, weights, strict=True):
+    for name, op, weight in zip(edge.primitives, edge._ops, op_weights, strict=True):
         # `none` adds nothing, and its weight gets a zero gradient either way
         if name == "none":
             continue
@@ -79,12 +58,15 @@ def mixed_op(edge: Edge, x: Tensor, weights: Tensor) -> Tensor:
 
 
 def mixed_node(
-    edges: Sequence[Edge], inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
+    edges: Sequence[EdgeModule],
+    inputs: Sequence[Tensor],
+    op_weights: Tensor,
+    edge_weights: Tensor | None = None,
 ) -> Tensor:
-    """The sum of all edges that enter a node; weights [edges, primitives], edge_weights [edges] or None."""
+    """The sum of the edges that enter a node; op_weights [edges, primitives], edge_weights [edges]."""
     total = None
     for i, (edge, x) in enumerate(zip(edges, inputs, strict=True)):
-        term = mixed_op(edge, x, weights[i])
+        term = mixed_op(edge, x, op_weights[i])
         if edge_weights is not None:
             term = edge_weights[i] * term
         total = term if total is None else total + term
@@ -93,7 +75,10 @@ def mixed_node(
 
 
 def mixed_cell(
-    edges: Sequence[Edge], inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
+    edges: Sequence[EdgeModule],
+    inputs: Sequence[Tensor],
+    op_weights: Tensor,
+    edge_weights: Tensor | None = None,
 ) -> list[Tensor]:
     """All nodes of a cell, each fed by the inputs and every earlier node; see `ops.mixed_cell`."""
     states = list(inputs)
@@ -101,6 +86,6 @@ def mixed_cell(
     while start < len(edges):
         node = slice(start, start + len(states))
         node_edge_weights = None if edge_weights is None else edge_weights[node]
-        states.append(mixed_node(edges[node], states, weights[node], node_edge_weights))
+        states.append(mixed_node(edges[node], states, op_weights[node], node_edge_weights))
         start = node.stop
     return states[len(inputs) :]

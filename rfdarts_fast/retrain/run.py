@@ -17,6 +17,9 @@ from rfdarts_fast.data import (
     default_augment,
     evaluation_augment,
 )
+from rfdarts_fast.nn import NasBench201Network, Network
+from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
+from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.runs.checkpoint import load_checkpoint
 from rfdarts_fast.runs.config import ConfigError, from_plain
 from rfdarts_fast.runs.files import write_json, write_text
@@ -31,9 +34,6 @@ from rfdarts_fast.runs.run import (
 )
 from rfdarts_fast.runs.run_folder import RunFolder, RunFolderError, read_config
 from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
-from rfdarts_fast.nn import NasBench201Network, Network
-from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
-from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.spaces import AnyGenotype, CellGenotype, parse, to_json
 
 

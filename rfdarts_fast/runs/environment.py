@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 import rfdarts_fast
-from rfdarts_fast.ops import triton
-from rfdarts_fast.ops.compiled import cpu, cuda
+from rfdarts_fast.ops import backends
 
 _OPTIONAL = {
     "torchvision": "data sets cifar10, cifar100, svhn (pip install 'rfdarts_fast[vision]')",
@@ -77,16 +76,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def compiled_engines() -> dict[str, str]:
-    """What the compiled engines were built for and what runs, or why not."""
-    cpu, gpu = cpu.status(), cuda.status()
-    isa = f"{cpu['isa']} (best here: {cpu['isa_best']})" if cpu["built"] else f"none: {cpu['reason']}"
-    built = f"built for {gpu['archs']}" if gpu["built"] else "not built"
+def backend_status() -> dict[str, str]:
+    """The backends by name: what they were built for, and what runs or the reason why nothing does."""
     return {
-        "cpu kernels": isa,
-        "cpu harness": str(cpu.get("harness", "not built")),
-        "cuda kernels": f"{built}; {gpu['reason']}" if "reason" in gpu else built,
-        "triton kernels": triton.missing() or "run here",
+        f"{name} kernels": ", ".join(f"{key} {value}" for key, value in backend.status().items())
+        for name, backend in backends().items()
     }
 
 

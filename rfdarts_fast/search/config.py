@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rfdarts_fast.nn import ConvInit, GammaInit
+from rfdarts_fast.ops import Memory
 from rfdarts_fast.runs.config import (
     RunConfig,
     check_choices,
@@ -13,8 +15,6 @@ from rfdarts_fast.runs.config import (
     require_not_negative,
     require_positive,
 )
-from rfdarts_fast.nn import ConvInit, GammaInit
-from rfdarts_fast.ops import Backend, Memory
 
 Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
 SpaceName = Literal["darts", "s1", "s2", "s3", "s4", "nasbench201"]
@@ -124,7 +124,7 @@ class SearchConfig(RunConfig):
     validate_every: int = 1
     """Epochs between evaluations on the validation half; 0 for never."""
 
-    backend: Backend = "auto"
+    backend: str = "auto"
     """Engine of the mixed ops: auto takes the fastest that can run, native is compiled C++ or CUDA, triton
     is for GPUs, reference is plain PyTorch."""
     memory: Memory = "fast"

@@ -19,6 +19,7 @@ from rfdarts_fast.data import (
     split_per_class,
     split_stratified,
 )
+from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs.config import require
 from rfdarts_fast.runs.files import write_text
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
@@ -34,7 +35,6 @@ from rfdarts_fast.runs.run import (
 )
 from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
-from rfdarts_fast.ops import use_backend
 from rfdarts_fast.search.architect import Architect, Batch, descend, gradients
 from rfdarts_fast.search.build import build_supernet, weight_groups
 from rfdarts_fast.search.config import SearchConfig

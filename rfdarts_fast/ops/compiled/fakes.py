@@ -1,84 +1,180 @@
-"""Shapes of the compiled ops, for tracing; one function per op that returns tensors."""
+"""Shapes of the compiled ops, for tracing; one function per op that returns tensors.
+
+csrc/README.md has the table of arguments that these and the C++ checks follow.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, library
 
-from rfdarts_fast.ops.compiled.plan import Op
+from rfdarts_fast.ops.contract import CellShape
 
-# numbers per primitive in a spec, and before the first edge
-_BRANCH, _HEAD = 7, 6
+
+def _expect(name: str, x: Tensor, shape: Sequence[int | None]) -> None:
+    """Raises ValueError unless x has the shape; None stands for any size."""
+    if len(x.shape) != len(shape) or any(e not in (None, s) for s, e in zip(x.shape, shape, strict=True)):
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected [{expected}], got {[*x.shape]}")
+
+
+def _expect_count(name: str, tensors: Sequence[Tensor], count: int) -> None:
+    if len(tensors) != count:
+        raise ValueError(f"{name}: expected {count}, got {len(tensors)}")
 
 
 def _state(x: Tensor, channels: int, h: int, w: int) -> Tensor:
-    empty = x.new_empty_strided((x.shape[0], channels, h, w), (h * w * channels, 1, w * channels, channels))
-    return empty
+    """An empty [N, channels, h, w] in channels_last order."""
+    return x.new_empty_strided((x.shape[0], channels, h, w), (h * w * channels, 1, w * channels, channels))
 
 
-def _kept(x: Tensor, spec: list[int], bfloat16: bool) -> Tensor:
-    primitives, K, stride = spec[2], spec[4], spec[_HEAD]
-    slots, at = 0, _HEAD
-    while at < len(spec):
-        for code in spec[at + 1 : at + 1 + primitives * _BRANCH : _BRANCH]:
-            slots += {Op.SEP_CONV: 2, Op.DIL_CONV: 1, Op.REDUCE: 1}.get(Op(code), 0)
-        at += 1 + primitives * _BRANCH
-    image = x.shape[2] // stride * (x.shape[3] // stride) * (x.shape[1] // K)
-    dtype = torch.bfloat16 if bfloat16 and x.dtype == torch.float32 else x.dtype
-    return x.new_empty(slots * x.shape[0] * ((image + 31) // 32 * 32), dtype=dtype)
+class _Cell:
+    """An encoded cell with its inputs; the shapes of what goes in are checked."""
+
+    def __init__(self, inputs: list[Tensor], cell: list[int]) -> None:
+        self.shape = shape = CellShape.of(cell)
+        self.x = x = inputs[0]
+        self.n, self.channels, h, w = x.shape
+        self.mixed = self.channels // shape.K
+        self.h, self.w = h // shape.stride, w // shape.stride
+        _expect_count("inputs", inputs, shape.inputs)
+        for state in inputs:
+            _expect("inputs", state, (self.n, self.channels, None, None))
+
+    def expect(
+        self,
+        gamma: Tensor,
+        beta: Tensor,
+        op_weights: Tensor,
+        edge_weights: Tensor | None = None,
+        moments: Tensor | None = None,
+        noise: Sequence[Tensor] = (),
+        nodes: Sequence[Tensor] | None = None,
+    ) -> None:
+        _expect("gamma", gamma, (self.shape.norms, self.mixed))
+        _expect("beta", beta, (self.shape.norms, self.mixed))
+        _expect("op_weights", op_weights, (self.shape.edges, self.shape.primitives))
+        if edge_weights is not None:
+            _expect("edge_weights", edge_weights, (self.shape.edges,))
+        if moments is not None:
+            _expect("moments", moments, (2, self.shape.norms, self.mixed))
+        for drawn in noise:
+            _expect("noise", drawn, (self.n, self.mixed, self.h, self.w))
+        if nodes is not None:
+            _expect_count("nodes", nodes, self.shape.nodes)
+            for node in nodes:
+                _expect("nodes", node, (self.n, self.channels, self.h, self.w))
+
+    def branch_outputs(self, bfloat16: bool) -> Tensor:
+        # an image is a whole number of vectors
+        image = (self.h * self.w * self.mixed + 31) // 32 * 32
+        dtype = torch.bfloat16 if bfloat16 and self.x.dtype == torch.float32 else self.x.dtype
+        return self.x.new_empty(self.shape.outputs * self.n * image, dtype=dtype)
 
 
 def _cell_forward(
-    inputs, noise, weights, gamma, beta, mix, edge_weights, moments, spec, eps, bfloat16, together
+    inputs, noise, conv_weights, gamma, beta, op_weights, edge_weights, moments, cell, eps, bfloat16, concat
 ):
-    x, (_, nodes, _, norms, K), stride = inputs[0], spec[:5], spec[_HEAD]
-    h, w = x.shape[2] // stride, x.shape[3] // stride
-    states = [_state(x, x.shape[1], h, w) for _ in range(nodes)]
-    concatenated = _state(x, nodes * x.shape[1], h, w) if together else x.new_empty(0)
-    used = x.new_empty(2, norms, x.shape[1] // K, dtype=torch.float64)
-    return states, concatenated, _kept(x, spec, bfloat16), used
+    c = _Cell(inputs, cell)
+    c.expect(gamma, beta, op_weights, edge_weights, moments, noise)
+    nodes = [_state(c.x, c.channels, c.h, c.w) for _ in range(c.shape.nodes)]
+    whole = _state(c.x, c.shape.nodes * c.channels, c.h, c.w) if concat else c.x.new_empty(0)
+    used_moments = c.x.new_empty(2, c.shape.norms, c.mixed, dtype=torch.float64)
+    return nodes, whole, c.branch_outputs(bfloat16), used_moments
 
 
-def _cell_kept(inputs, nodes, weights, gamma, beta, mix, moments, spec, eps, bfloat16):
-    return _kept(inputs[0], spec, bfloat16)
+def _cell_branch_outputs(inputs, nodes, conv_weights, gamma, beta, op_weights, moments, cell, eps, bfloat16):
+    c = _Cell(inputs, cell)
+    c.expect(gamma, beta, op_weights, None, moments, (), nodes)
+    return c.branch_outputs(bfloat16)
 
 
 def _cell_backward(
-    grads, grad_nodes, inputs, nodes, noise, weights, gamma, beta, mix, edge_weights, moments, kept, spec,
-    eps, bfloat16, wanted,
+    grads, grad_nodes, inputs, nodes, noise, conv_weights, gamma, beta, op_weights, edge_weights, moments,
+    branch_outputs, cell, training, eps, bfloat16, needs_input_grad,
 ):  # fmt: skip
-    x, primitives = inputs[0], spec[2]
-    width = 1 + primitives * _BRANCH
-    edges = (len(spec) - _HEAD) // width
-    shape = (spec[3], x.shape[1] // spec[4])
+    c = _Cell(inputs, cell)
+    c.expect(gamma, beta, op_weights, edge_weights, moments, noise, nodes)
+    _expect_count("grads", grads, len(grad_nodes))
+    for grad in grads:
+        _expect("grads", grad, (c.n, c.channels, c.h, c.w))
+    _expect("branch_outputs", branch_outputs, c.branch_outputs(bfloat16).shape)
     return (
-        [_state(inputs[j], x.shape[1], inputs[j].shape[2], inputs[j].shape[3]) for j in wanted],
-        gamma.new_empty(shape),
-        gamma.new_empty(shape),
-        mix.new_empty(edges, primitives),
-        mix.new_empty(0 if edge_weights is None else edges),
+        [_state(inputs[i], c.channels, *inputs[i].shape[2:]) for i in needs_input_grad],
+        torch.empty_like(gamma),
+        torch.empty_like(beta),
+        torch.empty_like(op_weights),
+        op_weights.new_empty(0 if edge_weights is None else c.shape.edges),
     )
 
 
-def _conv_bn_forward(x, weights, gammas, betas, moments, eps, reduce):
-    half, widths = 2 if reduce else 1, [gamma.shape[0] for gamma in gammas]
-    outs, ys = ([_state(x, c, x.shape[2] // half, x.shape[3] // half) for c in widths] for _ in range(2))
-    return outs, ys, [x.new_empty(2, c, dtype=torch.float64) for c in widths]
+def _expect_layers(
+    x: Tensor,
+    conv_weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    moments: list[Tensor],
+    reduce: bool,
+) -> None:
+    _expect("x", x, (None,) * 4)
+    _expect_count("gammas", gammas, len(conv_weights))
+    _expect_count("betas", betas, len(conv_weights))
+    if moments:
+        _expect_count("moments", moments, len(conv_weights))
+    for i, (weights, gamma, beta) in enumerate(zip(conv_weights, gammas, betas, strict=True)):
+        _expect("gammas", gamma, (None,))
+        _expect("betas", beta, gamma.shape)
+        # the matrix and its transpose
+        _expect("conv_weights", weights, (2 * (2 if reduce else 1) * x.shape[1] * gamma.shape[0],))
+        if moments:
+            _expect("moments", moments[i], (2, gamma.shape[0]))
 
 
-def _conv_bn_backward(grads, x, ys, weights, gammas, betas, moments, eps, training, reduce, wanted):
-    dx = _state(x, *x.shape[1:]) if wanted else x.new_empty_strided((0, 1, 1, 1), (1, 1, 1, 1))
-    return dx, [torch.empty_like(g) for g in gammas], [torch.empty_like(g) for g in gammas]
+def _layer_outputs(x: Tensor, gammas: list[Tensor], reduce: bool) -> list[Tensor]:
+    stride = 2 if reduce else 1
+    return [_state(x, gamma.shape[0], x.shape[2] // stride, x.shape[3] // stride) for gamma in gammas]
+
+
+def _relu_conv_bn_forward(x, conv_weights, gammas, betas, moments, eps, reduce):
+    _expect_layers(x, conv_weights, gammas, betas, moments, reduce)
+    used_moments = [x.new_empty(2, gamma.shape[0], dtype=torch.float64) for gamma in gammas]
+    return _layer_outputs(x, gammas, reduce), _layer_outputs(x, gammas, reduce), used_moments
+
+
+def _relu_conv_bn_backward(
+    grads, x, conv_outputs, conv_weights, gammas, betas, moments, eps, training, reduce, needs_input_grad
+):
+    _expect_layers(x, conv_weights, gammas, betas, moments, reduce)
+    for name, tensors in (("grads", grads), ("conv_outputs", conv_outputs)):
+        _expect_count(name, tensors, len(conv_weights))
+        for tensor, output in zip(tensors, _layer_outputs(x, gammas, reduce), strict=True):
+            _expect(name, tensor, output.shape)
+    # nothing else says "no gradient" in a schema of one Tensor
+    grad_x = _state(x, *x.shape[1:]) if needs_input_grad else x.new_empty_strided((0, 1, 1, 1), (1, 1, 1, 1))
+    return grad_x, [torch.empty_like(g) for g in gammas], [torch.empty_like(b) for b in betas]
+
+
+def _update_running_stats(running_means, running_vars, num_batches_tracked, moments, momentum, count):
+    for name, tensors in (("running_means", running_means), ("running_vars", running_vars)):
+        _expect_count(name, tensors, moments.shape[1])
+        for tensor in tensors:
+            _expect(name, tensor, moments.shape[2:])
+    _expect_count("num_batches_tracked", num_batches_tracked, moments.shape[1])
+
+
+FAKES: dict[str, Callable] = {
+    "cell_forward": _cell_forward,
+    "cell_branch_outputs": _cell_branch_outputs,
+    "cell_backward": _cell_backward,
+    "relu_conv_bn_forward": _relu_conv_bn_forward,
+    "relu_conv_bn_backward": _relu_conv_bn_backward,
+    "update_running_stats": _update_running_stats,
+}
 
 
 def register() -> None:
-    """Once, after the ops are loaded."""
-    for name, fake in {
-        "cell_forward": _cell_forward,
-        "cell_kept": _cell_kept,
-        "cell_backward": _cell_backward,
-        "conv_bn_forward": _conv_bn_forward,
-        "conv_bn_backward": _conv_bn_backward,
-        "update_running": lambda *arguments: None,
-    }.items():
-        library.register_fake(f"rfdarts::{name}", fake)  # type: ignore[arg-type]
+    """Registers the fakes, once the ops are loaded."""
+    for name, fake in FAKES.items():
+        library.register_fake(f"rfdarts::{name}", fake)

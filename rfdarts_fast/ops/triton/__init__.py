@@ -1,4 +1,4 @@
-"""The Triton engine for mixed ops with frozen convolutions: for GPUs where the CUDA C++ engine was not built.
+"""The Triton backend for mixed ops with frozen convolutions: for GPUs where the CUDA C++ one was not built.
 
 Depthwise convolutions, pools, statistics, the weighted sum of a node's branches and all of their gradients
 are Triton kernels, each for all edges that leave a state or enter a node; pointwise convolutions are
@@ -17,69 +17,103 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rfdarts_fast.ops.compiled import cpu
-from rfdarts_fast.ops.backend import Memory
-from rfdarts_fast.ops.compiled.cuda import parameter_dtype, storage_dtype
-from rfdarts_fast.ops.compiled.plan import Plan, gamma_beta, plan_of, running_moments, training_mode
-from rfdarts_fast.ops.reference import Edge
-from rfdarts_fast.ops.triton.layout import layout_of, uneven
+from rfdarts_fast.ops import reference
+from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer, register_backend
+from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
 
 STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def _cell() -> ModuleType | str:
-    """The module with the kernels, imported on first use, or why there is none."""
+def _kernels() -> ModuleType | str:
+    """The module that runs the kernels, imported on first use, or the reason why there is none."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'rfdarts_fast[triton]')"
     try:
-        return importlib.import_module("rfdarts_fast.ops.triton.cell")
+        return importlib.import_module("rfdarts_fast.ops.triton.autograd")
     except ImportError as error:
         return f"triton does not load ({error})"
 
 
-def missing() -> str | None:
-    """Why the engine cannot run on this machine, or None."""
-    return _missing(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on"))
+def unavailable_reason() -> str | None:
+    """The reason why the kernels cannot run on this machine, or None."""
+    return _unavailable_reason(_interpreted())
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 # asked for every cell of every step
 @functools.cache
-def _missing(interpreted: bool) -> str | None:
-    if interpreted:
-        found = _cell()
-        return found if isinstance(found, str) else None
-    if importlib.util.find_spec("triton") is None:
-        return str(_cell())
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"the CUDA device has compute capability {major}.{minor}, 8.0 is needed"
-    found = _cell()
-    return found if isinstance(found, str) else None
+def _unavailable_reason(interpreted: bool) -> str | None:
+    if not interpreted and importlib.util.find_spec("triton") is not None:
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"the CUDA device has compute capability {major}.{minor}, 8.0 is needed"
+    kernels = _kernels()
+    return kernels if isinstance(kernels, str) else None
 
 
-def why_not(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
-    """Why the engine cannot compute this cell, or None if it can."""
-    device = inputs[0].device
-    reason = missing()
-    if reason is not None:
-        return reason
-    kernels: Any = _cell()
-    expected = "cpu" if kernels.interpreted() else "cuda"
-    if device.type != expected or any(x.device != device for x in inputs):
-        return f"inputs that are not all on one {expected.upper()} device"
-    return unsupported(edges, inputs)
+class TritonBackend:
+    """Cells in Triton kernels; ReLU-conv-BN layers are those of the reference, for there is no kernel.
+
+    Under autocast, float32 inputs are cast to its dtype, and so are the states that come out. Nodes are
+    channels_last views of one tensor, so that concatenating them costs nothing. Memory "bfloat16" is "fast"
+    where the states have 16 bits anyway.
+    """
+
+    name = "triton"
+    priority = 10
+    devices = frozenset({"cuda"})
+
+    def unsupported_cell(self, call: CellCall) -> str | None:
+        return _unsupported_device(call.inputs) or unsupported_anywhere(call)
+
+    def mixed_cell(self, call: CellCall) -> list[Tensor]:
+        """See `Backend.mixed_cell`.
+
+        Raises:
+            RuntimeError: if Triton does not load.
+            ValueError: for BatchNorms in training mode with a single value per channel, as BatchNorm2d.
+        """
+        kernels = _kernels()
+        if isinstance(kernels, str):
+            raise RuntimeError(kernels)
+        return kernels.mixed_cell(call)
+
+    def unsupported_layer(self, x: Tensor, layer: ReLUConvBNLayer) -> str | None:
+        """The reason why Triton cannot run on this machine or device, or None."""
+        return _unsupported_device([x])
+
+    def relu_conv_bns(self, x: Tensor, layers: Sequence[ReLUConvBNLayer], memory: Memory) -> list[Tensor]:
+        """`reference.relu_conv_bn` for each layer."""
+        return [reference.relu_conv_bn(x, *layer) for layer in layers]
+
+    def status(self) -> dict[str, str | bool]:
+        """`built`: Triton is installed; `reason` where it does not run."""
+        status: dict[str, str | bool] = {"built": importlib.util.find_spec("triton") is not None}
+        reason = unavailable_reason()
+        return status if reason is None else status | {"reason": reason}
 
 
-def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
-    """What the kernels cannot compute in this cell, on any machine, or None."""
+def _unsupported_device(inputs: Sequence[Tensor]) -> str | None:
+    device = "cpu" if _interpreted() else "cuda"
+    reason = unavailable_reason()
+    if reason is None and any(x.device.type != device or x.device != inputs[0].device for x in inputs):
+        reason = f"inputs that are not all on one {device.upper()} device"
+    return reason
+
+
+def unsupported_anywhere(call: CellCall) -> str | None:
+    """The reason why the kernels can take the call on no machine, or None."""
+    plan, inputs = call.plan, call.inputs
     storage = storage_dtype(inputs[0])
     if storage not in STORAGE:
         return f"no kernels for dtype {storage}"
@@ -87,99 +121,19 @@ def unsupported(edges: Sequence[Edge], inputs: Sequence[Tensor]) -> str | None:
         return "inputs of different dtypes"
     if any(x.shape != inputs[0].shape for x in inputs):
         return "inputs of different sizes"
-    reason = cpu.unsupported(edges, inputs, parameter_dtype(storage))
+    reason = plan.unsupported_reason(inputs, parameter_dtype(storage))
     if reason is not None:
         return reason
-    if edges[0].K not in (1, 2, 4, 8):
-        return f"no kernels for K={edges[0].K}"
-    plan = plan_of(edges, len(inputs))
-    assert isinstance(plan, Plan)
-    n, channels, h, w = inputs[0].shape
+    if plan.K not in (1, 2, 4, 8):
+        return f"no kernels for K={plan.K}"
     # offsets inside one state, or inside the concatenated nodes, are 32 bits wide
-    size = n * channels * h * w
-    if max(size, size // plan.stride**2 * plan.spec[1]) >= 2**31:
+    size = inputs[0].numel()
+    if max(size, size // plan.stride**2 * plan.nodes) >= 2**31:
         return f"no kernels for inputs of {size} numbers"
-    return uneven(plan, len(inputs))
+    # kernels take all edges that leave a state together
+    if any(edge.stride != (plan.stride if edge.source < plan.inputs else 1) for edge in plan.edges):
+        return "edges of different strides from one state"
+    return None
 
 
-def mixed_cell(
-    edges: Sequence[Edge],
-    inputs: Sequence[Tensor],
-    weights: Tensor,
-    edge_weights: Tensor | None = None,
-    memory: Memory = "fast",
-    concatenate: bool = False,
-) -> list[Tensor]:
-    """The engine behind `rfdarts_fast.ops.mixed_cell`, for cells that `why_not` has nothing against.
-
-    Under autocast, float32 inputs are cast to its dtype, and so are the states that come out. Nodes are
-    channels_last views of one tensor.
-
-    Args:
-        memory: see `use_backend`. "bfloat16" is "fast" where the states have 16 bits anyway.
-        concatenate: return [all nodes concatenated, [N, nodes * C, H', W']] instead of the nodes, at no cost.
-
-    Raises:
-        RuntimeError: if the engine cannot run this cell.
-        ValueError: for BatchNorms in training mode with a single value per channel, as BatchNorm2d.
-    """
-    kernels = _cell()
-    if isinstance(kernels, str):
-        raise RuntimeError(kernels)
-    plan = plan_of(edges, len(inputs), check=False)
-    if isinstance(plan, str):
-        raise RuntimeError(f"no kernels for {plan}")
-    training = training_mode(plan)
-    if isinstance(training, str):
-        raise RuntimeError(training)
-    storage = storage_dtype(inputs[0])
-    parameters = parameter_dtype(storage)
-    n, _, h, w = inputs[0].shape
-    h, w = h // plan.stride, w // plan.stride
-    if training and plan.norms and n * h * w == 1:
-        raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
-    layout = layout_of(plan, edges[0])  # type: ignore[arg-type]
-    device = inputs[0].device
-    noise = [torch.randn(n, layout.width, h, w, dtype=storage, device=device) for _ in layout.noise]
-    weights = weights.to(parameters).contiguous()
-    gamma, beta = gamma_beta(plan, weights)
-    rounded = memory == "bfloat16" and storage == torch.float32
-    options = kernels.Options(
-        together=concatenate,
-        training=training,
-        eps=plan.norms[0].eps if plan.norms else 1e-5,
-        recompute=memory == "recompute",
-        kept=torch.bfloat16 if rounded else storage,
-    )
-    *nodes, used = kernels.CellFunction.apply(
-        layout,
-        options,
-        None if training else running_moments(plan).to(parameters),
-        noise,
-        gamma,
-        beta,
-        weights,
-        None if edge_weights is None else edge_weights.to(parameters).contiguous(),
-        *(x.to(storage) for x in inputs),
-    )
-    if training:
-        _update_running(plan, used, n * h * w)
-    return nodes
-
-
-@torch.no_grad()
-def _update_running(plan: Plan, moments: Tensor, count: int) -> None:
-    """Running statistics as BatchNorm2d in training mode updates them; the variance unbiased."""
-    means, variances, batches = plan.running()
-    tracked = [i for i, mean in enumerate(means) if mean is not None]
-    if not tracked:
-        return
-    momentum = float(plan.norms[0].momentum or 0.0)
-    new_means, new_variances = moments[0].unbind(), (moments[1] * (count / (count - 1))).unbind()
-    buffers: list[Any] = [running[i] for running in (means, variances) for i in tracked]
-    torch._foreach_mul_(buffers, 1 - momentum)
-    torch._foreach_add_(
-        buffers, [new[i] for new in (new_means, new_variances) for i in tracked], alpha=momentum
-    )
-    counts: list[Any] = [batches[i] for i in tracked]
-    torch._foreach_add_(counts, 1)
+register_backend(TritonBackend())

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from rfdarts_fast.ops.triton.arguments import Parts
+
 # elements of a tile, warps: at most eight elements a thread, more would not fit into its registers
 TILE, WARPS = 1024, 4
 TILES = ((TILE, WARPS), (2048, 8))
@@ -25,13 +27,13 @@ def interpreted() -> bool:
 
 
 def tuned(*key: str) -> Callable[[Callable], Any]:
-    """A kernel whose TILE and warps are tuned on a GPU, anew for every value of the arguments in `key`, M and
-    W; what was found is kept in Triton's cache folder."""
+    """A kernel whose TILE and warps are tuned on a GPU, anew for every value of `sizes` and of the arguments
+    in `key`; the result is kept in Triton's cache folder."""
     cached = (
         {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
     )
     configs = [triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in TILES]
-    return lambda function: triton.autotune(configs, ["M", "W", *key], **cached)(triton.jit(function))
+    return lambda function: triton.autotune(configs, ["sizes", *key], **cached)(triton.jit(function))
 
 
 def untuned(function: Callable) -> Any:
@@ -40,36 +42,36 @@ def untuned(function: Callable) -> Any:
     return triton.autotune([triton.Config({"TILE": TILE}, num_warps=WARPS)], [])(triton.jit(function))
 
 
-def registers(constants: dict[str, Any]) -> dict[str, Any]:
-    """What ptxas is told about registers. Left alone, it spills a few so that one more block fits on a
+def registers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Options of ptxas about registers. Left alone, it spills a few so that one more block fits on a
     multiprocessor: not where it is to use few in the first place, nor where a limit is given; a limit has it
     use more of them, so that only float64 gets one."""
     if torch.version.hip is not None:
         return {}
-    return {"maxnreg": 255} if constants["ACC"] == tl.float64 else {"ptx_options": "--register-usage-level=0"}
+    return {"maxnreg": 255} if arguments["ACC"] == tl.float64 else {"ptx_options": "--register-usage-level=0"}
 
 
-def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], *arguments: Any, **constants: Any):
-    """Runs a kernel; `grid` gets its TILE.
+def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], **arguments: Any) -> None:
+    """Runs a kernel; `grid` gets its arguments, TILE among them.
 
     Another tile adds in another order, so that torch.use_deterministic_algorithms rules out tuning.
     """
-    # said aloud, as versions of Triton differ in what they take for granted
-    constants["enable_fp_fusion"] = True
+    # explicit, as the defaults of Triton's versions differ
+    arguments["enable_fp_fusion"] = True
     if not interpreted():
-        constants |= registers(constants)
+        arguments |= registers(arguments)
     if interpreted() or torch.are_deterministic_algorithms_enabled():
-        kernel.fn[grid](*arguments, **constants, TILE=TILE, num_warps=WARPS)
+        kernel.fn[grid](**arguments, TILE=TILE, num_warps=WARPS)
     else:
-        kernel[grid](*arguments, **constants)
+        kernel[grid](**arguments)
 
 
-def parts(rows: int) -> tuple[int, int]:
-    """Rows in each part of a sum over pixels, and the number of parts."""
-    size = CHUNK * -(-rows // (CHUNK * PARTS))
-    return size, -(-rows // size)
+def parts(rows: int) -> Parts:
+    """The parts of a sum over so many pixels."""
+    size = CHUNK * triton.cdiv(rows, CHUNK * PARTS)
+    return Parts(size, triton.cdiv(rows, size))
 
 
-def channel_block(width: int) -> int:
+def channel_block(channels: int) -> int:
     """Channels of a tile: a power of two."""
-    return min(triton.next_power_of_2(width), WIDEST)
+    return min(triton.next_power_of_2(channels), WIDEST)

@@ -63,18 +63,17 @@ def test_opcheck():
     edges = list(cell)
     plan = plan_of(edges, 2)
     x = [torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last) for _ in range(2)]
-    spec = [*plan.spec[:5], 1, *plan.spec[6:]]
     gamma, beta = torch.rand(len(plan.norms), 4), torch.rand(len(plan.norms), 4)
     mix, edge_weights = torch.rand(2, 8), torch.rand(2)
     ops = torch.ops.rfdarts
     common = (plan.weights(torch.float32), gamma, beta, mix)
     # aliases, shapes and dtypes; autograd lives in Python
     tests = ("test_schema", "test_faketensor")
-    forward = (x, [], *common, edge_weights, None, spec, 1e-5, False, True)
+    forward = (x, [], *common, edge_weights, None, plan.spec, 1e-5, False, True)
     library.opcheck(ops.cell_forward, forward, test_utils=tests)
     nodes, _, kept, moments = ops.cell_forward(*forward)
-    again = [*spec[:5], 0, *spec[6:]]
-    library.opcheck(ops.cell_kept, (x, nodes, *common, moments, again, 1e-5, False), test_utils=tests)
+    again = (x, nodes, *common, moments, plan.spec, 1e-5, False)
+    library.opcheck(ops.cell_branch_outputs, again, test_utils=tests)
     backward = (
         [nodes[0]],
         [0],
@@ -85,7 +84,8 @@ def test_opcheck():
         edge_weights,
         moments,
         kept,
-        spec,
+        plan.spec,
+        True,
         1e-5,
         False,
         [0, 1],
@@ -98,12 +98,12 @@ def test_opcheck():
             [torch.rand(c) for c in widths],
             [torch.rand(c) for c in widths],
         )
-        library.opcheck(ops.conv_bn_forward, (x[0], *layers, [], 1e-5, reduce), test_utils=tests)
-        outs, ys, used = ops.conv_bn_forward(x[0], *layers, [], 1e-5, reduce)
+        library.opcheck(ops.relu_conv_bn_forward, (x[0], *layers, [], 1e-5, reduce), test_utils=tests)
+        outs, ys, used = ops.relu_conv_bn_forward(x[0], *layers, [], 1e-5, reduce)
         backward = (outs, x[0], ys, *layers, used, 1e-5, True, reduce, True)
-        library.opcheck(ops.conv_bn_backward, backward, test_utils=tests)
+        library.opcheck(ops.relu_conv_bn_backward, backward, test_utils=tests)
     running = ([torch.zeros(4)], [torch.ones(4)], [torch.tensor(0)], moments[:, :1].contiguous(), 0.1, 32)
-    library.opcheck(ops.update_running, running, test_utils=tests)
+    library.opcheck(ops.update_running_stats, running, test_utils=tests)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

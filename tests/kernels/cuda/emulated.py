@@ -25,7 +25,7 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"
 
 def sources():
     kernels = (CSRC / "sources_cuda.txt").read_text().split()
-    return [*kernels, "emulation/cuda.cpp", "bindings_cuda.cpp", "cpu/cell.cpp"]
+    return [*kernels, "emulation/cuda.cpp", "bindings/cuda.cpp", "core/cell.cpp"]
 
 
 def compiler():
@@ -71,7 +71,7 @@ def resource_usage(library=None):
 
 def compile_one(source, csrc, folder, flags):
     target = folder / (source.replace("/", "_") + ".o")
-    includes = [f"-I{csrc}", f"-I{csrc / 'include'}", *(f"-isystem{path}" for path in include_paths())]
+    includes = [f"-I{csrc}", *(f"-isystem{path}" for path in include_paths())]
     command = [compiler(), *FLAGS, *STABLE_ABI, *flags, *includes, "-x", "c++", "-c", str(csrc / source)]
     subprocess.run([*command, "-o", str(target)], check=True)
     return target

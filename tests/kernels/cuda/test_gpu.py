@@ -127,11 +127,11 @@ def test_opcheck_of_the_preprocessing(reduce):
     tests = ("test_schema", "test_faketensor")
     layer = [weights], [gamma], [beta]
     forward = (x, *layer, [], 1e-5, reduce)
-    library.opcheck(native.conv_bn_forward.default, forward, test_utils=tests)
-    outs, ys, used = native.conv_bn_forward(*forward)
+    library.opcheck(native.relu_conv_bn_forward.default, forward, test_utils=tests)
+    outs, ys, used = native.relu_conv_bn_forward(*forward)
     for wanted in (True, False):
         backward = (outs, x, ys, *layer, used, 1e-5, True, reduce, wanted)
-        library.opcheck(native.conv_bn_backward.default, backward, test_utils=tests)
+        library.opcheck(native.relu_conv_bn_backward.default, backward, test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from rfdarts_fast.ops import triton as engine
-from rfdarts_fast.ops.triton import cell, tuning
+from rfdarts_fast.ops.triton import tuning
 from tests.kernels.cuda.emulated import Case
+from tests.kernels.triton.call import mixed_cell
 
 # the first one has all kernels, the third the branches of a whole cell
 CELLS = (
@@ -31,7 +31,7 @@ CELLS = (
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-class Nowhere:
+class AbsentGPU:
     """A driver of a GPU that is not there: enough of one to compile for it."""
 
     def __init__(self, arch):
@@ -49,23 +49,25 @@ class Nowhere:
 
 
 def launches(dtype, cells):
-    """{(kernel, constants): arguments} of all kernels that cells launch."""
+    """{(kernel, constants): all arguments} of all kernels that cells launch."""
     found = {}
 
-    def record(kernel, grid, *arguments, **constants):
-        found.setdefault((kernel, tuple(constants.items())), arguments)
+    def record(kernel, grid, **arguments):
+        names = {parameter.name for parameter in kernel.fn.params if parameter.is_constexpr}
+        constants = tuple((name, value) for name, value in arguments.items() if name in names)
+        found.setdefault((kernel, constants), arguments)
 
-    cell.launch = record
+    tuning.launch = record
     for options in cells:
         parameters = torch.float64 if dtype == torch.float64 else torch.float32
-        Case((2, 8, 8), dtype, **options).run(engine.mixed_cell, dtype, parameters)
+        Case((2, 8, 8), dtype, **options).run(mixed_cell, dtype, parameters)
     return found
 
 
-def compiled(kernel, arguments, constants, tile, warps):
+def compiled(kernel, arguments, tile, warps):
     """Registers, bytes of stack (where spilled registers go) and of shared memory, as cuobjdump tells."""
-    options = {"num_warps": warps, "enable_fp_fusion": True} | tuning.registers(dict(constants))
-    made = kernel.fn.warmup(*arguments, **dict(constants), TILE=tile, **options, grid=(1,))
+    options = {"num_warps": warps, "enable_fp_fusion": True} | tuning.registers(arguments)
+    made = kernel.fn.warmup(**arguments, TILE=tile, **options, grid=(1,))
     assert made.metadata.target == driver.active.get_current_target()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -89,7 +91,7 @@ def main():
     for dtype in options.dtypes:
         found = launches(getattr(torch, dtype), CELLS[: options.cells])
         for arch in options.archs:
-            driver.set_active(Nowhere(arch))
+            driver.set_active(AbsentGPU(arch))
             for (kernel, constants), arguments in found.items():
                 tiles = [(config.kwargs["TILE"], config.num_warps) for config in kernel.configs]
                 if not options.all_tiles:
@@ -100,7 +102,7 @@ def main():
                         continue
                     row = {"kernel": kernel.fn.__name__, "dtype": dtype, "arch": arch}
                     row |= {"tile": tile, "warps": warps}
-                    row |= compiled(kernel, arguments, constants, tile, warps)
+                    row |= compiled(kernel, arguments, tile, warps)
                     row["constants"] = {name: str(value) for name, value in constants}
                     print(json.dumps(row), flush=True)
 

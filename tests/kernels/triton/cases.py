@@ -1,12 +1,12 @@
-"""Random cells for the Triton engine, with any primitives."""
+"""Random cells for the Triton backend, with any primitives."""
 
 import torch
 
 from rfdarts_fast.nn import MixedOp
-from rfdarts_fast.ops import triton
-from rfdarts_fast.ops.compiled.cuda import parameter_dtype
+from rfdarts_fast.ops.dtypes import parameter_dtype
 from rfdarts_fast.spaces import DARTS_PRIMITIVES
 from tests.kernels.cuda.emulated import Case, errors
+from tests.kernels.triton.call import mixed_cell
 from tests.kernels.triton.device import DEVICE
 
 # one of each kind; 5x5 kernels take the interpreter three times as long
@@ -45,7 +45,7 @@ class Cell(Case):
         self.edge_weights = torch.rand(count).to(dtype).double() if K > 1 else None
         self.dtype = dtype
 
-    def ours(self, dtype=None, engine=triton.mixed_cell, **options):
+    def ours(self, dtype=None, engine=mixed_cell, **options):
         dtype = dtype or self.dtype
         # the interpreter writes no attributes that tests read, so that a cell can run twice
         torch.manual_seed(1)

@@ -6,7 +6,7 @@ from tests.kernels.triton.device import DEVICE, MISSING, SWITCH
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Lets the engine run here, with NaN in all fresh memory and nothing tuned."""
+    """Lets the kernels run here, with NaN in all fresh memory and nothing tuned."""
     if MISSING is not None:
         pytest.skip(MISSING)
     if DEVICE == "cpu":

@@ -23,7 +23,7 @@ def load_interpreted():
     os.environ[SWITCH], before = "1", os.environ.get(SWITCH)
     import triton.runtime.interpreter as interpreter
 
-    import rfdarts_fast.ops.triton.cell  # noqa: F401
+    import rfdarts_fast.ops.triton.autograd  # noqa: F401
 
     if before is None:
         del os.environ[SWITCH]

@@ -1,12 +1,14 @@
-"""The Triton engine against the reference in float64."""
+"""The Triton backend against the reference in float64."""
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
 
-from rfdarts_fast.ops import reference, triton, use_backend
-from tests.kernels.cuda.emulated import errors
+from rfdarts_fast.ops import reference, use_backend
+from tests.kernels.cuda.emulated import errors, wave
+from tests.kernels.triton.call import mixed_cell
 from tests.kernels.triton.cases import ALL, FEW, Cell, assert_equal, assert_exact
 from tests.kernels.triton.device import DEVICE
 
@@ -61,16 +63,17 @@ def test_evaluation_mode_uses_running_statistics(options):
     assert_exact(Cell(train=False, **options))
 
 
-@pytest.mark.parametrize("options", [dict(K=2, channels=8), dict(stride=2)], ids=str)
-def test_many_tiles_and_parts(options, monkeypatch):
-    """A small case cut as a large one is: several tiles, several parts of sums, several tiles in each."""
-    from rfdarts_fast.ops.triton import tuning
+@pytest.fixture
+def small_tiles(kernels, monkeypatch):
+    """Cuts a small case as a large one is: several tiles, several parts of sums, several tiles in each."""
+    tuning = importlib.import_module("rfdarts_fast.ops.triton.tuning")
+    for name, value in {"TILE": 128, "CHUNK": 40, "PARTS": 3, "WIDEST": 2}.items():
+        monkeypatch.setattr(tuning, name, value)
+    assert tuning.parts(200) == (80, 3)
 
-    monkeypatch.setattr(tuning, "TILE", 128)
-    monkeypatch.setattr(tuning, "CHUNK", 40)
-    monkeypatch.setattr(tuning, "PARTS", 2)
-    monkeypatch.setattr(tuning, "WIDEST", 2)
-    assert tuning.parts(100) == (80, 2)
+
+@pytest.mark.parametrize("options", [dict(K=2, channels=8), dict(stride=2)], ids=str)
+def test_many_tiles_and_parts(options, small_tiles):
     assert_exact(Cell((2, 10, 10), primitives=("max_pool_3x3", "skip_connect", "sep_conv_3x3"), **options))
 
 
@@ -136,7 +139,7 @@ def test_memory_modes_keep_less():
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
             inputs = [x.float().to(DEVICE).requires_grad_() for x in cell.inputs]
             edges = list(cell.edges.float().to(DEVICE))
-            alive = triton.mixed_cell(edges, inputs, cell.weights.float().to(DEVICE), memory=memory)
+            alive = mixed_cell(edges, inputs, cell.weights.float().to(DEVICE), memory=memory)
         assert alive
         return sum(held.values())
 
@@ -148,9 +151,9 @@ def test_concatenated_nodes_are_the_nodes(K):
     cell = Cell(dtype=torch.float32, channels=8, K=K, nodes=2, primitives=("skip_connect", "sep_conv_3x3"))
 
     def concatenated(*arguments):
-        [together] = triton.mixed_cell(*arguments, concatenate=True)
-        assert together.is_contiguous(memory_format=torch.channels_last)
-        return list(together.chunk(2, dim=1))
+        [concat] = mixed_cell(*arguments, concat=True)
+        assert concat.is_contiguous(memory_format=torch.channels_last)
+        return list(concat.chunk(2, dim=1))
 
     assert_equal(cell.ours(engine=concatenated), cell.ours())
 
@@ -162,7 +165,7 @@ def test_inputs_in_any_layout():
         wide = torch.nn.functional.pad(inputs[0], (2, 2, 1, 1, 1, 2), value=torch.nan)
         views = wide[:, 1:-2, 1:-1, 2:-2], inputs[1].contiguous(memory_format=torch.channels_last)
         assert not any(x.is_contiguous() for x in views)
-        return triton.mixed_cell(edges, views, *arguments)
+        return mixed_cell(edges, views, *arguments)
 
     assert_equal(cell.ours(engine=strided), cell.ours())
 
@@ -170,7 +173,7 @@ def test_inputs_in_any_layout():
 def test_same_tensor_twice_and_expanded_gradients():
     cell = Cell(inputs=2, nodes=2, primitives=("skip_connect", "sep_conv_3x3"))
     gradients = []
-    for engine, device in ((triton.mixed_cell, DEVICE), (reference.mixed_cell, "cpu")):
+    for engine, device in ((mixed_cell, DEVICE), (reference.mixed_cell, "cpu")):
         x = cell.inputs[0].detach().to(device).requires_grad_()
         edges = list(cell.edges.to(device))
         nodes = engine(edges, [x, x], cell.weights.to(device))
@@ -185,7 +188,7 @@ def test_gradients_in_any_layout():
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         inputs = [x.detach().to(DEVICE).requires_grad_() for x in cell.inputs]
-        nodes = triton.mixed_cell(list(cell.edges.to(DEVICE)), inputs, cell.weights.to(DEVICE))
+        nodes = mixed_cell(list(cell.edges.to(DEVICE)), inputs, cell.weights.to(DEVICE))
         torch.manual_seed(2)
         grads = [torch.randn(node.shape, dtype=node.dtype).to(DEVICE) for node in nodes]
         torch.autograd.backward(nodes, [grad.contiguous(memory_format=layout) for grad in grads])
@@ -196,7 +199,7 @@ def test_gradients_in_any_layout():
 def test_backward_twice():
     cell = Cell(primitives=("skip_connect", "sep_conv_3x3"))
     x = cell.inputs[0].to(DEVICE).requires_grad_()
-    [node] = triton.mixed_cell(list(cell.edges.to(DEVICE)), [x], cell.weights.to(DEVICE))
+    [node] = mixed_cell(list(cell.edges.to(DEVICE)), [x], cell.weights.to(DEVICE))
     loss = node.pow(2).sum()
     [first] = torch.autograd.grad(loss, x, retain_graph=True)
     [second] = torch.autograd.grad(loss, x)
@@ -206,7 +209,7 @@ def test_backward_twice():
 def test_a_changed_state_is_noticed_before_the_backward_pass():
     cell = Cell(primitives=("skip_connect", "sep_conv_3x3"))
     x = cell.inputs[0].to(DEVICE).requires_grad_()
-    [node] = triton.mixed_cell(list(cell.edges.to(DEVICE)), [x], cell.weights.to(DEVICE))
+    [node] = mixed_cell(list(cell.edges.to(DEVICE)), [x], cell.weights.to(DEVICE))
     node.detach().add_(1)
     with pytest.raises(RuntimeError, match="inplace"):
         node.sum().backward()
@@ -216,11 +219,9 @@ def test_a_changed_state_is_noticed_before_the_backward_pass():
 def test_inputs_that_need_no_gradient(train):
     cell = Cell(primitives=("skip_connect", "sep_conv_3x3"), train=train)
     expected = cell.ours()["norms"]
-    nodes = triton.mixed_cell(
+    nodes = mixed_cell(
         list(cell.edges.to(DEVICE)), [x.to(DEVICE) for x in cell.inputs], cell.weights.to(DEVICE)
     )
-    from tests.kernels.cuda.emulated import wave
-
     norms = [p for p in cell.edges.parameters() if p.requires_grad]
     found = torch.autograd.grad(sum((node * wave(node).to(DEVICE)).sum() for node in nodes), norms)
     for a, b in zip(found, expected, strict=True):
@@ -242,9 +243,23 @@ def test_ties_go_to_the_first_maximum(stride):
     assert_exact(cell)
 
 
-def test_deterministic():
-    cell = Cell((3, 8, 8), torch.float32, K=2, channels=8)
-    assert_equal(cell.ours(), cell.ours())
+def test_results_do_not_depend_on_the_order_of_programs(small_tiles, monkeypatch):
+    """A GPU runs a kernel's programs in any order: sums that several of them add to would differ."""
+    primitives = "max_pool_3x3", "skip_connect", "sep_conv_3x3"
+    cell = Cell((3, 8, 8), torch.float32, primitives, K=2, channels=8)
+    expected = cell.ours()
+    programs = []
+    if DEVICE == "cpu":
+        builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+        set_grid_idx = builder.set_grid_idx
+
+        def backwards(*index):
+            programs.append(index)
+            set_grid_idx(*(count - 1 - i for i, count in zip(index, builder.grid_dim, strict=True)))
+
+        monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    assert_equal(cell.ours(), expected)
+    assert DEVICE == "cuda" or max(programs) > (2, 0, 0)
 
 
 def test_gradcheck():
@@ -257,7 +272,7 @@ def test_gradcheck():
     def run(x, weights, edge_weights, *gammas):
         for norm, gamma in zip(norms, gammas, strict=True):
             norm._parameters["weight"] = gamma
-        return tuple(triton.mixed_cell(edges, [x], weights, edge_weights))
+        return tuple(mixed_cell(edges, [x], weights, edge_weights))
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
@@ -266,14 +281,14 @@ def test_frozen_weights_that_change_are_packed_again():
     cell = Cell(primitives=("sep_conv_3x3", "dil_conv_3x3"))
     inputs, weights = [x.to(DEVICE) for x in cell.inputs], cell.weights.to(DEVICE)
     edges = list(cell.edges.to(DEVICE))
-    triton.mixed_cell(edges, inputs, weights)
+    mixed_cell(edges, inputs, weights)
     for conv in cell.edges.modules():
         if isinstance(conv, torch.nn.Conv2d):
             with torch.no_grad():
                 conv.weight.normal_()
     with use_backend("reference"):
         expected = reference.mixed_cell(edges, inputs, weights)
-    torch.testing.assert_close(triton.mixed_cell(edges, inputs, weights), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mixed_cell(edges, inputs, weights), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: nothing is tuned under the interpreter")

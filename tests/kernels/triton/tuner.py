@@ -1,5 +1,5 @@
-"""Launches the kernels of a cell as on a GPU that is not there, with made-up times for tiles; prints (kernel,
-tile, warps, whether it was tuned just now) of each launch, one JSON a line.
+"""Launches the kernels of a cell as on a GPU that is not there, with made-up times for tiles; prints [kernel,
+tile, warps, whether it was tuned just now] of each launch, one JSON a line.
 
     python -m tests.kernels.triton.tuner [deterministic]
 """
@@ -12,9 +12,9 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from rfdarts_fast.ops import triton as engine
 from tests.kernels.cuda.emulated import Case
-from tests.kernels.triton.ahead import Nowhere
+from tests.kernels.triton.ahead import AbsentGPU
+from tests.kernels.triton.call import mixed_cell
 
 tuned = set()
 
@@ -32,10 +32,10 @@ def run(self, *arguments, grid, warmup, TILE, num_warps, **constants):
 
 
 def main():
-    driver.set_active(Nowhere(90))
+    driver.set_active(AbsentGPU(90))
     Autotuner._bench, JITFunction.run = bench, run
     torch.use_deterministic_algorithms(sys.argv[1:] == ["deterministic"])
-    Case((2, 8, 8), torch.float32, channels=16, K=4, stride=2, nodes=2).run(engine.mixed_cell, torch.float32)
+    Case((2, 8, 8), torch.float32, channels=16, K=4, stride=2, nodes=2).run(mixed_cell, torch.float32)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
-"""The compiled engine takes every frozen network of the DARTS family, and only those."""
+"""The compiled CPU backend takes every frozen network of the DARTS family, and only those."""
 
 import pytest
 import torch
 from torch import nn
 
 import rfdarts_fast
-from rfdarts_fast.ops import BackendError, use_backend
-from rfdarts_fast.ops.compiled import cpu
+from rfdarts_fast.ops import BackendError, backends, use_backend
 
 from . import foreign
 from .common import MODULES, batch, drop_in_network, foreign_network
 from .test_accelerate import NETWORKS
 
 pytestmark = pytest.mark.skipif(
-    not cpu.status()["built"],
+    not backends()["cpu"].status()["built"],
     reason="the compiled kernels are not built here",
 )
 
 
 @pytest.fixture(autouse=True)
-def native_only():
-    with use_backend("native"):
+def cpu_only():
+    with use_backend("cpu"):
         yield
 
 
@@ -42,13 +41,14 @@ def test_takes_accelerated_networks(name):
 
 def test_is_asked_for_whole_cells(monkeypatch):
     calls = []
-    engine = cpu.mixed_cell
+    backend = backends()["cpu"]
+    mixed_cell = backend.mixed_cell
 
-    def mixed_cell(edges, inputs, *args, **options):
-        calls.append((len(edges), len(inputs)))
-        return engine(edges, inputs, *args, **options)
+    def spy(call):
+        calls.append((len(call.plan.edges), len(call.inputs)))
+        return mixed_cell(call)
 
-    monkeypatch.setattr(cpu, "mixed_cell", mixed_cell)
+    monkeypatch.setattr(backend, "mixed_cell", spy)
     small = {"steps": 2, "multiplier": 2}
     ours, theirs = drop_in_network("pc_darts", 4, 3, **small), foreign_network("pc_darts", 4, 3, **small)
     rfdarts_fast.accelerate(theirs)

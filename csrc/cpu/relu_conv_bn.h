@@ -1,31 +1,31 @@
 // ReLU, frozen 1x1 convolution, BatchNorm: the preprocessing of a cell, and FactorizedReduce (`reduce`). Several of
 // one kind that read the same state share one read of it.
 #pragma once
-#include "rfdarts/cell.h"
+#include "cpu/cell.h"
 
 namespace rfdarts {
 
 template <class T>
-struct ConvNorm {
-  struct Part {
+struct ReLUConvBN {
+  struct Layer {
     int64_t co;
     // [ci][co] and its transpose; 2 ci instead of ci where `reduce`
-    const T *weights, *gamma, *beta;
-    T *y, *out;       // [images][oh][ow][co]: before and after the BatchNorm
+    const T *conv_weights, *gamma, *beta;
+    T *y, *output;     // [images][oh][ow][co]: before and after the BatchNorm
     double* moments;  // [2][co]; read instead of written where not training
   };
   int64_t images, h, w, ci;  // of the input
   bool reduce, training;
   double eps;
-  Batch<T> x;
-  std::vector<Part> parts;
+  BatchView<T> x;
+  std::vector<Layer> layers;
 
   int64_t oh() const { return reduce ? h / 2 : h; }
   int64_t ow() const { return reduce ? w / 2 : w; }
   int64_t wide() const { return reduce ? 2 * ci : ci; }
   int64_t co() const {
     int64_t sum = 0;
-    for (const Part& part : parts) sum += part.co;
+    for (const Layer& layer : layers) sum += layer.co;
     return sum;
   }
   int64_t image_bytes() const { return h * x.row * int64_t(sizeof(T)); }
@@ -34,17 +34,17 @@ struct ConvNorm {
 };
 
 template <class T>
-void conv_norm_forward(const ConvNorm<T>& a, const Parallel& parallel);
+void relu_conv_bn_forward(const ReLUConvBN<T>& a, const Parallel& parallel);
 
-// of one part
+// of one layer
 template <class T>
-struct ConvNormGradients {
+struct ReLUConvBNGradients {
   const T* g;  // dense
   T *gamma, *beta;
 };
-// dx [images][h][w][ci] or null
+// grad_x [images][h][w][ci] or null
 template <class T>
-void conv_norm_backward(const ConvNorm<T>& a, const std::vector<ConvNormGradients<T>>& grads, T* dx,
+void relu_conv_bn_backward(const ReLUConvBN<T>& a, const std::vector<ReLUConvBNGradients<T>>& grads, T* grad_x,
                         const Parallel& parallel);
 
 }  // namespace rfdarts

@@ -1,4 +1,4 @@
-#include "rfdarts/memory.h"
+#include "core/memory.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -98,7 +98,7 @@ void* pool_take(int64_t bytes, Lifetime lifetime) {
   Pool& p = pool();
   std::lock_guard lock(p.mutex);
   bytes = std::max<int64_t>((bytes + kPage - 1) / kPage * kPage, kPage);
-  Arena& arena = p.arenas[lifetime == Lifetime::Kept];
+  Arena& arena = p.arenas[lifetime == Lifetime::BranchOutputs];
   void* block = arena.take(bytes);
   if (!block) throw std::bad_alloc();
   p.used[block] = {&arena, bytes};

@@ -1,17 +1,17 @@
-// ReLU, frozen 1x1 convolution, BatchNorm on a CUDA device; see conv_bn.h. No torch and no CUDA header here.
+// ReLU, frozen 1x1 convolution, BatchNorm on a CUDA device; see cpu/relu_conv_bn.h. No torch and no CUDA header here.
 #pragma once
-#include "rfdarts/cuda_cell.h"
+#include "cuda/cell.h"
 
 namespace rfdarts::cuda {
 
-struct ConvNorm {
+struct ReLUConvBN {
   int64_t images, h, w, ci, co;  // of the input
   bool reduce, training;
   double eps;
   States x;
   // [ci][co] and its transpose; 2 ci instead of ci where `reduce`: the first half of the outputs has its matrix in the
   // upper left, the second in the lower right
-  const void *weights, *gamma, *beta;
+  const void *conv_weights, *gamma, *beta;
   void* y;          // [images][oh][ow][co]: before the BatchNorm
   double* moments;  // [2][co]; read instead of written where not training
 
@@ -20,9 +20,9 @@ struct ConvNorm {
 };
 
 // As cell_forward and cell_backward, they only launch kernels.
-void conv_norm_forward(Storage storage, const ConvNorm& a, void* out, void* stream, const Allocate& allocate);
+void relu_conv_bn_forward(Storage storage, const ReLUConvBN& a, void* out, void* stream, const Allocate& allocate);
 // g dense; dx [images][h][w][ci] or null
-void conv_norm_backward(Storage storage, const ConvNorm& a, const void* g, void* dx, void* grad_gamma,
-                        void* grad_beta, void* stream, const Allocate& allocate);
+void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, const void* g, void* dx, void* grad_gamma,
+                           void* grad_beta, void* stream, const Allocate& allocate);
 
 }  // namespace rfdarts::cuda

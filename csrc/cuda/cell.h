@@ -3,7 +3,8 @@
 #include <functional>
 #include <vector>
 
-#include "rfdarts/cell.h"
+#include "core/cell.h"
+#include "core/running_stats.h"
 
 namespace rfdarts::cuda {
 
@@ -18,9 +19,9 @@ struct States {
 struct CellForward {
   std::vector<States> inputs;
   std::vector<const void*> noise;
-  const void *weights, *gamma, *beta, *mix;
+  const void *conv_weights, *gamma, *beta, *op_weights;
   const void* edge_weights;  // or null
-  void* kept;                // [slots][images][image()]
+  void* branch_outputs;      // [outputs][images][image_size()]
   double* moments;           // [2][norms][C/K]
   std::vector<States> nodes;
 };
@@ -29,26 +30,23 @@ struct CellBackward {
   CellForward forward;
   std::vector<States> grad_nodes;  // null: no gradient
   std::vector<void*> grad_inputs;  // or null
-  void *grad_gamma, *grad_beta, *grad_mix;
+  void *grad_gamma, *grad_beta, *grad_op_weights;
   void* grad_edge_weights;         // or null
 };
 
-// Running statistics of BatchNorms as BatchNorm2d in training mode updates them; type as in CellForward.
-struct Running {
-  void *mean, *variance;
-  int64_t* batches;
-};
-void update_running(Storage storage, const std::vector<Running>& running, const double* moments, int64_t channels,
-                    double momentum, int64_t count, void* stream);
+// storage: Double where running statistics are double, else Float; moments [2][norms][channels]
+void update_running_stats(Storage storage, const std::vector<RunningStats>& running, const double* moments,
+                          int64_t channels, const RunningUpdate& update, void* stream);
 
 // Device memory that lives until the op's end.
 using Allocate = std::function<void*(int64_t bytes)>;
 
-// Both only launch kernels on `stream`: no synchronisation, no allocation of their own. They throw
+// All only launch kernels on `stream`: no synchronisation, no allocation of their own. They throw
 // std::runtime_error where a launch fails, std::invalid_argument for a cell that the kernels have no room for.
-// nodes: false leaves the node passes and the statistics out, which fills `kept` again.
-void cell_forward(Storage storage, const Cell& cell, const CellForward& data, bool nodes, void* stream,
-                  const Allocate& allocate);
+void cell_forward(Storage storage, const Cell& cell, const CellForward& data, void* stream, const Allocate& allocate);
+// fills branch_outputs again, for a cell in evaluation mode
+void cell_branch_outputs(Storage storage, const Cell& cell, const CellForward& data, void* stream,
+                         const Allocate& allocate);
 void cell_backward(Storage storage, const Cell& cell, const CellBackward& data, void* stream,
                    const Allocate& allocate);
 

@@ -10,7 +10,7 @@ RF_INLINE void relu_pixels(const T* from, int64_t pixels, int64_t step, int64_t 
 }
 
 template <class T>
-void conv1x1_forward(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const Conv1x1<T>* convs,
+void conv1x1_forward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const Conv1x1<T>* convs,
                      T* scratch, Ahead& ahead) {
   int64_t wide = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * wide);
   auto room = [&](const Conv1x1<T>& conv) { return 3 * conv.co + round_up(wide, kLanes<T>); };
@@ -74,7 +74,7 @@ RF_INLINE void norm_backward_pixels(const NormBackward<T>& norm, int64_t first, 
 
 // dx dense, and too large to be in the caches when it is read; pw_t: of all norms, one below the other
 template <class T>
-void conv1x1_backward(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const NormBackward<T>* norms,
+void conv1x1_backward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const NormBackward<T>* norms,
                       const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
   int64_t wide = reduce ? 2 * ci : ci, co = 0;
   for (int i = 0; i < n; i++) co += norms[i].co;

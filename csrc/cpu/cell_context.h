@@ -1,42 +1,14 @@
 // What a cell's forward and backward share.
 #pragma once
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <memory>
 
-#include "rfdarts/cell.h"
+#include "cpu/cell.h"
+#include "cpu/scratch.h"
 
 namespace rfdarts {
-
-enum PhaseId { kPreprocess, kStage1, kStage2, kStage2Backward, kStage1Backward, kPreprocessBackward, kPhases };
-struct Timed {
-  explicit Timed(PhaseId phase);
-  ~Timed();
-  PhaseId phase;
-  std::chrono::steady_clock::time_point begin;
-};
-
-// Scratch of one thread: taken piece by piece, given back at once.
-class Scratch {
- public:
-  Scratch();
-  // the whole arena must be known before the first piece is used; zeroed pieces are zero at the first use
-  template <class T>
-  T* take(int64_t n, bool zero = false) {
-    // skewed so that pieces do not share cache sets
-    int64_t bytes = (n * int64_t(sizeof(T)) + 63) / 64 * 64 + 320;
-    T* p = static_cast<T*>(grab(bytes));
-    if (zero) std::memset(static_cast<void*>(p), 0, n * sizeof(T));
-    return p;
-  }
-
- private:
-  void* grab(int64_t bytes);
-  size_t block_ = 0;
-  int64_t used_ = 0;
-};
 
 // Per-channel coefficients in the width that the kernels read.
 template <class T>
@@ -91,7 +63,7 @@ class Queue {
   }
   // an image of `pixels`, c channels each
   template <class T>
-  void add(View<T> x, int64_t pixels, int64_t c) {
+  void add(ImageView<T> x, int64_t pixels, int64_t c) {
     if (x.pixel == c) return add(x.data, pixels * c * sizeof(T));
     for (int64_t k = 0; k < c && x.data; k += kLine / sizeof(T)) add(x.data + k, pixels * kLine, x.pixel * sizeof(T));
   }
@@ -129,24 +101,24 @@ struct CellContext {
   const Parallel& parallel;
   const Allocate& allocate;
   const Kernels<T, S>& k = kernels<T, S>();
-  int64_t cm = cell.mixed, period = k.repeat(cm);
+  int64_t cm = cell.mixed_channels, period = k.repeat(cm);
   std::vector<T> repeated;  // packed weights, rows repeated to `period`
-  std::vector<Batch<T>> states;
+  std::vector<BatchView<T>> states;
   // per state: the mixed op's channels, dense; what bypasses the mixed op, at the size of the cell's output
   std::vector<const T*> mixed;
-  std::vector<Batch<T>> bypass;
+  std::vector<BatchView<T>> bypass;
   std::vector<T*> packed, pooled;
 
   CellContext(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate)
       : cell(cell), data(data), parallel(parallel), allocate(allocate), states(data.inputs),
-        mixed(cell.inputs + cell.nodes), bypass(mixed.size()), packed(mixed.size()), pooled(mixed.size()) {
+        mixed(cell.states()), bypass(mixed.size()), packed(mixed.size()), pooled(mixed.size()) {
     for (T* node : data.nodes)
       states.push_back({node, cell.pixels() * cell.channels, cell.ow * cell.channels, cell.channels});
     states.insert(states.end(), data.node_states.begin(), data.node_states.end());
     if (period == cm) return;
-    repeated.resize(data.weights_size / cm * period);
-    for (int64_t r = 0; r < data.weights_size / cm; r++)
-      for (int64_t j = 0; j < period; j += cm) std::copy_n(data.weights + r * cm, cm, repeated.data() + r * period + j);
+    repeated.resize(cell.conv_weights_size / cm * period);
+    for (int64_t r = 0; r < cell.conv_weights_size / cm; r++)
+      for (int64_t j = 0; j < period; j += cm) std::copy_n(data.conv_weights + r * cm, cm, repeated.data() + r * period + j);
   }
 
   // packed weights of one convolution pair
@@ -157,7 +129,7 @@ struct CellContext {
   Pair pair(const Branch& b, bool second, int stride) const {
     if (second) stride = 1;
     bool wide = stride != 1 || period == cm;
-    const T* base = wide ? data.weights : repeated.data();
+    const T* base = wide ? data.conv_weights : repeated.data();
     int64_t row = wide ? cm : period, taps = b.kernel * b.kernel;
     const T* dw = base + (b.weight / cm + (second ? taps + 2 * cm : 0)) * row;
     return {dw, dw + taps * row, dw + (taps + cm) * row, {b.kernel, b.dilation, stride}};
@@ -167,15 +139,15 @@ struct CellContext {
     int64_t taps = b.op == Op::Reduce ? 2 * cm : b.kernel * b.kernel + cm;
     return cell.pixels() * cm / 16 * taps;
   }
-  S* slot(int s, int64_t n) const { return data.kept + (s * cell.images + n) * cell.image(); }
+  S* branch_output(int s, int64_t n) const { return data.branch_outputs + (s * cell.images + n) * cell.image_size(); }
   double mean(int norm, int64_t i) const { return data.moments[norm * cm + i]; }
   double variance(int norm, int64_t i) const { return data.moments[(cell.norms + norm) * cm + i]; }
   double rstd(int norm, int64_t i) const { return 1 / std::sqrt(variance(norm, i) + cell.eps); }
   double gamma(int norm, int64_t i) const { return data.gamma[norm * cm + i]; }
   double beta(int norm, int64_t i) const { return data.beta[norm * cm + i]; }
-  double mix(int edge, int primitive) const { return data.mix[edge * cell.primitives + primitive]; }
+  double mix(int edge, int primitive) const { return data.op_weights[edge * cell.primitives + primitive]; }
   double edge_weight(int edge) const { return data.edge_weights ? data.edge_weights[edge] : 1; }
-  double strength(int edge, int primitive) const { return mix(edge, primitive) * edge_weight(edge); }
+  double term_weight(int edge, int primitive) const { return mix(edge, primitive) * edge_weight(edge); }
 
   T* take(int64_t n) const { return static_cast<T*>(allocate(n * int64_t(sizeof(T)))); }
   double* take_sums(int64_t n) const { return static_cast<double*>(allocate(n * int64_t(sizeof(double)))); }
@@ -186,7 +158,7 @@ struct CellContext {
   // Where `mixed` and `bypass` of state s will be: both are read once per edge. `make_dense` fills them.
   void plan_dense(int s, bool bypassed) {
     const Source& source = cell.sources[s];
-    const Batch<T>& x = states[s];
+    const BatchView<T>& x = states[s];
     int64_t h = source.h, w = source.w, c = cell.channels, row = cell.ow * c, full = cell.oh * row;
     mixed[s] = x.data;
     bypass[s] = x;

@@ -5,8 +5,8 @@
 
 namespace rfdarts {
 
-// Kept: all branch outputs of a cell, far larger than anything else.
-enum class Lifetime { State, Kept };
+// BranchOutputs: those of a cell, far larger than anything else.
+enum class Lifetime { State, BranchOutputs };
 void* pool_take(int64_t bytes, Lifetime lifetime = Lifetime::State);  // 64-byte aligned
 void pool_give(void* p);
 void pool_release();             // give what is cached back to the system

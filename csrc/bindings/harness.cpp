@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "rfdarts/kernels.h"
+#include "cpu/kernels.h"
 
 namespace py = pybind11;
 namespace rfdarts {
@@ -121,7 +121,7 @@ class Harness {
     expect("mixed", mixed, {in.h, in.w, in.c / K});
     Array<T> out({in.h, in.w, in.c});
     std::vector<T> scratch = room(in);
-    View<T> x{around.data(), in.w * in.c, in.c};
+    ImageView<T> x{around.data(), in.w * in.c, in.c};
     T one = 1;
     k_->bypass_forward(1, &x, &one, mixed.data(), in.h, in.w, in.c, K, out.mutable_data(), scratch.data());
     return out;
@@ -131,7 +131,7 @@ class Harness {
     Array<T> mixed({in.h, in.w, in.c / K}), planar({in.h, in.w, in.c});
     std::vector<T> scratch = room(in);
     const T *g = x.data(), one = 1;
-    View<T> none{nullptr, 0, 0};
+    ImageView<T> none{nullptr, 0, 0};
     k_->take_mixed({g, in.w * in.c, in.c}, in.h, in.w, in.c, K, mixed.mutable_data());
     k_->join(nullptr, 1, &g, &one, none, none, in.h, in.w, in.c, K, planar.mutable_data(), nullptr, scratch.data());
     return py::make_tuple(mixed, planar);

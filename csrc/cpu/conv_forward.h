@@ -6,7 +6,7 @@ RF_INLINE int64_t strip_rows(int64_t rows, int64_t row_size) {
 }
 
 template <class T>
-void frame_relu(View<T> x, int64_t h, int64_t w, int64_t c, Frame f, T* dst) {
+void frame_relu(ImageView<T> x, int64_t h, int64_t w, int64_t c, Frame f, T* dst) {
   for (int64_t r = 0; r < h; r++) {
     const T* in = x.data + r * x.row;
     T* out = dst + f.origin + r * f.pitch;
@@ -40,7 +40,7 @@ void frame_affine_relu(const S* y, const T* scale, const T* shift, int64_t h, in
 }
 
 template <class T>
-void pack(View<T> x, int64_t h, int64_t w, int64_t c, T* dense) {
+void pack(ImageView<T> x, int64_t h, int64_t w, int64_t c, T* dense) {
   for (int64_t r = 0; r < h; r++)
     with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
       for (int64_t q = 0; q < w; q++)

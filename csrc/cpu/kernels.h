@@ -10,7 +10,7 @@ struct bf16 {
 
 // One image, NHWC: consecutive channels, any pixel and row stride (in elements).
 template <class T>
-struct View {
+struct ImageView {
   const T* data;
   int64_t row;
   int64_t pixel;
@@ -68,7 +68,7 @@ struct Kernels {
   Frame (*frame)(int64_t h, int64_t w, int64_t c, int stride);
 
   // dst frame = relu(x)
-  void (*frame_relu)(View<T> x, int64_t h, int64_t w, int64_t c, Frame f, T* dst);
+  void (*frame_relu)(ImageView<T> x, int64_t h, int64_t w, int64_t c, Frame f, T* dst);
   // dst frame = relu(scale y + shift); scale, shift repeated
   void (*frame_affine_relu)(const S* y, const T* scale, const T* shift, int64_t h, int64_t w, int64_t c, Frame f,
                             T* dst);
@@ -80,7 +80,7 @@ struct Kernels {
   void (*reduce_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, const T* pw, S* y, double* mean,
                          double* deviation, T* scratch, Ahead& ahead);
   // dense = x without its strides
-  void (*pack)(View<T> x, int64_t h, int64_t w, int64_t c, T* dense);
+  void (*pack)(ImageView<T> x, int64_t h, int64_t w, int64_t c, T* dense);
   // `rows` rows of the 3x3 pools of a dense image; scratch of 3 (w + 2) c
   void (*pool_forward)(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64_t first, int64_t rows, T* max,
                        T* avg, T* scratch);
@@ -122,26 +122,26 @@ struct Kernels {
   void (*divide_by_window)(T* d, int64_t h, int64_t w, int64_t c, int stride);
 
   // One image through ReLU and 1x1 convolutions; see image_1x1.h.
-  void (*conv1x1_forward)(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const Conv1x1<T>* convs,
+  void (*conv1x1_forward)(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const Conv1x1<T>* convs,
                           T* scratch, Ahead& ahead);
-  void (*conv1x1_backward)(View<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
+  void (*conv1x1_backward)(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
                            const NormBackward<T>* norms, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
   // dense pixels to pixels `step` apart, past the caches
   void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
   void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, bool bypass_cache, T* out);
 
   // Partial channels; see bypass.h. mixed = the mixed op's channels of a shuffled image
-  void (*take_mixed)(View<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed);
+  void (*take_mixed)(ImageView<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed);
   // out = shuffle([mixed | sum_j scale[j] x[j]]); scratch of w c
-  void (*bypass_forward)(int n, const View<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c,
+  void (*bypass_forward)(int n, const ImageView<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c,
                          int64_t K, T* out, T* scratch);
   // dst = [mixed | 0] + outer + sum_j scale[j] unshuffle(g[j]), g dense and without the mixed op's channels; mixed and
   // outer may be null. dots[j] = sum unshuffle(g[j]) x, if x has data. scratch of 2 w c + c
-  void (*join)(const T* mixed, int n, const T* const* g, const T* scale, View<T> outer, View<T> x, int64_t h, int64_t w,
+  void (*join)(const T* mixed, int n, const T* const* g, const T* scale, ImageView<T> outer, ImageView<T> x, int64_t h, int64_t w,
                int64_t c, int64_t K, T* dst, double* dots, T* scratch);
-  void (*half_pool_forward)(View<T> x, int64_t h, int64_t w, int64_t c, T* out);
+  void (*half_pool_forward)(ImageView<T> x, int64_t h, int64_t w, int64_t c, T* out);
   // dx += d at its window's first maximum
-  void (*half_pool_backward)(View<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx);
+  void (*half_pool_backward)(ImageView<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx);
 };
 
 template <class T, class S>

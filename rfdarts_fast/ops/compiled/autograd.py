@@ -1,0 +1,244 @@
+"""The compiled ops behind autograd: one node for a whole cell, one for the layers that read a state.
+
+Gradients of gradients are those of `ops.functional`. csrc/README.md has the ops' arguments and the derivation
+of the gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfdarts_fast.ops import functional
+from rfdarts_fast.ops.contract import CellPlan, ReLUConvBNLayer
+
+
+def channels_inside(x: Tensor) -> Tensor:
+    """x itself where channels are consecutive, else a channels_last copy."""
+    if x.stride(1) == 1 and x.stride(3) >= x.shape[1]:
+        return x
+    return channels_last(x)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x with the strides of a dense NHWC tensor, sizes of 1 included; itself where it has them."""
+    _, c, h, w = x.shape
+    strides = (h * w * c, 1, w * c, c)
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _save(ctx: Any, **groups: Tensor | list[Tensor] | None) -> None:
+    """Keeps tensors and lists of tensors for the backward, by name."""
+    flat: list[Tensor | None] = []
+    ctx.places = {}
+    for name, group in groups.items():
+        first = len(flat)
+        flat += group if isinstance(group, list) else [group]
+        ctx.places[name] = slice(first, len(flat)) if isinstance(group, list) else first
+    ctx.save_for_backward(*flat)
+
+
+def _saved(ctx: Any) -> dict[str, Any]:
+    """The groups that `_save` kept."""
+    flat = list(ctx.saved_tensors)
+    return {name: flat[place] for name, place in ctx.places.items()}
+
+
+@dataclass(frozen=True)
+class CellOptions:
+    """The arguments of a cell's ops that have no gradient.
+
+    Attributes:
+        ops: namespace of the ops, `torch.ops.rfdarts`.
+        conv_weights: see `packing.cell_weights`.
+        bfloat16: branch outputs are kept in bfloat16.
+        recompute: branch outputs are computed again in the backward.
+        concat: the result is the nodes concatenated.
+    """
+
+    ops: Any
+    plan: CellPlan
+    conv_weights: Tensor
+    bfloat16: bool
+    recompute: bool
+    concat: bool
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return dict(cell=self.plan.encoded, eps=self.plan.eps, bfloat16=self.bfloat16)
+
+
+class CellFunction(torch.autograd.Function):
+    """All nodes of a cell, or their concatenation, and the moments [2, norms, C/K] of its BatchNorms.
+
+    `inputs` are [N, C, H, W] with consecutive channels, see `channels_inside`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: CellOptions,
+        moments: Tensor | None,
+        noise: list[Tensor],
+        gamma: Tensor,
+        beta: Tensor,
+        op_weights: Tensor,
+        edge_weights: Tensor | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        tensors: dict[str, Any] = dict(
+            inputs=list(inputs),
+            noise=noise,
+            conv_weights=options.conv_weights,
+            gamma=gamma,
+            beta=beta,
+            op_weights=op_weights,
+            edge_weights=edge_weights,
+        )
+        nodes, concat, branch_outputs, used_moments = options.ops.cell_forward(
+            **tensors, **options.numbers, moments=moments, concat=options.concat
+        )
+        # the parts of the concatenation hold the same values, and it lives on anyway
+        _save(ctx, **tensors, moments=used_moments, nodes=[concat] if options.concat else nodes)
+        ctx.options, ctx.training, ctx.node_count = options, moments is None, len(nodes)
+        # the backward uses them up
+        ctx.branch_outputs = None if options.recompute else branch_outputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(used_moments)
+        return (concat, used_moments) if options.concat else (*nodes, used_moments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        options, shared = ctx.options, _saved(ctx) | ctx.options.numbers
+        noise, edge_weights = shared.pop("noise"), shared.pop("edge_weights")
+        node_grads = list(grads[:-1])
+        if options.concat:
+            shared["nodes"] = list(shared["nodes"][0].chunk(ctx.node_count, dim=1))
+            whole = node_grads[0]
+            node_grads = (
+                [None] * ctx.node_count if whole is None else list(whole.chunk(ctx.node_count, dim=1))
+            )
+        if torch.is_grad_enabled():
+            moments = None if ctx.training else shared["moments"]
+
+            def nodes(
+                gamma: Tensor, beta: Tensor, op_weights: Tensor, edge_weights: Tensor | None, *inputs: Tensor
+            ) -> list[Tensor]:
+                weights = gamma, beta, op_weights, edge_weights
+                return functional.cell(options.plan, inputs, noise, *weights, moments)
+
+            arguments = [
+                shared["gamma"],
+                shared["beta"],
+                shared["op_weights"],
+                edge_weights,
+                *shared["inputs"],
+            ]
+            needed = ctx.needs_input_grad[3:]
+            return None, None, None, *functional.gradients(nodes, arguments, needed, node_grads)
+        branch_outputs, ctx.branch_outputs = ctx.branch_outputs, None
+        if branch_outputs is None:
+            branch_outputs = options.ops.cell_branch_outputs(**shared)
+        # inputs are the last arguments of `forward`
+        needs_input_grad = [i for i, needed in enumerate(ctx.needs_input_grad[7:]) if needed]
+        grad_inputs, grad_gamma, grad_beta, grad_op_weights, grad_edge_weights = options.ops.cell_backward(
+            **shared,
+            grads=[channels_inside(grad) for grad in node_grads if grad is not None],
+            grad_nodes=[i for i, grad in enumerate(node_grads) if grad is not None],
+            noise=noise,
+            edge_weights=edge_weights,
+            branch_outputs=branch_outputs,
+            training=ctx.training,
+            needs_input_grad=needs_input_grad,
+        )
+        of_inputs: list[Tensor | None] = [None] * len(shared["inputs"])
+        for i, grad in zip(needs_input_grad, grad_inputs, strict=True):
+            of_inputs[i] = grad
+        of_edges = None if edge_weights is None else grad_edge_weights
+        return (None, None, None, grad_gamma, grad_beta, grad_op_weights, of_edges, *of_inputs)
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """The arguments of the ReLU-conv-BN ops that are no tensors with a gradient.
+
+    Attributes:
+        ops: namespace of the ops, `torch.ops.rfdarts`.
+        layers: of one stride.
+        conv_weights: of each layer, see `packing.layer_weights`.
+        moments: running mean and variance [2, C'] of each layer in float64; empty for the batch's.
+        recompute: the convolutions' outputs are computed again in the backward.
+    """
+
+    ops: Any
+    layers: list[ReLUConvBNLayer]
+    conv_weights: list[Tensor]
+    moments: list[Tensor]
+    recompute: bool
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return dict(eps=self.layers[0].norm.eps, reduce=self.layers[0].reduce)
+
+
+class ReLUConvBNFunction(torch.autograd.Function):
+    """Outputs of several layers that read x, and the moments [2, C'] of their BatchNorms.
+
+    The arguments after x are the layers' gammas, then their betas, [C'] each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, options: LayerOptions, x: Tensor, *gammas_betas: Tensor) -> tuple[Tensor, ...]:
+        count = len(options.layers)
+        layers: dict[str, Any] = dict(
+            x=x,
+            conv_weights=options.conv_weights,
+            gammas=list(gammas_betas[:count]),
+            betas=list(gammas_betas[count:]),
+        )
+        outputs, conv_outputs, moments = options.ops.relu_conv_bn_forward(
+            **layers, moments=options.moments, **options.numbers
+        )
+        _save(ctx, **layers, moments=moments, conv_outputs=[] if options.recompute else conv_outputs)
+        ctx.options = options
+        ctx.mark_non_differentiable(*moments)
+        ctx.set_materialize_grads(False)
+        return *outputs, *moments
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        options, needs_input_grad = ctx.options, ctx.needs_input_grad[1]
+        count = len(options.layers)
+        if all(grad is None for grad in grads[:count]):
+            return (None,) * len(ctx.needs_input_grad)
+        shared = _saved(ctx) | options.numbers
+        if torch.is_grad_enabled():
+            moments = options.moments or [None] * count
+
+            def outputs(x: Tensor, *gammas_betas: Tensor) -> list[Tensor]:
+                tensors = zip(gammas_betas[:count], gammas_betas[count:], moments, strict=True)
+                return [
+                    functional.relu_conv_bn(layer.convs, x, *each, shared["eps"])
+                    for layer, each in zip(options.layers, tensors, strict=True)
+                ]
+
+            arguments = [shared["x"], *shared["gammas"], *shared["betas"]]
+            return None, *functional.gradients(outputs, arguments, ctx.needs_input_grad[1:], grads[:count])
+        conv_outputs = shared.pop("conv_outputs") or options.ops.relu_conv_bn_forward(**shared)[1]
+        dense = [
+            torch.zeros_like(output) if grad is None else channels_last(grad)
+            for grad, output in zip(grads[:count], conv_outputs, strict=True)
+        ]
+        grad_x, grad_gammas, grad_betas = options.ops.relu_conv_bn_backward(
+            **shared,
+            grads=dense,
+            conv_outputs=conv_outputs,
+            training=not options.moments,
+            needs_input_grad=needs_input_grad,
+        )
+        return None, grad_x if needs_input_grad else None, *grad_gammas, *grad_betas

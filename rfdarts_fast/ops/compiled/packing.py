@@ -1,0 +1,59 @@
+"""Frozen convolutions in the order in which compiled kernels read them: one vector for a cell or a layer."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from rfdarts_fast.ops.contract import Branch, CellPlan, FrozenConvs, Op, ReLUConvBNLayer
+
+
+def cell_weights(plan: CellPlan, dtype: torch.dtype) -> Tensor:
+    """All convolutions of a cell, branch after branch, for C mixed channels. A pair is [k * k, C], then
+    [C, C] from input to output, then its transpose; FactorizedReduce [2 C, C] and its transpose."""
+
+    def pack() -> Tensor:
+        parts = [part.reshape(-1) for branch in plan.branches() for part in _branch(branch)]
+        # without convolutions there is no dtype to keep
+        return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+
+    return plan.frozen.packed(("compiled", None if plan.frozen.convs else dtype), pack)
+
+
+_layers: weakref.WeakKeyDictionary[nn.Module, FrozenConvs] = weakref.WeakKeyDictionary()
+
+
+def layer_weights(layer: ReLUConvBNLayer) -> Tensor:
+    """The matrix [C, C'], or [2 C, C'] for FactorizedReduce, and its transpose."""
+    frozen = _layers.get(layer.convs[0])
+    if frozen is None or frozen.convs != layer.convs:
+        frozen = _layers[layer.convs[0]] = FrozenConvs(layer.convs)
+
+    def pack() -> Tensor:
+        matrix = reduce_matrix(*layer.convs) if layer.reduce else _matrix(layer.convs[0])
+        return torch.cat([matrix.reshape(-1), matrix.t().reshape(-1)])
+
+    return frozen.packed("compiled", pack)
+
+
+def reduce_matrix(one: nn.Conv2d, two: nn.Conv2d) -> Tensor:
+    """FactorizedReduce's two convolutions as one matrix [2 C, C'] from input to output."""
+    a, b = _matrix(one), _matrix(two)
+    return torch.cat([torch.cat([a, torch.zeros_like(b)], 1), torch.cat([torch.zeros_like(a), b], 1)])
+
+
+def _matrix(conv: nn.Conv2d) -> Tensor:
+    return conv.weight.flatten(1).t()
+
+
+def _branch(branch: Branch) -> list[Tensor]:
+    convs = branch.convs
+    if branch.op is Op.REDUCE:
+        both = reduce_matrix(convs[0], convs[1])
+        return [both, both.t()]
+    parts = []
+    for depthwise, pointwise in zip(convs[::2], convs[1::2], strict=True):
+        parts += [_matrix(depthwise), _matrix(pointwise), _matrix(pointwise).t()]
+    return parts

@@ -1,0 +1,158 @@
+"""From a call to the backend that computes it: the plan once, then the first backend that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rfdarts_fast.ops import reference
+from rfdarts_fast.ops.backend import backend_name, fall_back, use_backend
+from rfdarts_fast.ops.contract import Backend, CellCall, EdgeModule, Memory, ReLUConvBNLayer, backends
+from rfdarts_fast.ops.plan import plan_of
+
+
+def mixed_cell(
+    edges: Sequence[EdgeModule],
+    inputs: Sequence[Tensor],
+    op_weights: Tensor,
+    edge_weights: Tensor | None = None,
+) -> list[Tensor]:
+    """All nodes of a cell: node i sums the mixed ops of inputs 0 .. i + len(inputs) - 1, a node's state being
+    the input of every later node.
+
+    Args:
+        edges: the mixed ops, ordered by node, then by input. One node with one input is a single mixed op.
+        inputs: the states that enter the cell, [N, C, H, W] each.
+        op_weights: softmax of the alphas [edges, primitives]; gradients flow to them.
+        edge_weights: PC-DARTS's edge weights [edges], or None for 1.
+
+    Returns:
+        The states of all nodes, [N, C, H', W'] each, with H' = H / 2 in a reduction cell.
+
+    Raises:
+        ValueError: if the weights' shapes do not fit the edges.
+        BackendError: if the backend that `use_backend` names cannot run.
+    """
+    return _cell(edges, inputs, op_weights, edge_weights, concat=False)
+
+
+def concat_cell(
+    edges: Sequence[EdgeModule],
+    inputs: Sequence[Tensor],
+    op_weights: Tensor,
+    edge_weights: Tensor | None = None,
+) -> Tensor:
+    """The nodes of `mixed_cell` concatenated, [N, nodes * C, H', W'], for less than torch.cat costs."""
+    return _cell(edges, inputs, op_weights, edge_weights, concat=True)[0]
+
+
+def relu_conv_bns(x: Tensor, layers: Sequence[ReLUConvBNLayer]) -> list[Tensor]:
+    """norm(conv(relu(x))) for each layer; a backend reads x as few times as it can, forward and backward.
+
+    See `reference.relu_conv_bn`. Raises BackendError if the backend that `use_backend` names cannot run.
+    """
+    outputs: dict[int, Tensor] = {}
+    members: dict[str, list[int]] = {}
+    candidates = _candidates(x)
+    for i, layer in enumerate(layers):
+        reasons = (backend.unsupported_layer(x, layer) for backend in candidates)
+        backend = _choose(candidates, reasons, lambda: True)
+        if backend is None:
+            outputs[i] = reference.relu_conv_bn(x, *layer)
+        else:
+            members.setdefault(backend.name, []).append(i)
+    for name, indices in members.items():
+        computed = backends()[name].relu_conv_bns(x, [layers[i] for i in indices], use_backend.memory)
+        outputs.update(zip(indices, computed, strict=True))
+    return [outputs[i] for i in range(len(layers))]
+
+
+def cell_call(
+    edges: Sequence[EdgeModule],
+    inputs: Sequence[Tensor],
+    op_weights: Tensor,
+    edge_weights: Tensor | None = None,
+    memory: Memory = "fast",
+    concat: bool = False,
+) -> CellCall | str:
+    """The call that a backend takes, or the reason why none can. Raises ValueError as `mixed_cell`."""
+    _check_weights(edges, op_weights, edge_weights)
+    plan = plan_of(edges, len(inputs))
+    if isinstance(plan, str):
+        return plan
+    training = plan.uses_batch_statistics()
+    if training is None:
+        return "BatchNorms in training and in evaluation mode in one cell"
+    return CellCall(plan, inputs, op_weights, edge_weights, training, memory, concat)
+
+
+def _cell(
+    edges: Sequence[EdgeModule],
+    inputs: Sequence[Tensor],
+    op_weights: Tensor,
+    edge_weights: Tensor | None,
+    concat: bool,
+) -> list[Tensor]:
+    candidates = _candidates(inputs[0])
+    if candidates:
+        call = cell_call(edges, inputs, op_weights, edge_weights, use_backend.memory, concat)
+        reasons = (call if isinstance(call, str) else b.unsupported_cell(call) for b in candidates)
+        backend = _choose(candidates, reasons, lambda: _trains_convolutions(edges))
+        if backend is not None:
+            assert isinstance(call, CellCall)
+            return backend.mixed_cell(call)
+    else:
+        _check_weights(edges, op_weights, edge_weights)
+    nodes = reference.mixed_cell(edges, inputs, op_weights, edge_weights)
+    return [torch.cat(nodes, dim=1)] if concat else nodes
+
+
+def _check_weights(edges: Sequence[EdgeModule], op_weights: Tensor, edge_weights: Tensor | None) -> None:
+    expected = len(edges), len(edges[0].primitives)
+    if op_weights.shape != expected:
+        raise ValueError(f"op_weights: expected {[*expected]}, got {[*op_weights.shape]}")
+    if edge_weights is not None and edge_weights.shape != expected[:1]:
+        raise ValueError(f"edge_weights: expected {[*expected[:1]]}, got {[*edge_weights.shape]}")
+
+
+def _candidates(x: Tensor) -> list[Backend]:
+    """The backends to ask, in order; none for the reference."""
+    name, device = backend_name(), x.device.type
+    # on the meta device only shapes matter
+    if name == "reference" or device == "meta":
+        return []
+    if name != "auto":
+        return [backends()[name]]
+    candidates = [backend for backend in backends().values() if device in backend.devices]
+    if not candidates:
+        fall_back(f"no backend for device {device}")
+    return candidates
+
+
+def _choose(
+    candidates: Sequence[Backend], reasons: Iterable[str | None], expected: Callable[[], bool]
+) -> Backend | None:
+    """The first backend with no reason against it, or None, which is told unless `expected`.
+
+    Raises BackendError if a backend was asked for by name and there is a reason.
+    """
+    against: dict[str, None] = {}
+    for backend, reason in zip(candidates, reasons, strict=True):
+        if reason is None:
+            return backend
+        against[reason] = None
+    if against:
+        fall_back("; ".join(against), expected())
+    return None
+
+
+def _trains_convolutions(edges: Sequence[EdgeModule]) -> bool:
+    """True for methods that backends are not made for (darts, pc-darts)."""
+    return any(
+        conv.weight.requires_grad
+        for edge in edges
+        for conv in edge._ops.modules()
+        if isinstance(conv, nn.Conv2d)
+    )

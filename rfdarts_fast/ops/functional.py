@@ -1,0 +1,134 @@
+"""A planned cell and a ReLU-conv-BN layer as functions of their tensors, in plain PyTorch.
+
+Kernels have a first derivative. Where a graph of it is asked for (`create_graph=True`: Hessian-vector products,
+RobustDARTS's dominant eigenvalue), it is taken of these instead, so that it can be differentiated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfdarts_fast.ops.contract import Branch, CellPlan, Edge, Op
+from rfdarts_fast.ops.reference import channel_shuffle
+
+
+def cell(
+    plan: CellPlan,
+    inputs: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    gamma: Tensor,
+    beta: Tensor,
+    op_weights: Tensor,
+    edge_weights: Tensor | None,
+    moments: Tensor | None,
+) -> list[Tensor]:
+    """The states of all nodes in the dtype of `gamma`; arguments as those of the op cell_forward."""
+
+    def norm(y: Tensor, row: int) -> Tensor:
+        mean, variance = (None, None) if moments is None else moments[:, row].to(y.dtype)
+        return F.batch_norm(y, mean, variance, gamma[row], beta[row], moments is None, eps=plan.eps)
+
+    states = [x.to(gamma.dtype) for x in inputs]
+    for e, edge in enumerate(plan.edges):
+        term = _mixed_op(
+            plan, edge, states[edge.source], [z.to(gamma.dtype) for z in noise], op_weights[e], norm
+        )
+        if edge_weights is not None:
+            term = edge_weights[e] * term
+        if edge.source:
+            states[-1] = states[-1] + term
+        else:
+            states.append(term)
+    return states[plan.inputs :]
+
+
+def _mixed_op(
+    plan: CellPlan,
+    edge: Edge,
+    x: Tensor,
+    noise: Sequence[Tensor],
+    op_weights: Tensor,
+    norm: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    mixed = x[:, : plan.mixed_channels]
+    total = torch.zeros_like(mixed[:, :, :: edge.stride, :: edge.stride])
+    for branch, op_weight in zip(edge.branches, op_weights, strict=True):
+        if branch.op is not Op.NONE:
+            total = total + op_weight * _branch(branch, mixed, edge.stride, noise, norm)
+    if plan.K == 1:
+        return total
+    bypass = x[:, plan.mixed_channels :]
+    if edge.stride == 2:
+        bypass = F.max_pool2d(bypass, 2, 2)
+    return channel_shuffle(torch.cat([total, bypass], dim=1), plan.K)
+
+
+def _branch(
+    branch: Branch, x: Tensor, stride: int, noise: Sequence[Tensor], norm: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    match branch.op:
+        case Op.IDENTITY:
+            return x
+        case Op.NOISE:
+            return noise[branch.noise]
+        case Op.MAX_POOL:
+            y = F.max_pool2d(x, 3, stride, padding=1)
+        case Op.AVG_POOL:
+            y = F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
+        case Op.REDUCE:
+            y = _reduce(F.relu(x), branch.convs)
+        case Op.DIL_CONV:
+            y = _apply(F.relu(x), branch.convs)
+        case Op.SEP_CONV:
+            inner = norm(_apply(F.relu(x), branch.convs[:2]), branch.inner_norm)
+            y = _apply(F.relu(inner), branch.convs[2:])
+    return norm(y, branch.norm)
+
+
+def _apply(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
+    for conv in convs:
+        x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return x
+
+
+def _reduce(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
+    return torch.cat([_apply(x, convs[:1]), _apply(x[:, :, 1:, 1:], convs[1:])], dim=1)
+
+
+def relu_conv_bn(
+    convs: Sequence[nn.Conv2d], x: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor | None, eps: float
+) -> Tensor:
+    """The output of one layer in the dtype of `gamma`; moments [2, C'] in evaluation mode, else None."""
+    x = F.relu(x.to(gamma.dtype))
+    y = _reduce(x, convs) if len(convs) == 2 else _apply(x, convs)
+    mean, variance = (None, None) if moments is None else moments.to(y.dtype)
+    return F.batch_norm(y, mean, variance, gamma, beta, moments is None, eps=eps)
+
+
+def gradients(
+    function: Callable[..., Sequence[Tensor]],
+    arguments: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of function(*arguments) for the arguments that are `needed`, with a graph of their own.
+
+    Args:
+        arguments: tensors, connected to the graph that they come from.
+        grads: gradients of the outputs; None for zero.
+    """
+    with torch.enable_grad():
+        # an argument that occurs twice has two gradients
+        aliases = [x if x is None else x.view_as(x) for x in arguments]
+        outputs = [y for y, grad in zip(function(*aliases), grads, strict=True) if grad is not None]
+        given = [
+            grad.to(y.dtype)
+            for y, grad in zip(outputs, (grad for grad in grads if grad is not None), strict=True)
+        ]
+        wanted = [x for x, want in zip(aliases, needed, strict=True) if want and x is not None]
+        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
+    return [next(found) if want else None for want in needed]
