@@ -1,5 +1,6 @@
 # make search   quick search and retraining on handwritten digits, from nothing
 # make test     the test suite
+# make docs     the documentation, in site/
 # TORCH chooses the torch packages, e.g. make test TORCH=torch==2.13.0
 PYTHON ?= python3
 TORCH ?= torch torchvision
@@ -11,7 +12,7 @@ TORCH_READY := $(VENV)/torch-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
 INSTALLED := $(VENV)/installed
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: install search test test-slow lint clean gpu-check
+.PHONY: install search test test-slow lint docs clean gpu-check
 
 install: $(INSTALLED)
 
@@ -28,7 +29,7 @@ $(INSTALLED): $(TORCH_READY) $(SOURCES)
 
 search: install
 	$(BIN)/rfdarts search --preset quick --out $(RUN)/search
-	$(BIN)/rfdarts train --recipe quick --genotype $(RUN)/search/genotype.json --out $(RUN)/train
+	$(BIN)/rfdarts train --preset quick --genotype $(RUN)/search/genotype.json --out $(RUN)/train
 	@echo; echo "genotype     $(RUN)/search/genotype.json"; cat $(RUN)/search/genotype.json
 	@echo "search run   $(RUN)/search"; echo "training run $(RUN)/train"
 
@@ -43,8 +44,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# pip finds the package installed and adds the extra; the variable silences a notice about a later MkDocs
+docs: install
+	$(BIN)/pip install --quiet "rfdarts_fast[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+
 clean:
-	rm -rf $(VENV) build *.egg-info rfdarts_fast/ops/*.so
+	rm -rf $(VENV) build site *.egg-info rfdarts_fast/ops/*.so
 
 # on a machine with a GPU: builds, tests, sanitizes and measures into benchmarks/results/gpu_check.json
 gpu-check:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rfdarts_fast.ops.compiled.plan import Plan, plan_of
+from tests.kernels.cuda.convs import ConvCase
 
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
 from rfdarts_fast.ops.compiled import cpu
-from rfdarts_fast.ops.compiled.plan import Plan, plan_of
 from tests.kernels.cuda import emulated
-from tests.kernels.cuda.convs import ConvCase
 
 BANDWIDTH = 3.0e12
 MULTIPLY_ADDS = 132 * 128 * 1.98e9

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,13 +15,15 @@ import tyro
 
 from rfdarts_fast.data import DataError
 from rfdarts_fast.ops import BackendError
-from rfdarts_fast.retrain.config import TrainConfig, recipe_values
+from rfdarts_fast.retrain.config import TrainConfig
+from rfdarts_fast.retrain.config import preset_values as train_preset
 from rfdarts_fast.runs.checkpoint import CheckpointError
 from rfdarts_fast.runs.config import ConfigError, RunConfig, read_yaml, require
 from rfdarts_fast.runs.run import Diverged
 from rfdarts_fast.runs.run_folder import RunFolderError
 from rfdarts_fast.runs.signals import Stopped
-from rfdarts_fast.search.config import SearchConfig, preset_values
+from rfdarts_fast.search.config import SearchConfig
+from rfdarts_fast.search.config import preset_values as search_preset
 
 USAGE = """\
 usage: rfdarts COMMAND [OPTIONS]
@@ -36,7 +39,7 @@ commands:
 
 rfdarts COMMAND --help lists the options of a command. To begin:
   rfdarts search --preset quick --out runs/search
-  rfdarts train --recipe quick --genotype runs/search/genotype.json --out runs/train
+  rfdarts train --preset quick --genotype runs/search/genotype.json --out runs/train
 """
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -49,9 +52,9 @@ class EvalOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a `rfdarts train` run."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which of its checkpoints."""
+    """The checkpoint to evaluate."""
     data_root: Path | None = None
-    """Where the data set lies, if it is not where the training found it."""
+    """The data set's npz file or folder, if it has moved since."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
 
@@ -80,26 +83,28 @@ class BenchOptions:
     """Folder for a JSON file with the figures, the machine and its measured roofs."""
 
 
-def parse_config(kind: type[Config], base: Callable[[dict], dict], args: list[str], prog: str) -> Config:
-    """A config from a recipe, a YAML file and the command line, each winning over the one before.
+def parse_config(
+    config_class: type[Config], preset_values: Callable[[dict], dict], args: list[str], prog: str
+) -> Config:
+    """A config from a preset, a YAML file and the command line, each winning over the one before.
 
-    The options that choose the recipe are read first, so that --help shows the values that would be used.
+    The options that choose the preset are read first, so that --help shows the values that would be used.
     """
-    choosers = [name for name in ("preset", "recipe", "method", "space") if name in kind.__dataclass_fields__]
+    choosers = [name for name in ("preset", "method", "space") if name in config_class.__dataclass_fields__]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config", *choosers):
         first.add_argument(f"--{name}", default=argparse.SUPPRESS)
     given = {name: value for name, value in vars(first.parse_known_args(args)[0]).items() if value != "None"}
-    file = read_yaml(Path(given["config"]), kind) if "config" in given else {}
-    values = {**base({**file, **given}), **file}
-    default = kind(**{"out": tyro.MISSING, **values})  # type: ignore[arg-type]
-    return tyro.cli(kind, prog=prog, args=args, default=default, config=(tyro.conf.AvoidSubcommands,))
+    file = read_yaml(Path(given["config"]), config_class) if "config" in given else {}
+    values = {**preset_values({**file, **given}), **file}
+    default = config_class(**{"out": tyro.MISSING, **values})  # type: ignore[arg-type]
+    return tyro.cli(config_class, prog=prog, args=args, default=default, config=(tyro.conf.AvoidSubcommands,))
 
 
 def run_search(args: list[str]) -> None:
     from rfdarts_fast.search import search
 
-    config = parse_config(SearchConfig, preset_values, args, "rfdarts search")
+    config = parse_config(SearchConfig, search_preset, args, "rfdarts search")
     genotype = search(config)
     print(
         f"\n{genotype}\n\ngenotype  {config.out / 'genotype.json'}\nmetrics   {config.out / 'metrics.jsonl'}"
@@ -109,7 +114,7 @@ def run_search(args: list[str]) -> None:
 def run_train(args: list[str]) -> None:
     from rfdarts_fast.retrain import train
 
-    config = parse_config(TrainConfig, recipe_values, args, "rfdarts train")
+    config = parse_config(TrainConfig, train_preset, args, "rfdarts train")
     result = train(config)
     print(
         f"\ntest accuracy {result['test_accuracy']:.2f}% after the last epoch, best "
@@ -161,6 +166,18 @@ def run_env(args: list[str]) -> None:
         print(f"{name:14} {', '.join(value) or 'none' if isinstance(value, list) else value}")
 
 
+def load_plugins() -> None:
+    """Imports the modules that installed packages name in the entry-point group `rfdarts_fast.plugins`.
+
+    They register primitives, spaces and data sets. Raises ConfigError for one that cannot be imported.
+    """
+    for plugin in entry_points(group="rfdarts_fast.plugins"):
+        try:
+            plugin.load()
+        except Exception as error:
+            raise ConfigError(f"plugin {plugin.name}: {plugin.value} cannot be loaded: {error}") from error
+
+
 COMMANDS = {"search": run_search, "train": run_train, "eval": run_eval, "bench": run_bench, "env": run_env}
 
 
@@ -174,6 +191,7 @@ def main() -> None:
         print(f"rfdarts: there is no command {args[0]!r}\n\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
     try:
+        load_plugins()
         COMMANDS[args[0]](args[1:])
     except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
         print(f"rfdarts {args[0]}: {error}", file=sys.stderr)

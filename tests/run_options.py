@@ -1,4 +1,4 @@
-"""What each option of every run does: `check_<field>(lab)` for each field of RunConfig.
+"""The effect of each option of every run: `check_<field>(lab)` for each field of RunConfig.
 
 A lab has `start(**changes)`, a run at its first step, and `finish(**changes)`, the folder of a finished one.
 """

@@ -103,4 +103,4 @@ def test_the_reader_of_imports_sees_all_kinds(tmp_path, monkeypatch):
         "from .genotype import parse\nfrom .. import cli\n"
         "def f():\n    from rfdarts_fast.runs.run import Run\n    import_module('rfdarts_fast.search')\n"
     )
-    assert sorted(imported_parts(module)) == ["cli", "data", "runs", "nn", "ops", "search", "spaces"]
+    assert sorted(imported_parts(module)) == ["cli", "data", "nn", "ops", "runs", "search", "spaces"]

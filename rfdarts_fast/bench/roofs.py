@@ -1,4 +1,4 @@
-"""What a step must at least compute and move, and what this machine can do."""
+"""The least that a step computes and moves, and the most that this machine can do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from rfdarts_fast.bench.variants import Method, make_network
 
-# how often a kept branch output is written or read in one step with the kernels (forward, backward)
+# times that a branch output is written or read in one step with the kernels (forward, backward)
 _TOUCHED = {"inner": 5, "outer": 6, "single": 4}
 
 
@@ -33,7 +33,7 @@ def step_counts(
 ) -> dict[str, float]:
     """Floating-point operations and float32 bytes of the mixed ops in one step with the kernels.
 
-    Counted are the convolutions (forward, and backward to their inputs) and the kept branch outputs; states,
+    Counted are the convolutions (forward, and backward to their inputs) and the branch outputs; states,
     pools, bypass and preprocessing come on top.
     """
     network = make_network(method, channels, layers, space)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from rfdarts_fast.bench.roofs import machine_roofs, step_counts
-from rfdarts_fast.bench.variants import VARIANTS, Method, resident, step_of
+from rfdarts_fast.bench.variants import PLAIN, VARIANTS, Method, resident, step_of
 from rfdarts_fast.ops import backends
 from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.runs.files import write_json
@@ -23,8 +23,15 @@ from rfdarts_fast.runs.files import write_json
 
 @dataclass
 class Result:
-    """One variant: seconds of a step (median and best), its CPU seconds over all threads (what a busy machine
-    distorts least), bytes above the idle process, first loss."""
+    """One variant's figures.
+
+    Attributes:
+        seconds, best: median and least of a step.
+        cpu_seconds: least of a step, over all threads; a busy machine distorts them least.
+        memory: bytes above the idle process.
+        loss: of the first step.
+        first_step: its seconds.
+    """
 
     variant: str
     seconds: float
@@ -48,8 +55,8 @@ def run(
     out: Path | None = None,
 ) -> dict:
     """Times one step of a supernet, variants taking turns `rounds` times, so that a busy minute hits all.
-    PyTorch and the kernels have a process each, for what PyTorch's gigabytes leave on the heap slows the
-    kernels; memory is measured in one more process for each variant.
+    PyTorch and the kernels have a process each: the heap that PyTorch's gigabytes leave slows the kernels.
+    Memory is measured in one more process for each variant.
 
     Args:
         method: "rf-darts" or "rf-pcdarts" (K = 4).
@@ -57,7 +64,7 @@ def run(
         out: folder for a JSON file with the results, the machine, its roofs and versions.
 
     Returns:
-        What the JSON file holds; `table` prints it.
+        The report, as the JSON file holds it; `table` prints it.
 
     Raises:
         ValueError: for a variant that does not exist or that this machine cannot run.
@@ -66,11 +73,11 @@ def run(
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-        if not variant.startswith(("eager", "compile")) and not status["built"]:
+        if variant not in PLAIN and not status["built"]:
             raise ValueError(f"variant: {variant} needs the compiled kernels: {status['reason']}")
     shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
-    cpu: dict[str, list[float]] = {variant: [] for variant in variants}
+    cpu_times: dict[str, list[float]] = {variant: [] for variant in variants}
     results = []
     peaks: dict[str, int | None] = {}
     for variant in variants:
@@ -79,13 +86,13 @@ def run(
             skip = variant == "compile"
             peaks[variant] = None if skip else alone.submit(_memory, variant, method, shape).result()
     with _process() as torch_only, _process() as kernels:
-        workers = {v: torch_only if v.startswith(("eager", "compile")) else kernels for v in variants}
+        workers = {v: torch_only if v in PLAIN else kernels for v in variants}
         started = {v: workers[v].submit(_start, v, method, shape).result() for v in variants}
         for _ in range(rounds):
             for variant in variants:
                 seconds, cpu_seconds = workers[variant].submit(_timed_step, variant).result()
                 times[variant].append(seconds)
-                cpu[variant].append(cpu_seconds)
+                cpu_times[variant].append(cpu_seconds)
     for variant in variants:
         median = statistics.median(times[variant])
         loss, first = started[variant]
@@ -94,7 +101,7 @@ def run(
                 variant,
                 median,
                 min(times[variant]),
-                min(cpu[variant]),
+                min(cpu_times[variant]),
                 batch / median,
                 peaks[variant],
                 loss,
@@ -133,7 +140,7 @@ def table(report: dict) -> str:
         f"kernels: {report['kernels'].get('isa', 'none')}, load {report['load']:.1f}",
         f"roofs: {roofs['gflops']:.0f} GFLOP/s, {roofs['gbytes']:.1f} GB/s; mixed ops alone: "
         f"{counts['flops'] / 1e9:.1f} GFLOP = {counts['flops'] / roofs['gflops'] / 1e9:.3f} s, "
-        f"{counts['bytes'] / 1e9:.2f} GB kept outputs = {counts['bytes'] / roofs['gbytes'] / 1e9:.3f} s",
+        f"{counts['bytes'] / 1e9:.2f} GB branch outputs = {counts['bytes'] / roofs['gbytes'] / 1e9:.3f} s",
         f"{'variant':<44}{'step s':>8}{'best':>8}{'images/s':>10}{'ratio':>7}"
         f"{'CPU s':>8}{'ratio':>7}{'memory MB':>11}{'ratio':>7}{'GFLOP/s':>9}{'GB/s':>7}",
     ]
@@ -142,8 +149,8 @@ def table(report: dict) -> str:
         less_cpu = f"{least_cpu / r['cpu_seconds']:.1f}" if least_cpu else ""
         memory = f"{r['memory'] / 1e6:.0f}" if r["memory"] else ""
         less = f"{smallest / r['memory']:.1f}" if smallest and r["memory"] else ""
-        # what eager operators move is another, larger number
-        kernels = not r["variant"].startswith(("eager", "compile"))
+        # eager operators move more
+        kernels = r["variant"] not in PLAIN
         moved = counts["bytes"] * (0.5 if r["variant"] == "bfloat16" else 1) / r["seconds"] / 1e9
         lines.append(
             f"{VARIANTS[r['variant']]:<44}{r['seconds']:>8.3f}{r['best']:>8.3f}{r['images_per_second']:>10.1f}"
@@ -159,7 +166,7 @@ def _process() -> ProcessPoolExecutor:
 
 
 def _memory(variant: str, method: Method, shape: dict) -> int:
-    """Bytes that two steps took at most."""
+    """The most bytes that two steps took."""
     step = step_of(variant, method, **shape)
     gc.collect()
     idle = resident("VmRSS")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from rfdarts_fast import ops
 from rfdarts_fast.nn import SearchNetwork
 from rfdarts_fast.nn.random_features import freeze_random_features
 from rfdarts_fast.nn.supernet import MixedOp
+from rfdarts_fast.ops import reference
 from rfdarts_fast.spaces import get_space
 
 Method = Literal["rf-darts", "rf-pcdarts"]
@@ -27,7 +28,8 @@ VARIANTS = {
     "bfloat16": "kernels, bfloat16 storage",
 }
 
-MEMORY: dict[str, ops.Memory] = {"fast": "fast", "recompute": "recompute", "bfloat16": "bfloat16"}
+# the others are the kernels' memory modes
+PLAIN = ("eager", "eager-cl", "compile")
 
 
 def make_network(method: Method, channels: int, layers: int, space: str) -> SearchNetwork:
@@ -64,10 +66,8 @@ def step_of(
         return loss.item()
 
     def run() -> float:
-        if variant in ("eager", "eager-cl", "compile"):
-            with ops.use_backend("reference"):
-                return step()
-        with ops.use_backend("cpu", MEMORY[variant]):
+        choice = ("reference",) if variant in PLAIN else ("cpu", variant)
+        with ops.use_backend(*choice):  # type: ignore[arg-type]
             return step()
 
     return run
@@ -76,30 +76,23 @@ def step_of(
 class _CompiledCell(nn.Module):
     """A search cell whose mixed ops are compiled one by one."""
 
-    def __init__(self, cell: nn.Module, mode: str) -> None:
+    def __init__(self, cell: Any, mode: str) -> None:
         super().__init__()
         self.cell = cell
         self.reduction = cell.reduction
-        # each shape for itself: Inductor fails on what it makes of all of them together
-        self.compiled = [
-            torch.compile(op, mode=mode, dynamic=False)
-            for op in cell._ops  # type: ignore[union-attr]
-        ]
+        # each shape for itself: Inductor fails on a graph of all of them
+        self._edges: list[Any] = [torch.compile(edge, mode=mode, dynamic=False) for edge in cell._ops]
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None) -> Tensor:
-        states = [self.cell.preprocess0(s0), self.cell.preprocess1(s1)]  # type: ignore[operator]
-        at = 0
-        while at < len(self.compiled):
-            total: Tensor | None = None
-            for j, x in enumerate(states):
-                term = self.compiled[at + j](x, weights[at + j])
-                if edge_weights is not None:
-                    term = edge_weights[at + j] * term
-                total = term if total is None else total + term
-            at += len(states)
-            assert total is not None
-            states.append(total)
-        return torch.cat(states[2:], dim=1)
+    def forward(
+        self, s0: Tensor, s1: Tensor, op_weights: Tensor, edge_weights: Tensor | None = None
+    ) -> Tensor:
+        inputs = [self.cell.preprocess0(s0), self.cell.preprocess1(s1)]
+        nodes = reference.mixed_cell(self._edges, inputs, op_weights, edge_weights, _call)
+        return torch.cat(nodes, dim=1)
+
+
+def _call(edge: Any, x: Tensor, op_weights: Tensor) -> Tensor:
+    return edge(x, op_weights)
 
 
 def compile_mixed_ops(network: SearchNetwork, mode: str = "default") -> None:

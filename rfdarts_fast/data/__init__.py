@@ -12,23 +12,27 @@ from .colour import ColourJitter
 from .defaults import default_augment, evaluation_augment
 from .errors import DataError
 from .sets import ImageFolderSet, ImageSet
-from .sources import NAMES, DataSource, load
+from .sources import DATASETS, Dataset, DataSource, Images, Statistics, load, register_dataset
 from .splits import read_split_file, split_half, split_per_class, split_stratified
 
 __all__ = [
-    "NAMES",
+    "DATASETS",
     "Augment",
     "Batches",
     "ColourJitter",
     "DataError",
     "DataSource",
+    "Dataset",
     "Draws",
     "ImageFolderSet",
     "ImageSet",
+    "Images",
+    "Statistics",
     "default_augment",
     "evaluation_augment",
     "load",
     "read_split_file",
+    "register_dataset",
     "split_half",
     "split_per_class",
     "split_stratified",

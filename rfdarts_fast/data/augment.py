@@ -19,7 +19,7 @@ from .errors import DataError, require, require_int
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to an image between its bytes and the network; the default only normalises.
+    """The way of an image from its bytes to the network; the default only normalises.
 
     In this order:
       resized_crop  image folders only: a random part of the photo, with an area within this range of

@@ -96,15 +96,15 @@ class Batches:
         return self._from_files(position, stop)
 
     def _from_memory(self, dataset: ImageSet, position: int, stop: int | None) -> Iterator[Batch]:
-        for epoch, step, indices in self._plan(position, stop):
+        for epoch, step, indices in self._order(position, stop):
             chosen = upload(indices, self.device)
             images = dataset.images.index_select(0, chosen)
             yield self._augmented(images, epoch, step), dataset.labels.index_select(0, chosen)
 
     def _from_files(self, position: int, stop: int | None) -> Iterator[Batch]:
         assert self._reader is not None
-        read = copied_ahead(self._reader.read(self._plan(position, stop)), self.device)
-        for (epoch, step, _), (images, labels) in zip(self._plan(position, stop), read, strict=False):
+        read = copied_ahead(self._reader.read(self._order(position, stop)), self.device)
+        for (epoch, step, _), (images, labels) in zip(self._order(position, stop), read, strict=False):
             yield self._augmented(images, epoch, step), labels
 
     def _augmented(self, images: Tensor, epoch: int, step: int) -> Tensor:
@@ -112,16 +112,16 @@ class Batches:
         draws = self.augment.draw(len(images), self.dataset.image_size, generator)
         return self.augment.apply(images, draws.to(self.device))
 
-    def _plan(self, position: int, stop: int | None) -> Iterator[tuple[int, int, Tensor]]:
+    def _order(self, position: int, stop: int | None) -> Iterator[tuple[int, int, Tensor]]:
         """(epoch, step, indices into the data set) of every batch from `position` on, up to `stop`."""
-        order = self.indices
+        chosen = self.indices
         while stop is None or position < stop:
             epoch, first = divmod(position, self._steps)
             if self.shuffle:
                 generator = torch_generator(self.seed, Purpose.ORDER, epoch)
-                order = self.indices[torch.randperm(len(self.indices), generator=generator)]
+                chosen = self.indices[torch.randperm(len(self.indices), generator=generator)]
             for step in range(first, self._steps):
-                yield epoch, step, order[step * self.batch_size : (step + 1) * self.batch_size]
+                yield epoch, step, chosen[step * self.batch_size : (step + 1) * self.batch_size]
             position = (epoch + 1) * self._steps
 
 

@@ -1,10 +1,9 @@
-"""Which augmentation suits which data set."""
+"""The augmentation that suits a data set."""
 
 from __future__ import annotations
 
 from .augment import Augment
 from .colour import ColourJitter
-from .constants import NOT_FLIPPED
 from .sets import ImageFolderSet
 from .sources.source import DataSource
 
@@ -21,15 +20,15 @@ def default_augment(
 
     Image folders: a random part of 8% to 100% of the area, resized, and a mirror (the ImageNet recipes).
     All others: a random crop after padding by an eighth of the side, and a mirror. That is the published
-    4 pixels for CIFAR and SVHN at 32 and 2 at 16 (DARTS, RobustDARTS, NAS-Bench-201). `flip` overrides the
-    mirror, which digits do without; turn it off for an npz of images that have a left and a right.
+    4 pixels for CIFAR and SVHN at 32 and 2 at 16 (DARTS, RobustDARTS, NAS-Bench-201). `flip` overrides
+    `source.mirrored`; turn it off for an npz of images that have a left and a right.
     """
     photos = isinstance(source.train, ImageFolderSet)
     return Augment(
         mean=source.mean,
         std=source.std,
         pad=0 if photos else source.image_size // 8,
-        flip=source.name not in NOT_FLIPPED if flip is None else flip,
+        flip=source.mirrored if flip is None else flip,
         cutout=cutout,
         jitter=jitter,
         resized_crop=(0.08, 1.0) if photos else None,
@@ -38,7 +37,7 @@ def default_augment(
 
 
 def evaluation_augment(source: DataSource, *, channels_last: bool = False) -> Augment:
-    """What evaluation sees: normalised images; from image folders the centre, 7/8 of the resized short side.
+    """Normalisation alone, for evaluation; from image folders the centre, 7/8 of the resized short side.
 
     At 224 pixels that is the usual resize to 256 and centre crop.
     """

@@ -18,13 +18,13 @@ from .seeding import Purpose, numpy_generator
 from .sets import ImageFolderSet
 
 # (epoch, step, indices into the data set) of every batch, in order
-Plan = Iterable[tuple[int, int, Tensor]]
+BatchOrder = Iterable[tuple[int, int, Tensor]]
 
 
 class FileReader:
-    """Decodes the batches of a plan, in its order, with one pool of workers for all plans.
+    """Decodes batches in a given order, with one pool of workers for all orders.
 
-    Reading a new plan ends the one before; going on with that raises RuntimeError.
+    Reading a new order ends the one before; going on with that raises RuntimeError.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class FileReader:
         self._loader: DataLoader[Any] | None = None
         self._reads = 0
 
-    def read(self, plan: Plan) -> Iterator[Batch]:
-        """The batches of `plan`: uint8 [B, 3, S, S] and int64 [B], on the CPU, in pinned memory if so asked.
+    def read(self, order: BatchOrder) -> Iterator[Batch]:
+        """The batches of `order`: uint8 [B, 3, S, S] and int64 [B], on the CPU, in pinned memory if so asked.
 
         Raises DataError for an unreadable file.
         """
@@ -46,7 +46,7 @@ class FileReader:
         this_read = self._reads
         if self._loader is None:
             self._loader = self._new_loader()
-        self._queue.plan = plan
+        self._queue.order = order
         for batch in self._loader:
             # an error travels as a value: raised in a worker it would come out wrapped in its traceback
             if isinstance(batch, DataError):
@@ -100,14 +100,14 @@ class _Decoder(Dataset[Any]):
 
 
 class _Queue:
-    """The loader's batch sampler: hands out whatever plan is current when the loader starts over."""
+    """The loader's batch sampler: hands out the order that is current when the loader starts over."""
 
     def __init__(self) -> None:
-        self.plan: Plan = ()
+        self.order: BatchOrder = ()
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         # plain numbers: a tensor would travel to the workers through shared memory, one file each
-        return ((epoch, indices.tolist()) for epoch, _, indices in self.plan)
+        return ((epoch, indices.tolist()) for epoch, _, indices in self.order)
 
 
 def _as_it_is(batch: object) -> object:

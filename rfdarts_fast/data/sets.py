@@ -84,7 +84,9 @@ class ImageFolderSet:
     Raises DataError for mismatched lengths, an empty set and an image_size below 1.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], labels: Tensor, image_size: int) -> None:
+    def __init__(
+        self, paths: Sequence[str | os.PathLike[str]], labels: Tensor, image_size: int = 224
+    ) -> None:
         _check_labels(labels, len(paths))
         self.image_size = require_int(image_size, "image_size", 1)
         self.labels = labels
@@ -100,6 +102,12 @@ class ImageFolderSet:
 
     def path(self, index: int) -> Path:
         return Path(os.fsdecode(self._paths[index]))
+
+    def resized(self, image_size: int) -> ImageFolderSet:
+        """This set, read as images of image_size x image_size pixels."""
+        other = copy(self)
+        other.image_size = require_int(image_size, "image_size", 1)
+        return other
 
     def verify(self, indices: Sequence[int] | None = None) -> None:
         """Decode every image (or those at `indices`) whole; DataError naming the first unreadable file."""

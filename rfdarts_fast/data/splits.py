@@ -85,8 +85,8 @@ def read_split_file(
     file = Path(path)
     content = _read_json(file)
     if not isinstance(content, dict) or not set(keys) <= content.keys():
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{file}: expected a split file with the keys {list(keys)}, got {found}")
+        got = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{file}: expected a split file with the keys {list(keys)}, got {got}")
     first, second = (_indices(content[key], n, f"{file}: {key}") for key in keys)
     both = np.intersect1d(first.numpy(), second.numpy())
     require(both.size == 0, f"{file}: expected disjoint parts, got {both.size} images in both")

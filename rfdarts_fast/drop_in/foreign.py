@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from rfdarts_fast.drop_in.plan import Plan
+from rfdarts_fast.drop_in.replacements import Replacements
 from rfdarts_fast.nn import freeze_random_features
 
 
 @dataclass
 class Report:
-    """What `accelerate` did; `str(report)` is for readers.
+    """The changes that `accelerate` made; `str(report)` is for readers.
 
     Attributes:
         replaced: path of a module -> what computes it now.
@@ -46,11 +46,12 @@ def accelerate(
 ) -> Report:
     """Fuses the mixed ops of a supernet in place; its tensors, names and classes stay.
 
-    Found by structure, whatever module the classes were imported from: mixed ops (an `_ops` list of the
-    published operations, `forward(x, weights)`) of quark0/darts, RobustDARTS and PC-DARTS, with K read from
-    the width of the operations; whole cells around them where the cell is the published one; search cells of
-    NAS-Bench-201 (AutoDL-Projects). Each kind is run once beside the original on a small input, in training
-    and in evaluation mode, and counts as recognised only if outputs and running statistics agree.
+    Modules are found by structure, wherever their classes were imported from: mixed ops (an `_ops` list of
+    primitives that `rfdarts_fast.nn` has registered, `forward(x, weights)`) of quark0/darts, RobustDARTS and
+    PC-DARTS, with K read from the width of the primitives; whole cells around them where the cell is the
+    published one; search cells of NAS-Bench-201 (AutoDL-Projects). A fused copy is run once beside the
+    original on a small input, in training and in evaluation mode, and counts only if outputs and running
+    statistics agree.
 
     Call it after loading a checkpoint and before making the optimiser: BatchNorms get new parameters. A
     second-order architect must leave frozen parameters out (`p.requires_grad`) and copy the model with
@@ -79,19 +80,21 @@ def accelerate(
             f"model: expected the supernet itself, got it wrapped in {type(model).__name__}; "
             "accelerate it first and wrap it then"
         )
-    plan = Plan(model)
-    if plan.problems and (strict or (not plan.edges and not plan.benchmark_cells)):
-        path, why = next(iter(plan.problems.items()))
+    replacements = Replacements(model)
+    fusible = replacements.edges or replacements.benchmark_cells
+    if replacements.problems and (strict or not fusible):
+        path, reason = next(iter(replacements.problems.items()))
+        count = len(replacements.problems)
         raise ValueError(
-            f"model: cannot replace {path or 'the model'} ({why}), one of {len(plan.problems)} such modules; "
-            "nothing was changed. strict=False replaces the others"
+            f"model: cannot replace {path or 'the model'} ({reason}), one of {count} such modules; nothing "
+            "was changed. strict=False replaces the others"
         )
-    if not plan.edges and not plan.benchmark_cells and not plan.left:
+    if not fusible and not replacements.left:
         raise ValueError(
             f"model: expected a supernet with mixed ops, an `_ops` list of the published operations each, or "
             f"with search cells of NAS-Bench-201; found none in {type(model).__name__}"
         )
-    report = Report(plan.apply(), {**plan.left, **plan.problems})
+    report = Report(replacements.apply(), {**replacements.left, **replacements.problems})
     if random_features:
         report.affine = _train_batchnorms_only(model, train_classifier)
     report.frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -100,7 +103,7 @@ def accelerate(
 
 @torch.no_grad()
 def _train_batchnorms_only(model: nn.Module, train_classifier: bool) -> int:
-    """Freezes convolutions and linear layers, makes BatchNorms affine; how many were not."""
+    """Freezes convolutions and linear layers and makes BatchNorms affine; returns how many were not."""
     turned = 0
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.affine:
@@ -122,7 +125,7 @@ def _train_batchnorms_only(model: nn.Module, train_classifier: bool) -> int:
 
 
 def _move_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """A bias in front of a BatchNorm only shifts its mean, and the kernels know no such bias."""
+    """Moves a convolution's bias into the running mean behind it: no bias there is known to the kernels."""
     if conv.bias is not None:
         if norm.running_mean is not None:
             norm.running_mean -= conv.bias

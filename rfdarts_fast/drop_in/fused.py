@@ -1,4 +1,4 @@
-"""What `accelerate` turns foreign modules into: subclasses of their own classes with another `forward`.
+"""Subclasses of foreign classes with a fused `forward`, which `accelerate` turns foreign modules into.
 
 A module keeps its identity, its tensors, its names in `state_dict()` and its class for `isinstance`.
 """
@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from rfdarts_fast import ops
-from rfdarts_fast.nn import SearchCell
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
+from rfdarts_fast.nn.supernet import cell_output
 
 
 class Fused:
-    """Mixed into a foreign class that cannot be imported under the new name, so pickling names both parts."""
+    """Base of the mixins below. A fused class has no name to import: pickles name mixin and foreign class."""
 
     def __reduce__(self) -> Any:
         mixin, foreign = type(self).__bases__
@@ -24,10 +24,10 @@ class Fused:
 
 
 class FusedMixedOp(Fused):
-    """One edge; has the attributes of `rfdarts_fast.ops.Edge`."""
+    """One edge; has the attributes of `rfdarts_fast.ops.EdgeModule`."""
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        return ops.mixed_cell([self], [x], weights[None])[0]  # type: ignore[list-item]
+    def forward(self, x: Tensor, op_weights: Tensor) -> Tensor:
+        return ops.mixed_cell([self], [x], op_weights[None])[0]  # type: ignore[list-item]
 
 
 class FusedCell(Fused):
@@ -36,6 +36,8 @@ class FusedCell(Fused):
 
     _steps: int
     _multiplier: int
+    preprocess0: nn.Module
+    preprocess1: nn.Module
 
     @property
     def nodes(self) -> int:
@@ -45,30 +47,30 @@ class FusedCell(Fused):
     def multiplier(self) -> int:
         return self._multiplier
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, *extra: Any, **named: Any) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, op_weights: Tensor, *extra: Any, **named: Any) -> Tensor:
         fourth = next(iter((*extra, *named.values())), None)
         edge_weights = fourth if isinstance(fourth, Tensor) and fourth.ndim == 1 else None
         if edge_weights is None and fourth not in (None, 0.0):
-            return super().forward(s0, s1, weights, *extra, **named)  # type: ignore[misc]
-        return SearchCell.forward(self, s0, s1, weights, edge_weights)  # type: ignore[arg-type]
+            return super().forward(s0, s1, op_weights, *extra, **named)  # type: ignore[misc]
+        return cell_output(self, [self.preprocess0(s0), self.preprocess1(s1)], op_weights, edge_weights)
 
 
 class FusedReLUConvBN(Fused):
-    """The 1x1 convolution in front of a cell, computed as this package's own is."""
+    """The 1x1 convolution in front of a cell, computed as this package's own."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ReLUConvBN.forward(self, x)  # type: ignore[arg-type]
 
 
 class FusedFactorizedReduce(Fused):
-    """The same behind a reduction cell."""
+    """The two convolutions in front of a cell behind a reduction cell."""
 
     def forward(self, x: Tensor) -> Tensor:
         return FactorizedReduce.forward(self, x)  # type: ignore[arg-type]
 
 
 class EdgeList(nn.ModuleList):
-    """The candidates of an edge of NAS-Bench-201, with the attributes of `rfdarts_fast.ops.Edge`."""
+    """The candidates of an edge of NAS-Bench-201, with the attributes of `rfdarts_fast.ops.EdgeModule`."""
 
     primitives: tuple[str, ...]
     channels: int
@@ -81,7 +83,7 @@ class EdgeList(nn.ModuleList):
 
 
 class FusedNasBench201Cell(Fused):
-    """A search cell of AutoDL-Projects; its other forward functions are as they were."""
+    """A search cell of AutoDL-Projects; other forward functions stay as they are."""
 
     edges: nn.ModuleDict
 
@@ -91,7 +93,7 @@ class FusedNasBench201Cell(Fused):
 
 
 class FusedNasBench201JointCell(FusedNasBench201Cell):
-    """With a `forward_joint` that computes the same."""
+    """A search cell whose `forward_joint` computes the same."""
 
     def forward_joint(self, inputs: Tensor, weightss: Tensor) -> Tensor:
         return self.forward(inputs, weightss)

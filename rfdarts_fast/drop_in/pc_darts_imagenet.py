@@ -31,4 +31,4 @@ class Network(PublishedNetwork):
     __doc__ = PublishedNetwork.__doc__
     cell = Cell
     edge_norm = True
-    stem_kind = "imagenet"
+    stem_type = "imagenet"

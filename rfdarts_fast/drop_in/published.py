@@ -1,4 +1,4 @@
-"""What the three published `model_search` modules share, on top of this package's supernet.
+"""The common part of the three published `model_search` modules, on top of this package's supernet.
 
 Sources: quark0/darts cnn/model_search.py, yuhuixu1993/PC-DARTS model_search.py and model_search_imagenet.py.
 """
@@ -15,16 +15,10 @@ from torch import Tensor, nn
 from rfdarts_fast import nn as rfnn
 from rfdarts_fast.nn.random_features import ConvInit, GammaInit, freeze_random_features
 from rfdarts_fast.nn.supernet import ARCH_INIT_STD
-from rfdarts_fast.spaces import DARTS_PRIMITIVES, Space
+from rfdarts_fast.spaces import DARTS_PRIMITIVES, Space, uniform_space
 
 PRIMITIVES = list(DARTS_PRIMITIVES)
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
-
-
-def darts_space(steps: int) -> Space:
-    """The DARTS space with `steps` nodes in a cell."""
-    edges = (DARTS_PRIMITIVES,) * sum(2 + i for i in range(steps))
-    return Space("darts", inputs=2, nodes=steps, cells={"normal": edges, "reduce": edges})
 
 
 class PublishedMixedOp(rfnn.MixedOp):
@@ -54,11 +48,11 @@ class PublishedCell(rfnn.SearchCell):
         K: int | None = None,
         affine: bool = False,
     ) -> None:
-        kind = "reduce" if reduction else "normal"
+        space = uniform_space("darts", DARTS_PRIMITIVES, steps)
+        cell_type = "reduce" if reduction else "normal"
         K = self.mixed_op.default_K if K is None else K
-        space = darts_space(steps)
         super().__init__(
-            space, kind, C_prev_prev, C_prev, C, reduction_prev, K, affine, multiplier=multiplier
+            space, cell_type, C_prev_prev, C_prev, C, reduction_prev, K, affine, multiplier=multiplier
         )
         self._steps = steps
         self._multiplier = multiplier
@@ -87,7 +81,7 @@ class PublishedNetwork(rfnn.SearchNetwork):
     part of `parameters()`: average their gradients before the alpha step.
     """
 
-    stem_kind: ClassVar[Literal["cifar", "imagenet"]] = "cifar"
+    stem_type: ClassVar[Literal["cifar", "imagenet"]] = "cifar"
     edge_norm: ClassVar[bool] = False
     cell: ClassVar[type[PublishedCell]] = PublishedCell
 
@@ -114,11 +108,11 @@ class PublishedNetwork(rfnn.SearchNetwork):
         if not 1 <= multiplier <= steps:
             raise ValueError(f"multiplier: expected 1 to {steps} (steps), got {multiplier}")
         super().__init__(
-            darts_space(steps),
+            uniform_space("darts", DARTS_PRIMITIVES, steps),
             C,
             num_classes,
             layers,
-            self.stem_kind,
+            self.stem_type,
             self.cell.mixed_op.default_K if K is None else K,
             self.edge_norm,
             affine=random_features,
@@ -142,9 +136,9 @@ class PublishedNetwork(rfnn.SearchNetwork):
         if random_features:
             freeze_random_features(self, conv_init, gamma_init, train_classifier)
 
-    def make_cell(self, space: Space, kind: str, *args: Any) -> PublishedCell:
+    def make_cell(self, space: Space, cell_type: str, *args: Any) -> PublishedCell:
         c_prev_prev, c_prev, c, reduction_prev, K, affine, _track, multiplier = args
-        reduction = kind == "reduce"
+        reduction = cell_type == "reduce"
         return self.cell(
             space.nodes, multiplier, c_prev_prev, c_prev, c, reduction, reduction_prev, K=K, affine=affine
         )
@@ -187,17 +181,17 @@ class PublishedNetwork(rfnn.SearchNetwork):
 
     def genotype(self) -> Genotype:  # type: ignore[override]
         """The published namedtuple: lists of (primitive, input) pairs, and ranges of concatenated states."""
-        found: Any = super().genotype()
+        derived: Any = super().genotype()
         concat = range(2 + self._steps - self._multiplier, self._steps + 2)
-        return Genotype(list(found.normal), concat, list(found.reduce), concat)
+        return Genotype(list(derived.normal), concat, list(derived.reduce), concat)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         arch = {prefix + name: p.detach() for name, p in self.named_arch_parameters().items()}
         affine = {
-            f"{prefix}cells.{name}.{kind}": fill(module.weight.detach())
+            f"{prefix}cells.{name}.{parameter}": fill(module.weight.detach())
             for name, module in self.cells.named_modules()
             if isinstance(module, nn.BatchNorm2d) and module.affine
-            for kind, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like))
+            for parameter, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like))
         }
         # a state that has some of them is damaged rather than published, so what is missing stays an error
         for published_without in (arch, affine):
@@ -228,8 +222,8 @@ class _Loss(Tensor):
 
 def _gradients(outputs: Any, inputs: Any, **options: Any) -> tuple[Tensor | None, ...]:
     trainable = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(outputs, trainable, **options))
-    return tuple(next(found) if x.requires_grad else _zeros(x) for x in inputs)
+    gradients = iter(torch.autograd.grad(outputs, trainable, **options))
+    return tuple(next(gradients) if x.requires_grad else _zeros(x) for x in inputs)
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which primitive a module of another project is, told by its structure rather than by its class's home."""
+"""The primitive that a module of another project is, by what the registry of primitives says of it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.modules.utils import _pair
 
-from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN, make_primitive
+from rfdarts_fast.nn.primitives import PRIMITIVES, FactorizedReduce, Primitive, ReLUConvBN
 
-# what our primitives are built of; anything else, a subclass included, may compute something else
+# what primitives are built of; any other module, a subclass included, may compute something else
 _CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 _GEOMETRY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: (*_CONVOLUTION, "padding_mode"),
@@ -28,20 +28,10 @@ _GEOMETRY: dict[type[nn.Module], tuple[str, ...]] = {
         "divisor_override",
     ),
 }
-_WITH_CHANNELS = (
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-    "nor_conv_1x1",
-    "nor_conv_3x3",
-)
-_POOLS = ("max_pool_3x3", "avg_pool_3x3")
 
 
 @dataclass(frozen=True)
-class Found:
+class Recognised:
     """A primitive: its name, its stride and the channels it works on, None where it works on any number."""
 
     name: str
@@ -50,34 +40,27 @@ class Found:
 
 
 class Unrecognised(Exception):
-    """Why a module is not what we can replace."""
+    """A module cannot be replaced; the message says why."""
 
 
-def recognise(op: nn.Module) -> Found:
+def recognise(op: nn.Module) -> Recognised:
     """The primitive that `op` is.
 
     Raises:
         Unrecognised: if it is none, with a description of it.
     """
-    kind = type(op).__name__
-    if not list(op.children()) and not list(op.parameters()):
-        stride = int(getattr(op, "stride", 1)) if isinstance(getattr(op, "stride", 1), int) else 0
-        if kind == "Zero" and stride in (1, 2):
-            return Found("none", stride, None)
-        if kind == "Identity":
-            return Found("skip_connect", 1, None)
-        standard = getattr(op, "mean", 0.0) == 0.0 and getattr(op, "std", 1.0) == 1.0
-        if kind in ("Noise", "NoiseOp") and stride in (1, 2) and standard:
-            return Found("noise", stride, None)
-    norms = [m.num_features for m in op.modules() if isinstance(m, nn.BatchNorm2d)]
-    found = _known(norms[-1] if norms else None).get(_fingerprint(op))
-    if found is None:
-        raise Unrecognised(f"{_describe(op)} is none of the published operations")
-    return found
+    for primitive in PRIMITIVES.values():
+        stride = primitive.recognise(op) if primitive.recognise else None
+        if stride is not None:
+            return Recognised(primitive.name, stride, None)
+    structures = _structures(_width(op), tuple(PRIMITIVES.values()))
+    if _fingerprint(op) not in structures:
+        raise Unrecognised(f"{_describe(op)} is none of the registered primitives")
+    return structures[_fingerprint(op)]
 
 
 def preprocessing(module: nn.Module) -> type[ReLUConvBN] | type[FactorizedReduce] | None:
-    """Which of the two modules in front of a cell this is, if one."""
+    """The class of ours that `module`, in front of a cell, is built like, or None."""
     convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     if len(convs) not in (1, 2):
         return None
@@ -101,35 +84,51 @@ def plain(op: nn.Module) -> nn.Module:
     return op
 
 
+def _width(op: nn.Module) -> int | None:
+    """Output channels by the last layer that tells them, None if none does."""
+    told = [m.num_features for m in op.modules() if isinstance(m, nn.BatchNorm2d)]
+    told = told or [m.out_channels for m in op.modules() if isinstance(m, nn.Conv2d)]
+    return told[-1] if told else None
+
+
 def _fingerprint(op: nn.Module) -> tuple[Any, ...]:
     parts: list[Any] = []
     for name, module in op.named_modules():
         if next(module.children(), None) is not None:
             continue
-        geometry = _GEOMETRY.get(type(module), ())
-        values = (getattr(module, attribute) for attribute in geometry)
+        geometry = _GEOMETRY.get(type(module))
+        values = settings(module) if geometry is None else [getattr(module, name) for name in geometry]
         parts.append((name, type(module), *(_pair(v) if type(v) is int else v for v in values)))
     return tuple(parts)
 
 
+def settings(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Plain attributes: two modules of one class that differ in one may compute different things."""
+    plain = (int, float, bool, str, type(None))
+    return tuple(
+        sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, plain) and k != "training")
+    )
+
+
 @functools.cache
-def _known(width: int | None) -> dict[tuple[Any, ...], Found]:
-    known = {}
-    with torch.device("meta"):
-        for stride in (1, 2):
-            for name in _POOLS:
-                pool = make_primitive(name, 0, stride)
-                if width is None:
-                    known[_fingerprint(pool)] = Found(name, stride, None)
-                else:
-                    with_norm = nn.Sequential(pool, nn.BatchNorm2d(width))
-                    known[_fingerprint(with_norm)] = Found(name, stride, width)
-            for name in _WITH_CHANNELS if width is not None else ():
-                assert width is not None
-                # an Identity has no structure to know it by; a FactorizedReduce needs an even width
-                if name == "skip_connect" and (stride == 1 or width % 2):
-                    continue
-                known[_fingerprint(make_primitive(name, width, stride))] = Found(name, stride, width)
+def _structures(width: int | None, primitives: tuple[Primitive, ...]) -> dict[tuple[Any, ...], Recognised]:
+    """Fingerprint -> primitive, for all that work on `width` channels, or on any number if that is None."""
+    known: dict[tuple[Any, ...], Recognised] = {}
+    for stride in (1, 2):
+        for primitive in primitives:
+            try:
+                with torch.device("meta"):
+                    module = primitive.make(2 if width is None else width, stride, True, True)
+            except ValueError:
+                # a FactorizedReduce needs an even width
+                continue
+            if width is None and _width(module) is not None:
+                continue
+            forms = [module]
+            if primitive.batch_norm and width is not None:
+                forms.append(nn.Sequential(module, nn.BatchNorm2d(width)))
+            for form in forms:
+                known.setdefault(_fingerprint(form), Recognised(primitive.name, stride, width))
     return known
 
 

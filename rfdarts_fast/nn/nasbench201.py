@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rfdarts_fast import ops
 from rfdarts_fast.nn.primitives import ReLUConvBN, make_primitive
-from rfdarts_fast.nn.supernet import MixedOp, Supernet, mixed_ops
+from rfdarts_fast.nn.supernet import MixedOp, Supernet
 from rfdarts_fast.spaces import CellGenotype, Space
 
 
@@ -33,11 +33,11 @@ class NasBench201SearchCell(nn.Module):
         super().__init__()
         edges = space.cells["cell"]
         self._ops = nn.ModuleList(
-            MixedOp(names, c, 1, affine=affine, track=track, pool_bn=False) for names in edges
+            MixedOp(names, c, 1, affine=affine, track=track, batch_norm=False) for names in edges
         )
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        return ops.mixed_cell(mixed_ops(self), [x], weights)[-1]
+    def forward(self, x: Tensor, op_weights: Tensor) -> Tensor:
+        return ops.mixed_cell([*self._ops], [x], op_weights)[-1]  # type: ignore[list-item]
 
 
 class NasBench201Cell(nn.Module):
@@ -91,7 +91,7 @@ class NasBench201SearchNetwork(Supernet):
     ) -> None:
         super().__init__(space)
         if space.inputs != 1:
-            raise ValueError(f"space: expected nasbench201, got {space.name!r}")
+            raise ValueError(f"space: expected one of the NAS-Bench-201 family, got {space.name!r}")
         self.stem, self.cells, self.lastact = _skeleton(
             lambda c: NasBench201SearchCell(space, c, affine, track_running_stats), C, N, track_running_stats
         )
@@ -100,10 +100,10 @@ class NasBench201SearchNetwork(Supernet):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> logits [N, num_classes]."""
-        weights, _ = self.cell_weights("cell")
+        op_weights, _ = self.cell_weights("cell")
         x = self.stem(x)
         for cell in self.cells:
-            x = cell(x, weights) if isinstance(cell, NasBench201SearchCell) else cell(x)
+            x = cell(x, op_weights) if isinstance(cell, NasBench201SearchCell) else cell(x)
         return self.classifier(self.global_pooling(self.lastact(x)).flatten(1))
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rfdarts_fast import ops
-from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN, make_primitive, preprocess
+from rfdarts_fast.nn.primitives import (
+    PRIMITIVES,
+    FactorizedReduce,
+    ReLUConvBN,
+    make_primitive,
+    preprocess,
+    runs_only,
+)
 from rfdarts_fast.nn.stems import cifar_stem, imagenet_stem
 from rfdarts_fast.spaces import AnyGenotype, Space, derive
 
@@ -24,7 +31,7 @@ class MixedOp(nn.Module):
         channels: channels of the edge's input and output.
         stride: 1, or 2 on an edge that reduces.
         K: partial channels (PC-DARTS); 1 sends all channels through. Must divide `channels`.
-        pool_bn: put a BatchNorm behind pools (the DARTS family does, NAS-Bench-201 does not).
+        batch_norm: put a BatchNorm behind primitives registered so (DARTS does, NAS-Bench-201 does not).
     """
 
     def __init__(
@@ -35,7 +42,7 @@ class MixedOp(nn.Module):
         K: int = 1,
         affine: bool = True,
         track: bool = True,
-        pool_bn: bool = True,
+        batch_norm: bool = True,
     ) -> None:
         super().__init__()
         if K < 1 or channels % K:
@@ -48,26 +55,38 @@ class MixedOp(nn.Module):
         width = channels // K
         for name in self.primitives:
             op = make_primitive(name, width, stride, affine, track)
-            if pool_bn and "pool" in name:
+            if batch_norm and PRIMITIVES[name].batch_norm:
                 op = nn.Sequential(op, nn.BatchNorm2d(width, affine=affine, track_running_stats=track))
             self._ops.append(op)
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        return ops.mixed_cell([self], [x], weights[None])[0]
+    def forward(self, x: Tensor, op_weights: Tensor) -> Tensor:
+        """x [N, C, H, W], op_weights [primitives] -> [N, C, H / stride, W / stride]."""
+        return ops.mixed_cell([self], [x], op_weights[None])[0]
 
 
-def mixed_ops(cell: nn.Module) -> list[MixedOp]:
-    """A search cell's edges, in order."""
-    return cast("list[MixedOp]", list(cast(nn.ModuleList, cell._ops)))
+def cell_output(
+    cell: Any, inputs: Sequence[Tensor], op_weights: Tensor, edge_weights: Tensor | None = None
+) -> Tensor:
+    """A cell without its preprocessing: its last nodes, concatenated, [N, multiplier * C, H', W'].
+
+    Args:
+        cell: a `SearchCell`, or a foreign cell with mixed ops in `_ops`, `nodes` and `multiplier`.
+        inputs: the preprocessed states, [N, C, H, W] each.
+        op_weights, edge_weights: as of `ops.mixed_cell`.
+    """
+    edges = list(cell._ops)
+    if cell.multiplier == cell.nodes:
+        return ops.concat_cell(edges, inputs, op_weights, edge_weights)
+    return torch.cat(ops.mixed_cell(edges, inputs, op_weights, edge_weights)[-cell.multiplier :], dim=1)
 
 
 class SearchCell(nn.Module):
-    """Two preprocessed inputs, four nodes, 14 mixed ops; the last `multiplier` nodes are concatenated."""
+    """Two preprocessed inputs, then nodes of mixed ops; the last `multiplier` nodes are concatenated."""
 
     def __init__(
         self,
         space: Space,
-        kind: str,
+        cell_type: str,
         c_prev_prev: int,
         c_prev: int,
         c: int,
@@ -78,7 +97,7 @@ class SearchCell(nn.Module):
         multiplier: int | None = None,
     ) -> None:
         super().__init__()
-        self.reduction = kind == "reduce"
+        self.reduction = cell_type == "reduce"
         self.nodes = space.nodes
         self.multiplier = space.nodes if multiplier is None else multiplier
         if reduction_prev:
@@ -87,34 +106,25 @@ class SearchCell(nn.Module):
             self.preprocess0 = ReLUConvBN(c_prev_prev, c, 1, affine=affine, track=track)
         self.preprocess1 = ReLUConvBN(c_prev, c, 1, affine=affine, track=track)
         self._ops = nn.ModuleList()
-        edges = iter(space.cells[kind])
+        edges = iter(space.cells[cell_type])
         for node in range(space.nodes):
             for j in range(space.inputs + node):
                 stride = 2 if self.reduction and j < space.inputs else 1
                 self._ops.append(self.make_edge(next(edges), c, stride, K, affine, track))
 
     def make_edge(self, *args: Any) -> MixedOp:
-        """For subclasses with a mixed op of their own; takes the arguments of `MixedOp`."""
+        """The mixed op of an edge, which subclasses may replace; takes the arguments of `MixedOp`."""
         return MixedOp(*args)
 
     def forward(
-        self,
-        s0: Tensor,
-        s1: Tensor,
-        weights: Tensor,
-        edge_weights: Tensor | None = None,
-        preprocessed: bool = False,
+        self, s0: Tensor, s1: Tensor, op_weights: Tensor, edge_weights: Tensor | None = None
     ) -> Tensor:
-        """preprocessed: s0 and s1 are what `preprocess0` and `preprocess1` return."""
-        inputs = [s0, s1] if preprocessed else [self.preprocess0(s0), self.preprocess1(s1)]
-        edges = mixed_ops(self)
-        if self.multiplier == self.nodes:
-            return ops.concat_cell(edges, inputs, weights, edge_weights)
-        return torch.cat(ops.mixed_cell(edges, inputs, weights, edge_weights)[-self.multiplier :], dim=1)
+        """The outputs s0, s1 of the two cells before -> [N, multiplier * C, H', W']."""
+        return cell_output(self, [self.preprocess0(s0), self.preprocess1(s1)], op_weights, edge_weights)
 
 
 class Supernet(nn.Module):
-    """What all supernets share: architecture parameters apart from the weights, and the genotype.
+    """A network with architecture parameters apart from its weights, and the genotype that they stand for.
 
     As in the published code, `parameters()` holds the weights only and `arch_parameters()` the alphas and
     betas; both are in `state_dict()` and follow `.to()`.
@@ -148,26 +158,26 @@ class Supernet(nn.Module):
                 yield name, parameter
 
     def cell_weights(self, cell: str) -> tuple[Tensor, Tensor | None]:
-        """Softmax weights [edges, primitives] of a cell type, and its edge weights [edges] or None.
+        """The op weights [edges, primitives] of a cell type, and its edge weights [edges] or None.
 
         The softmax of the betas runs over the incoming edges of each node (PC-DARTS, eq. 2).
         """
         alpha_name, beta_name = self.arch_names[cell]
-        weights = getattr(self, alpha_name).softmax(dim=-1)
+        op_weights = getattr(self, alpha_name).softmax(dim=-1)
         if beta_name is None:
-            return weights, None
+            return op_weights, None
         betas = getattr(self, beta_name)
-        return weights, torch.cat([betas[node].softmax(dim=0) for node in self.space.node_slices()])
+        return op_weights, torch.cat([betas[node].softmax(dim=0) for node in self.space.node_slices()])
 
     @torch.no_grad()
     def genotype(self) -> AnyGenotype:
         """The genotype that the current architecture weights stand for."""
-        strengths = {}
+        term_weights = {}
         for cell in self.space.cells:
-            weights, edge_weights = self.cell_weights(cell)
-            strength = weights if edge_weights is None else weights * edge_weights[:, None]
-            strengths[cell] = strength.tolist()
-        return derive(self.space, strengths)
+            op_weights, edge_weights = self.cell_weights(cell)
+            weights = op_weights if edge_weights is None else op_weights * edge_weights[:, None]
+            term_weights[cell] = weights.tolist()
+        return derive(self.space, term_weights)
 
 
 class SearchNetwork(Supernet):
@@ -216,10 +226,10 @@ class SearchNetwork(Supernet):
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             c = 2 * c if reduction else c
-            kind = "reduce" if reduction else "normal"
+            cell_type = "reduce" if reduction else "normal"
             widths = c_prev_prev, c_prev, c
             cell = self.make_cell(
-                space, kind, *widths, reduction_prev, K, affine, track_running_stats, multiplier
+                space, cell_type, *widths, reduction_prev, K, affine, track_running_stats, multiplier
             )
             self.cells.append(cell)
             reduction_prev = reduction
@@ -227,25 +237,28 @@ class SearchNetwork(Supernet):
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(c_prev, num_classes)
 
-    def _run_cells(self, s0: Tensor, s1: Tensor, weights: dict[str, tuple[Tensor, Tensor | None]]) -> Tensor:
-        """From the stem's states to the last cell's. What two cells make of a state shares one read of it."""
+    def _run_cells(
+        self, s0: Tensor, s1: Tensor, cell_weights: dict[str, tuple[Tensor, Tensor | None]]
+    ) -> Tensor:
+        """The last cell's output, from the stem's; all preprocessing of a state shares one read of it."""
         cells: list[Any] = [*self.cells]
-        arch = [weights["reduce" if cell.reduction else "normal"] for cell in cells]
-        # others have another signature
-        if any(getattr(cell.forward, "__func__", None) is not SearchCell.forward for cell in cells):
-            for cell, of_cell in zip(cells, arch, strict=True):
+        weights = [cell_weights["reduce" if cell.reduction else "normal"] for cell in cells]
+        if not all(runs_only(cell, SearchCell) for cell in cells):
+            for cell, of_cell in zip(cells, weights, strict=True):
                 s0, s1 = s1, cell(s0, s1, *of_cell)
             return s1
-        waiting = [] if s0 is s1 else [cells[0].preprocess0(s0)]
+        # cell -> its preprocessed first input
+        first = {} if s0 is s1 else {0: cells[0].preprocess0(s0)}
         for i, cell in enumerate(cells):
-            readers = [*([] if waiting else [cell]), *cells[i + 1 : i + 2]]
-            second, *others = preprocess(s1, [cell.preprocess1, *(reader.preprocess0 for reader in readers)])
-            first, *waiting = waiting + others
-            s1 = cell(first, second, *arch[i], preprocessed=True)
+            # s1 is the second input of this cell and the first of the next one
+            readers = [k for k in range(i, len(cells))[:2] if k not in first]
+            second, *others = preprocess(s1, [cell.preprocess1, *(cells[k].preprocess0 for k in readers)])
+            first.update(zip(readers, others, strict=True))
+            s1 = cell_output(cell, [first.pop(i), second], *weights[i])
         return s1
 
     def make_cell(self, *args: Any) -> SearchCell:
-        """For subclasses with a cell of their own; takes the arguments of `SearchCell`."""
+        """A cell, which subclasses may replace; takes the arguments of `SearchCell`."""
         return SearchCell(*args)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,6 +268,5 @@ class SearchNetwork(Supernet):
         else:
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
-        weights = {kind: self.cell_weights(kind) for kind in self.space.cells}
-        s1 = self._run_cells(s0, s1, weights)
+        s1 = self._run_cells(s0, s1, {cell: self.cell_weights(cell) for cell in self.space.cells})
         return self.classifier(self.global_pooling(s1).flatten(1))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 Memory = Literal["fast", "bfloat16", "recompute"]
+"""Branch outputs kept from forward to backward: all, all in bfloat16, or none. See `use_backend`."""
 Value = TypeVar("Value")
 
 
@@ -74,6 +75,9 @@ class Op(IntEnum):
     NOISE = 7
 
 
+_OUTPUTS = {Op.SEP_CONV: 2, Op.DIL_CONV: 1, Op.REDUCE: 1}
+
+
 @dataclass(frozen=True)
 class Branch:
     """One candidate operation of an edge.
@@ -98,13 +102,13 @@ class Branch:
     @property
     def outputs(self) -> int:
         """Outputs that a cell keeps for its backward: one for each BatchNorm behind a convolution."""
-        return {Op.SEP_CONV: 2, Op.DIL_CONV: 1, Op.REDUCE: 1}.get(self.op, 0)
+        return _OUTPUTS.get(self.op, 0)
 
     def packed_size(self, channels: int) -> int:
         """Numbers in the packed convolutions, for so many mixed channels; see `compiled.packing`."""
         if self.op is Op.REDUCE:
             return 4 * channels * channels
-        return len(self.convs) // 2 * channels * (self.kernel * self.kernel + 2 * channels)
+        return self.outputs * channels * (self.kernel * self.kernel + 2 * channels)
 
 
 @dataclass(frozen=True)
@@ -203,11 +207,6 @@ class CellPlan:
     def noises(self) -> int:
         return sum(branch.op is Op.NOISE for branch in self.branches())
 
-    @cached_property
-    def outputs(self) -> int:
-        """Branch outputs that the cell keeps for its backward."""
-        return sum(branch.outputs for branch in self.branches())
-
     @property
     def eps(self) -> float:
         return self.norms[0].eps if self.norms else 1e-5
@@ -301,17 +300,15 @@ class CellShape(NamedTuple):
     K: int
     stride: int
     edges: int
-    outputs: int
+    branches: list[Branch]
 
     @classmethod
     def of(cls, encoded: Sequence[int]) -> CellShape:
         inputs, nodes, primitives, norms, K = encoded[:5]
         width = 1 + 7 * primitives
-        ops = [
-            encoded[at] for edge in range(5, len(encoded), width) for at in range(edge + 1, edge + width, 7)
-        ]
-        outputs = sum(Branch(Op(op)).outputs for op in ops)
-        return cls(inputs, nodes, primitives, norms, K, encoded[5], (len(encoded) - 5) // width, outputs)
+        starts = [at for edge in range(5, len(encoded), width) for at in range(edge + 1, edge + width, 7)]
+        branches = [Branch(Op(encoded[at]), encoded[at + 1], encoded[at + 2]) for at in starts]
+        return cls(inputs, nodes, primitives, norms, K, encoded[5], len(starts) // primitives, branches)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,13 +7,15 @@ node's incoming edges.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfdarts_fast.ops.contract import EdgeModule
+
+MixedOp = Callable[[EdgeModule, Tensor, Tensor], Tensor]
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
@@ -62,6 +64,7 @@ def mixed_node(
     inputs: Sequence[Tensor],
     op_weights: Tensor,
     edge_weights: Tensor | None = None,
+    mixed_op: MixedOp = mixed_op,
 ) -> Tensor:
     """The sum of the edges that enter a node; op_weights [edges, primitives], edge_weights [edges]."""
     total = None
@@ -79,6 +82,7 @@ def mixed_cell(
     inputs: Sequence[Tensor],
     op_weights: Tensor,
     edge_weights: Tensor | None = None,
+    mixed_op: MixedOp = mixed_op,
 ) -> list[Tensor]:
     """All nodes of a cell, each fed by the inputs and every earlier node; see `ops.mixed_cell`."""
     states = list(inputs)
@@ -86,6 +90,6 @@ def mixed_cell(
     while start < len(edges):
         node = slice(start, start + len(states))
         node_edge_weights = None if edge_weights is None else edge_weights[node]
-        states.append(mixed_node(edges[node], states, op_weights[node], node_edge_weights))
+        states.append(mixed_node(edges[node], states, op_weights[node], node_edge_weights, mixed_op))
         start = node.stop
     return states[len(inputs) :]

@@ -1,4 +1,4 @@
-"""What a retraining is told, and the published recipes by name."""
+"""The options of a retraining, and the published ones by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rfdarts_fast.runs.config import (
 )
 from rfdarts_fast.runs.schedule import Schedule
 
-Recipe = Literal[
+Preset = Literal[
     "quick", "cifar", "pc-darts-cifar", "robustdarts", "imagenet", "pc-darts-imagenet", "nasbench201"
 ]
 
@@ -26,8 +26,8 @@ class TrainConfig(RunConfig):
     genotype: str = "DARTS_V2"
     """genotype.json of a search, a published name (DARTS_V1, DARTS_V2, PC_DARTS_cifar, PC_DARTS_image), the
     literal Genotype(normal=...), or a NAS-Bench-201 cell string."""
-    recipe: Recipe = "cifar"
-    """Values for the options below. `quick` needs minutes on a CPU and no data set."""
+    preset: Preset = "cifar"
+    """Published values for the options below. `quick` needs minutes on a CPU and no data set."""
 
     channels: int = 36
     """Channels of the first cells."""
@@ -71,7 +71,7 @@ class TrainConfig(RunConfig):
     cutout: int = 16
     """Side of the square cut out of training images, in pixels; 0 for none."""
     colour_jitter: bool = False
-    """Brightness, contrast, saturation (0.4 each) and hue (0.2), as in the ImageNet recipes."""
+    """Brightness, contrast, saturation (0.4 each) and hue (0.2), as published for ImageNet."""
     evaluate_every: int = 1
     """Epochs between evaluations on the test images; the last epoch is always evaluated."""
 
@@ -109,7 +109,7 @@ _IMAGENET = {
     "colour_jitter": True,
 }
 
-RECIPES: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "dataset": "digits",
         "image_size": 16,
@@ -151,8 +151,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "grad_clip": 0.0,
     },
 }
+"""Published recipes: values of `TrainConfig` by the name of the preset."""
 
 
-def recipe_values(given: dict[str, Any]) -> dict[str, Any]:
-    """The recipe that the given values name."""
-    return RECIPES.get(given.get("recipe", TrainConfig.recipe), {})
+def preset_values(given: dict[str, Any]) -> dict[str, Any]:
+    """The values of the preset that the given values name."""
+    return PRESETS.get(given.get("preset", TrainConfig.preset), {})

@@ -20,8 +20,8 @@ from rfdarts_fast.data import (
 from rfdarts_fast.nn import NasBench201Network, Network
 from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
 from rfdarts_fast.retrain.config import TrainConfig
-from rfdarts_fast.runs.checkpoint import load_checkpoint
-from rfdarts_fast.runs.config import ConfigError, from_plain
+from rfdarts_fast.runs.checkpoint import load_checkpoint, restoring
+from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.files import write_json, write_text
 from rfdarts_fast.runs.run import (
     Run,
@@ -241,7 +241,7 @@ def evaluate_run(path: Path, checkpoint: str = "best", **changes: Any) -> dict[s
         checkpoint: "best" or "last".
         changes: values that replace those of the run's config, such as device or data_root.
     """
-    config = TrainConfig(**{**from_plain(read_config(path, "train"), TrainConfig), **changes})
+    config = dataclasses.replace(read_config(path, "train", TrainConfig), **changes)
     config.check()
     file = path / ("best.pt" if checkpoint == "best" else "checkpoint.pt")
     if not file.exists():
@@ -249,5 +249,6 @@ def evaluate_run(path: Path, checkpoint: str = "best", **changes: Any) -> dict[s
     device = choose_device(config.device)
     source = load_data(config)
     network = build_network(config, read_genotype(config.genotype), source.num_classes)
-    network.load_state_dict(load_checkpoint(file)["network"])
+    with restoring(file):
+        network.load_state_dict(load_checkpoint(file)["network"])
     return evaluate(place(network, config, device), _test_batches(config, source, device))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,15 @@ import torch
 
 from rfdarts_fast.runs.files import write_atomic
 
+# the way out of a folder that this version cannot read
+ANOTHER_VERSION = (
+    "go on with the version of rfdarts_fast that wrote it (its environment.json names it), or start anew in "
+    "another folder"
+)
+
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read."""
+    """A checkpoint cannot be read, or holds the state of another version."""
 
 
 def rng_state() -> dict[str, Any]:
@@ -45,10 +53,25 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """What `save_checkpoint` wrote; CheckpointError that names the file if it cannot be read."""
+    """The state that `save_checkpoint` wrote; CheckpointError that names the file if it cannot be read."""
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     # whatever the bytes may make of the unpickler
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"checkpoint: {path} cannot be read: {reason}") from None
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Puts state from the checkpoint `path` back inside; CheckpointError that names a part that does not fit.
+
+    A part that a version adds is to be read with a default, or it refuses the checkpoints of earlier ones.
+    """
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise CheckpointError(
+            f"checkpoint: {path} does not fit this version: {reason}; {ANOTHER_VERSION}"
+        ) from None

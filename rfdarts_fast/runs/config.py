@@ -1,4 +1,4 @@
-"""What the configs of all commands share, and how a config is put together and checked."""
+"""The options that search and training share, and the reading and checking of options."""
 
 from __future__ import annotations
 
@@ -6,14 +6,30 @@ import dataclasses
 import importlib.util
 import math
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 
-Dataset = Literal["digits", "npz", "cifar10", "cifar100", "svhn", "imagefolder"]
+from rfdarts_fast.data import DATASETS
+
 MemoryFormat = Literal["channels_last", "contiguous"]
+
+
+def one_of(names: Iterable[str] | Callable[[], Iterable[str]]) -> Any:
+    """The annotation of an option whose values are the names in a registry, read at each use."""
+
+    def literal() -> Any:
+        return Literal[tuple(names() if callable(names) else names)]
+
+    return tyro.conf.arg(
+        constructor_factory=literal,
+        # tyro takes the words of a custom constructor for a list
+        help_behavior_hint=lambda default: "(default: {})".format(default.strip("[]'")),
+    )
 
 
 class ConfigError(ValueError):
@@ -28,16 +44,16 @@ class RunConfig:
     """The run's folder. The same command again resumes what was begun there."""
     config: Path | None = None
     """A YAML file of values for the options below; the command line wins over it."""
-    dataset: Dataset = "digits"
+    dataset: Annotated[str, one_of(DATASETS)] = "digits"
     """Images: digits come with scikit-learn; npz is a file of x_train, y_train, x_test, y_test."""
     data_root: Path | None = None
-    """Where the data set lies: the npz file, or the folder."""
+    """The data set's npz file or folder."""
     download: bool = False
     """Let torchvision download the data set to data_root."""
     image_size: int | None = None
     """Side of the images in pixels (default: the data set's own)."""
     flip: bool | None = None
-    """Mirror training images at random (default: all data sets but digits)."""
+    """Mirror training images at random (default: what is registered for the data set; all but digits)."""
     workers: int = 0
     """Processes that decode images (imagefolder only)."""
     seed: int = 2
@@ -83,8 +99,8 @@ def require_not_negative(config: Any, *fields: str) -> None:
 
 
 def check_choices(config: Any) -> None:
-    """ConfigError for a value outside its field's Literal; the command line checks this itself."""
-    hints = typing.get_type_hints(type(config))
+    """ConfigError for a value that is none of its field's choices; the command line checks this itself."""
+    hints = _type_hints(type(config))
     for field in dataclasses.fields(config):
         if typing.get_origin(hints[field.name]) is Literal:
             choices = typing.get_args(hints[field.name])
@@ -93,8 +109,8 @@ def check_choices(config: Any) -> None:
             )
 
 
-def read_yaml(path: Path, kind: type) -> dict[str, Any]:
-    """Values for the fields of `kind` from a YAML file; ConfigError for an unknown name or a bad file."""
+def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
+    """Values for fields of `config_class` from a YAML file; ConfigError for an unknown name or a bad file."""
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
@@ -104,16 +120,25 @@ def read_yaml(path: Path, kind: type) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config: expected names and values in {path}, got {type(values).__name__}")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
+    unknown = values.keys() - {field.name for field in dataclasses.fields(config_class)}
     if unknown:
         raise ConfigError(f"config: {path} has no such options: {', '.join(sorted(unknown))}")
-    return from_plain(values, kind)
+    return from_plain(values, config_class)
 
 
-def from_plain(values: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Values as JSON or YAML hold them, brought to the types of the fields of `kind`."""
-    hints = typing.get_type_hints(kind)
+def from_plain(values: dict[str, Any], config_class: type) -> dict[str, Any]:
+    """Values as JSON or YAML hold them, brought to the types of the fields; ConfigError for another type."""
+    hints = _type_hints(config_class)
     return {name: _to_type(name, value, hints[name]) for name, value in values.items()}
+
+
+def _type_hints(config_class: type) -> dict[str, Any]:
+    """The types of the fields, the names of `one_of` as a Literal."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return {
+        name: hint.__metadata__[0].constructor_factory() if typing.get_origin(hint) is Annotated else hint
+        for name, hint in hints.items()
+    }
 
 
 def _to_type(name: str, value: Any, hint: Any) -> Any:
@@ -144,6 +169,3 @@ def _to_type(name: str, value: Any, hint: Any) -> Any:
         for o in options
     )
     raise ConfigError(f"{name}: expected {expected}, got {value!r}")
-
-
-Config = TypeVar("Config", bound=RunConfig)

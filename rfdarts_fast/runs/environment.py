@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, and what is built."""
+"""The machine that a run runs on: versions, hardware, kernels."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def version_of(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """JSON values that tell where a run runs."""
+    """The machine, the versions and the command as JSON values."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -77,9 +77,13 @@ def environment() -> dict[str, Any]:
 
 
 def backend_status() -> dict[str, str]:
-    """The backends by name: what they were built for, and what runs or the reason why nothing does."""
+    """The facts about each registered backend, as text."""
+
+    def text(fact: str, value: str | bool) -> str:
+        return f"{fact}: {value}" if isinstance(value, str) else f"{'' if value else 'not '}{fact}"
+
     return {
-        f"{name} kernels": ", ".join(f"{key} {value}" for key, value in backend.status().items())
+        f"{name} kernels": ", ".join(text(*fact) for fact in backend.status().items())
         for name, backend in backends().items()
     }
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 
 def temporary(path: Path) -> Path:
-    """Where `path` is written first; a kill may leave it behind, and the next write replaces it."""
+    """The file that is written before it becomes `path`; a kill may leave it, the next write replaces it."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -32,7 +32,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, that only grows, except when a resumed run takes back its lead."""
+    """A file of JSON objects, one a line. It grows; a resumed run drops the records behind its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,6 +51,6 @@ class JsonLines:
             os.fsync(file.fileno())
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drops the records that are not wanted."""
-        kept = [record for record in self.read() if wanted(record)]
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        """Drops all records but those for which `wanted` is true."""
+        records = filter(wanted, self.read())
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))

@@ -26,15 +26,15 @@ class Recorder:
 
 
 class GraphedStep:
-    """Calls a step as it is the first times, then records it and replays the recording.
+    """A step that runs as it is the first times, is then recorded, and from then on replayed.
 
-    The step may only launch work. What it reads and what changes from call to call is in its arguments, or in
-    tensors that are changed in place; so is what it leaves behind.
+    The step may only launch work. It reads its arguments and tensors that are changed in place, and leaves
+    its results in such tensors.
 
     Args:
         step: takes tensors, returns nothing.
-        record: takes work to record, which may not run, and returns what replays it.
-        warmup: calls before recording, for each `kind` and shapes: lazily made state must be there.
+        record: takes the work to record, which need not run yet, and returns a function that replays it.
+        warmup: calls before recording, for each variant and shapes: lazily made state must be there.
         required: a step that cannot be recorded raises; otherwise it goes on unrecorded, with a warning.
     """
 
@@ -47,24 +47,24 @@ class GraphedStep:
         self._recorded: dict[Hashable, tuple[list[Tensor], Callable[[], None]]] = {}
         self.reason: str | None = None
 
-    def __call__(self, kind: Hashable, *tensors: Tensor) -> None:
-        """One step; `kind` names what the step does differently, apart from the shapes of its arguments."""
-        key = kind, *((x.shape, x.stride(), x.dtype) for x in tensors)
+    def __call__(self, variant: Hashable, *tensors: Tensor) -> None:
+        """One step; steps that launch other work for arguments of the same shapes are another variant."""
+        key = variant, *((x.shape, x.stride(), x.dtype) for x in tensors)
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if self.reason is None and key not in self._recorded and calls > self._warmup:
-            self._try_to_record(key, kind, tensors)
+            self._try_to_record(key, variant, tensors)
         if key not in self._recorded:
-            self._step(kind, *tensors)
+            self._step(variant, *tensors)
             return
         static, replay = self._recorded[key]
         for place, x in zip(static, tensors, strict=True):
             place.copy_(x)
         replay()
 
-    def _try_to_record(self, key: Hashable, kind: Hashable, tensors: tuple[Tensor, ...]) -> None:
+    def _try_to_record(self, key: Hashable, variant: Hashable, tensors: tuple[Tensor, ...]) -> None:
         static = [x.clone() for x in tensors]
         try:
-            self._recorded[key] = static, self._record(lambda: self._step(kind, *static))
+            self._recorded[key] = static, self._record(lambda: self._step(variant, *static))
         except RuntimeError as error:
             if self._required:
                 raise

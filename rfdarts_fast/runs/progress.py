@@ -1,4 +1,4 @@
-"""What a run tells its user: a progress bar on a terminal, plain lines elsewhere, TensorBoard if asked."""
+"""The output of a run: a progress bar on a terminal, plain lines elsewhere, TensorBoard if asked."""
 
 from __future__ import annotations
 

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfdarts_fast.data import Batches, DataSource, load
-from rfdarts_fast.runs.checkpoint import rng_state, set_rng_state
+from rfdarts_fast.ops import BackendError, use_backend
+from rfdarts_fast.runs.checkpoint import restoring, rng_state, set_rng_state
 from rfdarts_fast.runs.config import ConfigError, RunConfig
 from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.runs.progress import EventWriter, Progress
 from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.runs.signals import Stopped, StopRequest
-from rfdarts_fast.ops import BackendError, use_backend
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -62,7 +62,7 @@ def place(network: Network, config: RunConfig, device: torch.device) -> Network:
 def check_network(
     build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
 ) -> None:
-    """ConfigError unless the network can train on sets of so many images; tried on a copy, on the CPU."""
+    """ConfigError unless the network can train on sets of these sizes; tried on a copy, on the CPU."""
     # a backend asked for by name has to be able to run, too
     with use_backend("reference" if use_backend.name == "auto" else use_backend.name):
         _try_network(build, batch_size, set_sizes, image_size)
@@ -114,7 +114,7 @@ class Diverged(RuntimeError):
 
 
 class Run(ABC):
-    """A run over `epochs` of `steps`. Subclasses say what a step, the end of an epoch and the state are.
+    """A run over `epochs` of steps. Subclasses define a step, the end of an epoch and the state.
 
     Attributes:
         epoch, step: position; all epochs before `epoch` and `step` steps of it are done.
@@ -141,14 +141,15 @@ class Run(ABC):
 
     @abstractmethod
     def finish_epoch(self) -> dict[str, Any]:
-        """Called when `epoch` has had its steps; returns what goes into metrics.jsonl."""
+        """Called after the last step of an epoch; returns its record in metrics.jsonl."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """What the subclass needs to go on; plain values and tensors."""
+        """The subclass's part of a checkpoint; plain values and tensors."""
 
     @abstractmethod
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Puts the values of `state()` back."""
 
     @abstractmethod
     def summary(self, record: dict[str, Any]) -> str:
@@ -172,10 +173,11 @@ class Run(ABC):
         state = self.folder.load()
         if state is None:
             return
-        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.meter.sums.copy_(state["meter"])
-        self.load_state(state)
-        set_rng_state(state["rng"])
+        with restoring(self.folder.checkpoint):
+            self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+            self.meter.sums.copy_(state["meter"])
+            self.load_state(state)
+            set_rng_state(state["rng"])
 
     def run(self) -> None:
         """Runs to the end. Raises Stopped, with the state saved, after SIGTERM or SIGINT."""
@@ -183,7 +185,7 @@ class Run(ABC):
         progress = Progress(self.epochs * steps, self.epoch * steps + self.step, self.label)
         if self.epoch or self.step:
             progress.line(f"resuming at epoch {self.epoch}, step {self.step} of {steps}")
-        # what exists by now lives to the end; the collector would scan thousands of modules again and again
+        # scanning thousands of long-lived modules again and again is slow
         gc.collect()
         gc.freeze()
         try:

@@ -21,7 +21,7 @@ def learning_rate(
 ) -> float:
     """The learning rate at `epoch` (counted from 0; fractional for a schedule that moves with each step).
 
-    cosine: from `initial` to `final` over `epochs` (Loshchilov and Hutter, as in all DARTS recipes).
+    cosine: from `initial` to `final` over `epochs` (Loshchilov and Hutter; DARTS and all that follow it).
     linear: to 0, the last five epochs with a gentler slope (PC-DARTS train_imagenet.py `adjust_lr`).
     step: times `decay` each epoch (quark0/darts train_imagenet.py).
     In the first `warmup_epochs` the rate is initial * (epoch + 1) / warmup_epochs (PC-DARTS).

@@ -6,34 +6,42 @@ from torch import nn
 
 from rfdarts_fast.nn import NasBench201SearchNetwork, SearchNetwork, Supernet, freeze_random_features
 from rfdarts_fast.search.config import SearchConfig
-from rfdarts_fast.spaces import get_space
+from rfdarts_fast.spaces import Space, get_space
+
+
+def _darts(space: Space, config: SearchConfig, num_classes: int) -> Supernet:
+    return SearchNetwork(
+        space,
+        C=config.channels,
+        num_classes=num_classes,
+        layers=config.layers,
+        stem=config.stem,
+        K=config.partial_channels,
+        edge_norm=config.edge_norm,
+        affine=config.affine,
+        track_running_stats=config.track_running_stats,
+    )
+
+
+def _nasbench201(space: Space, config: SearchConfig, num_classes: int) -> Supernet:
+    return NasBench201SearchNetwork(
+        space,
+        C=config.channels,
+        num_classes=num_classes,
+        N=config.cells_per_stage,
+        affine=config.affine,
+        track_running_stats=config.track_running_stats,
+    )
+
+
+# by the name of a space's family
+SUPERNETS = {"darts": _darts, "nasbench201": _nasbench201}
 
 
 def build_supernet(config: SearchConfig, num_classes: int) -> Supernet:
     """The supernet at its initial values, drawn from the global random state."""
     space = get_space(config.space)
-    network: Supernet
-    if config.space == "nasbench201":
-        network = NasBench201SearchNetwork(
-            space,
-            C=config.channels,
-            num_classes=num_classes,
-            N=config.cells_per_stage,
-            affine=config.affine,
-            track_running_stats=config.track_running_stats,
-        )
-    else:
-        network = SearchNetwork(
-            space,
-            C=config.channels,
-            num_classes=num_classes,
-            layers=config.layers,
-            stem=config.stem,
-            K=config.partial_channels,
-            edge_norm=config.edge_norm,
-            affine=config.affine,
-            track_running_stats=config.track_running_stats,
-        )
+    network = SUPERNETS[space.family.name](space, config, num_classes)
     if config.random_features:
         freeze_random_features(network, config.conv_init, config.gamma_init, config.train_classifier)
     return network

@@ -1,23 +1,24 @@
-"""What a search is told, and the published recipes by name."""
+"""The options of a search, and the published ones by name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rfdarts_fast.nn import ConvInit, GammaInit
-from rfdarts_fast.ops import Memory
+from rfdarts_fast.ops import Memory, backend_names
 from rfdarts_fast.runs.config import (
     RunConfig,
     check_choices,
+    one_of,
     require,
     require_not_negative,
     require_positive,
 )
+from rfdarts_fast.spaces import NASBENCH201, SPACES
 
 Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
-SpaceName = Literal["darts", "s1", "s2", "s3", "s4", "nasbench201"]
 Preset = Literal[
     "quick",
     "darts",
@@ -37,16 +38,16 @@ Preset = Literal[
 class SearchConfig(RunConfig):
     """Search a cell with a supernet; ends with genotype.json in the run's folder.
 
-    Without --preset the published recipe of the method and space is taken: --method rf-darts means --preset
-    rf-darts. What the RF-DARTS paper leaves open is marked "our choice".
+    Without --preset the one of the method and space is taken: --method rf-darts means --preset rf-darts.
+    Options that the RF-DARTS paper leaves open are marked "our choice".
     """
 
     preset: Preset | None = None
-    """A recipe by name: values for the options below. `quick` needs minutes on a CPU and no data set."""
+    """Published values for the options below. `quick` needs minutes on a CPU and no data set."""
     method: Method = "rf-pcdarts"
     """rf-: random features, every convolution frozen. pc: partial channels and edge weights."""
-    space: SpaceName = "darts"
-    """The candidate operations: DARTS, RobustDARTS S1 to S4, NAS-Bench-201."""
+    space: Annotated[str, one_of(SPACES)] = "darts"
+    """The candidate operations: DARTS, RobustDARTS S1 to S4, NAS-Bench-201, or a registered one."""
 
     channels: int = 16
     """Channels of the first cells."""
@@ -66,7 +67,7 @@ class SearchConfig(RunConfig):
     """Keep running statistics in the cells' BatchNorms; off, validation too uses batch statistics."""
 
     conv_init: ConvInit = "kaiming_normal"
-    """How frozen convolutions are drawn (rf methods). Our choice: kaiming_normal."""
+    """Distribution of frozen convolutions (rf methods). Our choice: kaiming_normal."""
     gamma_init: GammaInit = "ones"
     """Initial gamma of BatchNorm (rf methods). Our choice: ones."""
     train_classifier: bool = False
@@ -91,7 +92,7 @@ class SearchConfig(RunConfig):
     weight_decay: float = 3e-4
     """Of SGD."""
     bn_weight_decay: bool = True
-    """Decay gamma and beta too. Our choice for rf methods: yes, as the host recipes do."""
+    """Decay gamma and beta too. Our choice for rf methods: yes, as DARTS and PC-DARTS do."""
     grad_clip: float = 5.0
     """Largest norm of the weights' gradient; 0 for none."""
 
@@ -106,7 +107,7 @@ class SearchConfig(RunConfig):
     order: Literal["first", "second"] = "first"
     """Order of the architecture's gradient. Our choice for rf methods: first."""
     step_order: Literal["arch-first", "weights-first"] = "arch-first"
-    """Which half of a bilevel step comes first. DARTS: architecture; NAS-Bench-201: weights."""
+    """The half of a bilevel step that comes first. DARTS: architecture; NAS-Bench-201: weights."""
 
     split: Literal["half", "stratified", "per-class", "nasbench201"] = "half"
     """Training and validation halves: first and second part of the training set (published), the same per
@@ -124,12 +125,12 @@ class SearchConfig(RunConfig):
     validate_every: int = 1
     """Epochs between evaluations on the validation half; 0 for never."""
 
-    backend: str = "auto"
-    """Engine of the mixed ops: auto takes the fastest that can run, native is compiled C++ or CUDA, triton
-    is for GPUs, reference is plain PyTorch."""
+    backend: Annotated[str, one_of(backend_names)] = "auto"
+    """Computes the mixed ops: auto takes the fastest that can run, reference is plain PyTorch; the command
+    `rfdarts env` describes the others."""
     memory: Memory = "fast"
-    """What the native engine keeps for the backward pass: all branch outputs, those in bfloat16 (on a GPU
-    that is --amp bf16's affair), or node states only."""
+    """Kept for the backward pass: all branch outputs, those in bfloat16 (on a GPU, use --amp bf16), or node
+    states only. The reference keeps all."""
 
     amp: Literal["off", "bf16"] = "off"
     """bf16: activations in bfloat16; statistics, BatchNorm parameters and architecture weights in float32."""
@@ -162,9 +163,9 @@ class SearchConfig(RunConfig):
             self.cuda_graph != "on" or self.order == "first", self, "cuda_graph",
             "off or auto with the second order",
         )  # fmt: skip
-        if self.space == "nasbench201":
-            require(not partial, self, "method", "darts or rf-darts in the NAS-Bench-201 space")
-            require(self.stem == "cifar", self, "stem", "cifar in the NAS-Bench-201 space")
+        if SPACES[self.space].family is NASBENCH201:
+            require(not partial, self, "method", f"darts or rf-darts in the space {self.space}")
+            require(self.stem == "cifar", self, "stem", f"cifar in the space {self.space}")
         require(
             not self.random_features or self.affine, self, "affine", f"affine BatchNorm with {self.method}"
         )
@@ -256,19 +257,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "robustdarts": _ROBUST_DARTS,
     "robustdarts-rf-darts": {**_ROBUST_DARTS, **_RF, "method": "rf-darts", "order": "first"},
 }
+"""Published recipes: values of `SearchConfig` by the name of the preset."""
 
 
 def preset_values(given: dict[str, Any]) -> dict[str, Any]:
-    """The recipe that the given values ask for: by `preset`, or else by `method` and `space`."""
+    """The values of the preset that the given values name, by `preset`, or else by `method` and `space`."""
     name = given.get("preset")
     if name is None:
         method = given.get("method", SearchConfig.method)
-        name = f"nasbench201-{method}" if given.get("space") == "nasbench201" else method
+        space = SPACES.get(given.get("space", SearchConfig.space))
+        name = f"nasbench201-{method}" if space and space.family is NASBENCH201 else method
     if name not in PRESETS:
         # an impossible pair of method and space; `check` explains it
         return {}
     values = PRESETS[name]
     if given.get("method") in ("darts", "rf-darts"):
-        # a recipe of a pc method, taken for one without partial channels
+        # a preset of a pc method, taken for one without partial channels
         values = {k: v for k, v in values.items() if k not in ("partial_channels", "edge_norm")}
     return values

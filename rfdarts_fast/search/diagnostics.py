@@ -1,13 +1,11 @@
-"""What to watch in a search: is the architecture settling, and is it collapsing to skip connections?"""
+"""Signs in a search that the architecture settles, or that it collapses to skip connections."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from rfdarts_fast.nn import Supernet
-from rfdarts_fast.nn.supernet import MixedOp
-from rfdarts_fast.spaces import PARAMETER_FREE
+from rfdarts_fast.nn import PRIMITIVES, MixedOp, Supernet
 
 
 @torch.no_grad()
@@ -15,13 +13,13 @@ def architecture_diagnostics(network: Supernet) -> dict:
     """Entropy of each cell type's alphas (nats, mean over edges), and counts in the current genotype."""
     entropy = {}
     for cell in network.space.cells:
-        weights, _ = network.cell_weights(cell)
-        entropy[cell] = float(torch.special.entr(weights).sum(dim=-1).mean())
+        op_weights, _ = network.cell_weights(cell)
+        entropy[cell] = float(torch.special.entr(op_weights).sum(dim=-1).mean())
     genotype = network.genotype()
     return {
         "entropy": entropy,
         "skip_connects": genotype.ops().count("skip_connect"),
-        "parameter_free_ops": sum(op in PARAMETER_FREE for op in genotype.ops()),
+        "parameter_free_ops": sum(PRIMITIVES[op].parameter_free for op in genotype.ops()),
         "genotype": str(genotype),
     }
 

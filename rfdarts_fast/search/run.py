@@ -43,7 +43,7 @@ from rfdarts_fast.spaces import AnyGenotype, to_json
 
 
 def uses_graph(config: SearchConfig, device: torch.device) -> bool:
-    """Whether steps are recorded in a CUDA graph; the second order reads the learning rate on the host."""
+    """True if steps are recorded in a CUDA graph; the second order reads the learning rate on the host."""
     return device.type == "cuda" and config.cuda_graph != "off" and config.order == "first"
 
 
@@ -151,7 +151,7 @@ class SearchRun(Run):
         compute("step", *batches)
         self.val_position += searching
 
-    def _compute(self, kind: Hashable, *batches: Tensor) -> None:
+    def _compute(self, variant: Hashable, *batches: Tensor) -> None:
         """A step on training images and labels and, once the architecture moves, on validation images too.
 
         Everything that changes is a tensor on the device, so that a CUDA graph can hold it.

@@ -1,28 +1,37 @@
-"""Search spaces, genotypes and how one is derived from the other. Imports nothing else of the package."""
+"""Search spaces, genotypes and the rules from one to the other. Imports nothing else of the package."""
 
 from rfdarts_fast.spaces.derive import derive
-from rfdarts_fast.spaces.genotype import PUBLISHED, AnyGenotype, CellGenotype, Genotype, parse, to_json
+from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Genotype
 from rfdarts_fast.spaces.space import (
+    DARTS,
     DARTS_PRIMITIVES,
+    NASBENCH201,
     NASBENCH201_PRIMITIVES,
-    PARAMETER_FREE,
     SPACES,
+    Family,
     Space,
     get_space,
+    register_space,
+    uniform_space,
 )
+from rfdarts_fast.spaces.text import PUBLISHED, parse, to_json
 
 __all__ = [
+    "DARTS",
     "DARTS_PRIMITIVES",
+    "NASBENCH201",
     "NASBENCH201_PRIMITIVES",
-    "PARAMETER_FREE",
     "PUBLISHED",
     "SPACES",
     "AnyGenotype",
     "CellGenotype",
+    "Family",
     "Genotype",
     "Space",
     "derive",
     "get_space",
     "parse",
+    "register_space",
     "to_json",
+    "uniform_space",
 ]

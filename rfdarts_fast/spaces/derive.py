@@ -1,51 +1,56 @@
-"""From trained architecture weights to a genotype, by the published rules."""
+"""The published rules that turn trained architecture weights into a genotype."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Gene, Genotype
-from rfdarts_fast.spaces.space import EdgePrimitives, Space
 
-EdgeWeights = Sequence[Sequence[float]]
+if TYPE_CHECKING:
+    from rfdarts_fast.spaces.space import Space
+
+# [edges][primitives], in the space's order
+TermWeights = Sequence[Sequence[float]]
 
 
-def derive(space: Space, weights: Mapping[str, EdgeWeights]) -> AnyGenotype:
-    """The strongest genotype.
+def derive(space: Space, term_weights: Mapping[str, TermWeights]) -> AnyGenotype:
+    """The strongest genotype, by the rule of the space's family.
 
     Args:
-        weights: cell type -> softmax weights [edges][primitives] of that cell's edges, in the space's order.
-            PC-DARTS multiplies each edge's row by its edge weight first (alpha x beta).
-
-    DARTS (quark0/darts model_search.py, `genotype`): each node keeps the two edges whose best primitive other
-    than `none` weighs most, then on each the best primitive other than `none`. Ties go to the first.
-    NAS-Bench-201 (AutoDL-Projects): the best primitive of each edge, `none` included.
+        term_weights: cell type -> weights [edges][primitives] of that cell's edges, in the space's order: the
+            softmax of the alphas, in PC-DARTS multiplied by the edge's weight (alpha x beta).
     """
-    if space.name == "nasbench201":
-        best = [_best(names, row) for names, row in zip(space.cells["cell"], weights["cell"], strict=True)]
-        return CellGenotype(tuple(best))
+    return space.family.rule(space, term_weights)
+
+
+def two_strongest_edges(space: Space, term_weights: Mapping[str, TermWeights]) -> Genotype:
+    """DARTS's rule (quark0/darts model_search.py, `genotype`); ties go to the first.
+
+    Each node keeps the two edges whose best primitive other than `none` weighs most, with that primitive.
+    """
     concat = tuple(range(space.inputs, space.inputs + space.nodes))
-    return Genotype(
-        normal=_two_strongest(space, space.cells["normal"], weights["normal"]),
-        normal_concat=concat,
-        reduce=_two_strongest(space, space.cells["reduce"], weights["reduce"]),
-        reduce_concat=concat,
-    )
+    normal, reduce = (_genes(space, cell, term_weights[cell]) for cell in ("normal", "reduce"))
+    return Genotype(normal, concat, reduce, concat)
 
 
-def _best(names: Sequence[str], row: Sequence[float]) -> str:
-    return names[max(range(len(names)), key=lambda k: row[k])]
+def strongest_primitives(space: Space, term_weights: Mapping[str, TermWeights]) -> CellGenotype:
+    """NAS-Bench-201's rule (AutoDL-Projects): the best primitive of each edge, `none` included."""
+    edges = zip(space.cells["cell"], term_weights["cell"], strict=True)
+    return CellGenotype(tuple(_strongest(names, weights)[0] for names, weights in edges))
 
 
-def _two_strongest(space: Space, primitives: EdgePrimitives, weights: EdgeWeights) -> tuple[Gene, ...]:
+def _genes(space: Space, cell: str, term_weights: TermWeights) -> tuple[Gene, ...]:
     genes: list[Gene] = []
     for edges in space.node_slices():
-        candidates = []
-        for j, (names, row) in enumerate(zip(primitives[edges], weights[edges], strict=True)):
-            kept = [(name, w) for name, w in zip(names, row, strict=True) if name != "none"]
-            name, weight = max(kept, key=lambda pair: pair[1])
-            candidates.append((weight, name, j))
+        pairs = zip(space.cells[cell][edges], term_weights[edges], strict=True)
+        best = [_strongest(names, weights, leave_out="none") for names, weights in pairs]
         # sorted is stable, so equal weights keep the order of the inputs
-        strongest = sorted(candidates, key=lambda c: -c[0])[:2]
-        genes += [(name, j) for _, name, j in strongest]
+        inputs = sorted(range(len(best)), key=lambda j: -best[j][1])[:2]
+        genes += [(best[j][0], j) for j in inputs]
     return tuple(genes)
+
+
+def _strongest(names: Sequence[str], weights: Sequence[float], leave_out: str = "") -> tuple[str, float]:
+    candidates = [pair for pair in zip(names, weights, strict=True) if pair[0] != leave_out]
+    return max(candidates, key=lambda pair: pair[1])

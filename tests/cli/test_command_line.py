@@ -4,13 +4,17 @@ import dataclasses
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from rfdarts_fast import cli
 from rfdarts_fast.cli import EvalOptions, parse_config
-from rfdarts_fast.retrain import RECIPES, TrainConfig
-from rfdarts_fast.retrain.config import recipe_values
+from rfdarts_fast.ops import backend_names, backends, contract
+from rfdarts_fast.retrain import PRESETS as TRAIN_PRESETS
+from rfdarts_fast.retrain import TrainConfig
+from rfdarts_fast.retrain.config import preset_values as train_preset
+from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.search import PRESETS, SearchConfig
 from rfdarts_fast.search.config import preset_values
 
@@ -38,12 +42,12 @@ def test_help_names_every_command(output, args):
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [("search", SearchConfig), ("train", TrainConfig), ("eval", EvalOptions)]
+    ("command", "options"), [("search", SearchConfig), ("train", TrainConfig), ("eval", EvalOptions)]
 )
-def test_help_of_a_command_names_every_option(output, monkeypatch, command, kind):
+def test_help_of_a_command_names_every_option(output, monkeypatch, command, options):
     monkeypatch.setenv("COLUMNS", "200")
     text = output(command, "--help")
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(options):
         if field.name != "run":
             assert f"--{field.name.replace('_', '-')}" in text
     assert f"usage: rfdarts {command}" in text
@@ -63,27 +67,25 @@ def search_config(*args):
 
 
 def train_config(*args):
-    return parse_config(TrainConfig, recipe_values, [*args, "--out", "x"], "rfdarts train")
+    return parse_config(TrainConfig, train_preset, [*args, "--out", "x"], "rfdarts train")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_a_config_that_can_be_used(preset):
-    config = search_config("--preset", preset)
+@pytest.mark.parametrize(
+    ("parse", "presets", "preset"),
+    [
+        *((search_config, PRESETS, preset) for preset in PRESETS),
+        *((train_config, TRAIN_PRESETS, preset) for preset in TRAIN_PRESETS),
+    ],
+)
+def test_every_preset_is_a_config_that_can_be_used(parse, presets, preset):
+    config = parse("--preset", preset)
     config.check()
     assert config.preset == preset
-    for name, value in PRESETS[preset].items():
+    for name, value in presets[preset].items():
         assert getattr(config, name) == value
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_a_config_that_can_be_used(recipe):
-    config = train_config("--recipe", recipe)
-    config.check()
-    for name, value in RECIPES[recipe].items():
-        assert getattr(config, name) == value
-
-
-RECIPE_OF = {
+PRESET_OF = {
     "rf-pcdarts": (["--method", "rf-pcdarts"], {"partial_channels": 4, "edge_norm": True, "affine": True}),
     "pc-darts": (["--method=pc-darts"], {"partial_channels": 4, "affine": False, "batch_size": 256}),
     "darts": (["--method", "darts"], {"partial_channels": 1, "affine": False, "arch_warmup_epochs": 0}),
@@ -95,8 +97,8 @@ RECIPE_OF = {
 }
 
 
-@pytest.mark.parametrize(("args", "values"), RECIPE_OF.values(), ids=RECIPE_OF.keys())
-def test_method_and_space_choose_the_published_recipe(args, values):
+@pytest.mark.parametrize(("args", "values"), PRESET_OF.values(), ids=PRESET_OF.keys())
+def test_method_and_space_choose_the_preset(args, values):
     config = search_config(*args)
     assert {name: getattr(config, name) for name in values} == values
 
@@ -106,8 +108,8 @@ def test_precedence(tmp_path):
     file.write_text("preset: quick\nepochs: 7\narch-learning-rate: 3e-4\nseed: 5\n")
     config = search_config("--config", str(file), "--seed", "6")
     quick = PRESETS["quick"]
-    found = (config.layers, config.epochs, config.arch_learning_rate, config.seed, config.preset)
-    assert found == (quick["layers"], 7, 0.0003, 6, "quick")
+    values = (config.layers, config.epochs, config.arch_learning_rate, config.seed, config.preset)
+    assert values == (quick["layers"], 7, 0.0003, 6, "quick")
     # a preset on the command line takes the place of the file's, and the file still wins over it
     other = search_config("--config", str(file), "--preset", "pc-darts")
     assert (other.preset, other.batch_size, other.epochs) == ("pc-darts", 256, 7)
@@ -122,12 +124,12 @@ def test_yaml_numbers(tmp_path, text):
     assert isinstance(config.learning_rate, float)
 
 
-def test_yaml_values_of_every_kind(tmp_path):
+def test_yaml_values_of_every_type(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(
         "out: runs/a\ndata_root: data\nauxiliary: false\nimage_size: null\nschedule: step\nthreads: 2"
     )
-    config = parse_config(TrainConfig, recipe_values, ["--config", str(file)], "rfdarts train")
+    config = parse_config(TrainConfig, train_preset, ["--config", str(file)], "rfdarts train")
     assert (str(config.out), str(config.data_root)) == ("runs/a", "data")
     assert (config.auxiliary, config.image_size, config.schedule, config.threads) == (False, None, "step", 2)
 
@@ -148,9 +150,23 @@ def test_environment(output):
         "torchvision",
         "tensorboard",
         "triton",
-        "triton kernels",
+        *(f"{backend} kernels" for backend in backends()),
     ):
         assert re.search(rf"^{name} +\S", text, re.MULTILINE)
+
+
+def test_a_backend_that_outside_code_registered(output, monkeypatch):
+    backend = SimpleNamespace(name="mine", status=lambda: {"built": False, "reason": "no time", "fast": True})
+    monkeypatch.setattr(contract, "_backends", {**backends(), "mine": backend})
+    monkeypatch.setenv("COLUMNS", "200")
+    config = search_config("--backend", "mine")
+    config.check()
+    assert config.backend == "mine"
+    assert f"--backend {{{','.join(backend_names())}}}" in output("search", "--help")
+    assert re.search(r"^mine kernels +not built, reason: no time, fast$", output("env"), re.MULTILINE)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"backend: expected one of auto, reference, .*, got 'mine'"):
+        config.check()
 
 
 def test_search_train_eval(output, tiny_npz, tmp_path):
@@ -176,9 +192,7 @@ def test_search_train_eval(output, tiny_npz, tmp_path):
     assert json.loads(output("eval", tmp_path / "b", "--data-root", moved)) == best
 
 
-def test_a_pc_recipe_fits_a_method_without_partial_channels():
-    from rfdarts_fast.search.config import SearchConfig, preset_values
-
+def test_a_pc_preset_fits_a_method_without_partial_channels():
     values = preset_values({"preset": "quick", "method": "rf-darts"})
     SearchConfig(**{"out": "unused", **values, "method": "rf-darts"}).check()
     assert preset_values({"preset": "quick"})["partial_channels"] == 4

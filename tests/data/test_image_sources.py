@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +11,17 @@ import torch
 from image_samples import npz_arrays, write_photo
 
 from rfdarts_fast.data import (
-    NAMES,
+    DATASETS,
     Batches,
     ColourJitter,
     DataError,
+    Dataset,
     DataSource,
     ImageSet,
     default_augment,
     evaluation_augment,
     load,
+    register_dataset,
 )
 
 
@@ -46,12 +49,12 @@ def test_digits_at_their_own_size_are_those_of_scikit_learn_without_overlap():
     source = load("digits", image_size=8)
     original = torch.from_numpy(load_digits().images)
     # grey values 0..16 come back exactly
-    found = torch.cat([source.train.images, source.test.images])[:, 1].double().mul(16 / 255).round()
+    loaded = torch.cat([source.train.images, source.test.images])[:, 1].double().mul(16 / 255).round()
 
     def rows(images):
         return sorted(map(tuple, images.flatten(1).tolist()))
 
-    assert rows(found) == rows(original)
+    assert rows(loaded) == rows(original)
     # all 1,797 images are different, so equal multisets also mean that none is in both parts
     assert len(set(rows(original))) == 1797
 
@@ -291,14 +294,14 @@ def write_cifar(root, classes, train_files, meta):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_through_torchvision(name, tmp_path, monkeypatch):
     datasets = pytest.importorskip("torchvision.datasets", reason="torchvision not installed")
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    cifar = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     # the checksums are those of the real files
-    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(cifar, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    folder = tmp_path / kind.base_folder
+    folder = tmp_path / cifar.base_folder
     folder.mkdir()
-    train_files = [file for file, _ in kind.train_list]
-    meta = kind.meta["filename"], kind.meta["key"]
+    train_files = [file for file, _ in cifar.train_list]
+    meta = cifar.meta["filename"], cifar.meta["key"]
     written = write_cifar(folder, 10 if name == "cifar10" else 100, train_files, meta)
     source = load(name, root=tmp_path)
     assert len(source.train) == 4 * len(train_files) and len(source.test) == 4
@@ -357,12 +360,34 @@ def test_only_download_fetches(tmp_path, monkeypatch):
         ({"name": "digits", "image_size": 0}, "image_size: expected an integer of at least 1, got 0"),
         ({"name": "digits", "image_size": 8.5}, "image_size: expected an integer"),
         ({"name": "digits", "image_size": True}, "image_size: expected an integer"),
-        *[({"name": name}, "data root: expected .* got none") for name in NAMES if name != "digits"],
+        *[({"name": name}, "data root: expected .* got none") for name in DATASETS if name != "digits"],
     ],
 )
 def test_arguments_that_cannot_be(arguments, message):
     with pytest.raises(DataError, match=f"^{message}"):
         load(arguments.pop("name"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Dataset("digits", load), "dataset: expected a new name, an identifier, got 'digits'"),
+        (Dataset("my digits", load), "dataset: expected a new name, an identifier, got 'my digits'"),
+        (Dataset("mine", "mine.npz"), r"dataset mine: expected load\(root, download\), got 'mine.npz'"),
+    ],
+    ids=["taken", "no-name", "no-function"],
+)
+def test_bad_entries_are_refused(dataset, message):
+    before = dict(DATASETS)
+    with pytest.raises(ValueError, match=message):
+        register_dataset(dataset)
+    assert before == DATASETS
+
+
+def test_files_need_statistics(monkeypatch, photos):
+    monkeypatch.setitem(DATASETS, "mine", replace(DATASETS["imagefolder"], name="mine", statistics=None))
+    with pytest.raises(DataError, match="dataset mine: expected statistics for images in files, got none"):
+        load("mine", root=photos)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

@@ -13,7 +13,7 @@ from rfdarts_fast import nn as rfnn
 from rfdarts_fast.drop_in.fused import FusedCell, FusedMixedOp, FusedNasBench201Cell
 from rfdarts_fast.spaces import PUBLISHED, get_space
 
-from . import foreign
+from . import forks
 from .common import batch, copy_arch, drop_in_network, foreign_network, gradients
 
 F64 = torch.float64
@@ -21,11 +21,11 @@ F64 = torch.float64
 
 def robust_network(space="s1"):
     cells = get_space(space).cells
-    return foreign.RobustNetwork(4, 10, 3, nn.CrossEntropyLoss(), primitives=cells)
+    return forks.RobustNetwork(4, 10, 3, nn.CrossEntropyLoss(), primitives=cells)
 
 
 def tiny_network():
-    return foreign.TinyNetwork()
+    return forks.TinyNetwork()
 
 
 def small(name, K=None):
@@ -50,8 +50,8 @@ def images(name):
 
 
 def arch(network):
-    found = network.arch_parameters
-    return [found] if isinstance(found, nn.Parameter) else found()
+    alphas = network.arch_parameters
+    return [alphas] if isinstance(alphas, nn.Parameter) else alphas()
 
 
 def to_double(network):
@@ -63,13 +63,13 @@ def to_double(network):
 
 def outputs(network, x, y):
     """Logits and alpha gradients in both modes, after one more training pass."""
-    found = []
+    collected = []
     for training in (True, True, False):
         network.train(training)
         logits = network(x)
         loss = nn.functional.cross_entropy(logits, y)
-        found += [logits.detach(), *torch.autograd.grad(loss, arch(network))]
-    return found
+        collected += [logits.detach(), *torch.autograd.grad(loss, arch(network))]
+    return collected
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -81,8 +81,8 @@ def test_computes_the_same(name):
     ours = copy.deepcopy(original)
     report = rfdarts_fast.accelerate(ours)
     assert report.replaced and not report.left
-    expected, found = outputs(original, x, y), outputs(ours, x, y)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    expected, actual = outputs(original, x, y), outputs(ours, x, y)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
     cell = FusedNasBench201Cell if name == "NAS-Bench-201" else FusedCell
     cells = [m for m in ours.modules() if isinstance(m, cell)]
     assert len(cells) == (2 if name == "NAS-Bench-201" else 3)
@@ -130,9 +130,9 @@ def test_equals_the_drop_in_network():
     rfdarts_fast.accelerate(theirs)
     copy_arch(theirs, ours)
     x, y = batch("pc_darts")
-    expected, found = gradients(ours, x, y), gradients(theirs, x, y)
-    assert found[2].keys() == expected[2].keys()
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    expected, actual = gradients(ours, x, y), gradients(theirs, x, y)
+    assert actual[2].keys() == expected[2].keys()
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_random_features_can_be_left_alone():
@@ -178,14 +178,14 @@ def test_drop_path_takes_the_foreign_forward():
     assert not torch.allclose(network(x), network(x))
 
 
-class OtherCell(foreign.Cell):
+class OtherCell(forks.Cell):
     """Scales its output."""
 
     def forward(self, s0, s1, weights, weights2=None):
         return 2 * super().forward(s0, s1, weights, weights2)
 
 
-class CellWithDropPath(foreign.Cell):
+class CellWithDropPath(forks.Cell):
     """A setting that only some epochs change."""
 
     drop = 0.0
@@ -199,7 +199,7 @@ class CellWithDropPath(foreign.Cell):
     "cell, why", [(OtherCell, "its forward is not the published"), (CellWithDropPath, "attributes.*drop")]
 )
 def test_other_cells_keep_their_forward(cell, why):
-    class Network(foreign.Network):
+    class Network(forks.Network):
         pass
 
     Network.cell = cell
@@ -214,7 +214,7 @@ def test_other_cells_keep_their_forward(cell, why):
     torch.testing.assert_close(ours(x), network(x), rtol=1e-8, atol=1e-9)
 
 
-class OtherMixedOp(foreign.MixedOp):
+class OtherMixedOp(forks.MixedOp):
     """Skips the first operation, which no structure shows."""
 
     def forward(self, x, weights):
@@ -230,7 +230,7 @@ def with_other_forward(edge):
 
 
 def with_dropout(edge):
-    edge._ops[3] = Dropping(foreign.Identity(), nn.Dropout(0.5))
+    edge._ops[3] = Dropping(forks.Identity(), nn.Dropout(0.5))
 
 
 def with_wide_kernel(edge):
@@ -253,7 +253,7 @@ def without_forward(edge):
     "change, why",
     [
         (with_other_forward, "its forward is not the weighted sum"),
-        (with_dropout, "operation 3: Dropping.*is none of the published operations"),
+        (with_dropout, "operation 3: Dropping.*is none of the registered primitives"),
         (with_wide_kernel, "operation 4: SepConv"),
         (with_sync_batchnorm, "operation 4: SepConv"),
         (with_inplace_relu, "operation 4: SepConv"),
@@ -282,7 +282,7 @@ def test_all_or_nothing(change, why):
 
 
 def test_mixed_op_alone():
-    for K, make in ((1, lambda: foreign.MixedOp(8, 2)), (4, lambda: foreign.MixedOp(8, 1, k=4))):
+    for K, make in ((1, lambda: forks.MixedOp(8, 2)), (4, lambda: forks.MixedOp(8, 1, k=4))):
         edge = make().double()
         ours = nn.ModuleDict({"edge": copy.deepcopy(edge)})
         rfdarts_fast.accelerate(ours)

@@ -7,7 +7,7 @@ from torch import nn
 import rfdarts_fast
 from rfdarts_fast.ops import BackendError, backends, use_backend
 
-from . import foreign
+from . import forks
 from .common import MODULES, batch, drop_in_network, foreign_network
 from .test_accelerate import NETWORKS
 
@@ -69,7 +69,7 @@ def test_trainable_convolutions_stay_on_the_reference():
 def test_noise():
     names = (("noise", "sep_conv_3x3"),) * 5
     primitives = {"normal": names, "reduce": names}
-    network = foreign.RobustNetwork(4, 10, 3, None, 2, 2, primitives=primitives)
+    network = forks.RobustNetwork(4, 10, 3, None, 2, 2, primitives=primitives)
     rfdarts_fast.accelerate(network)
     x = batch("darts", torch.float32)[0]
     assert network(x).isfinite().all() and not torch.equal(network(x), network(x))

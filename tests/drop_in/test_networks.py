@@ -5,11 +5,10 @@ import torch
 from torch import nn
 
 from rfdarts_fast.drop_in import darts, pc_darts, pc_darts_imagenet
-from rfdarts_fast.drop_in.published import darts_space
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
-from rfdarts_fast.spaces import parse
+from rfdarts_fast.spaces import DARTS_PRIMITIVES, parse, uniform_space
 
-from . import foreign
+from . import forks
 from .common import (
     MODULES,
     assert_as_accurate,
@@ -69,13 +68,13 @@ def test_equals_published_network(name, C, layers, K, dtype):
             logits, arch, weights = gradients(theirs, x, y)
             our_logits, our_arch, our_weights = gradients(ours, x, y)
             assert our_weights.keys() == weights.keys()
-            expected, found = [*arch, *weights.values()], [*our_arch, *our_weights.values()]
+            expected, actual = [*arch, *weights.values()], [*our_arch, *our_weights.values()]
             if dtype is F64:
-                assert_equal_in_double([our_logits, *found], [logits, *expected])
+                assert_equal_in_double([our_logits, *actual], [logits, *expected])
             else:
                 true_logits, true_arch, true_weights = gradients(truth, x.double(), y)
                 assert_as_accurate([([our_logits], [logits], [true_logits])])
-                draws.append((found, expected, [*true_arch, *true_weights.values()]))
+                draws.append((actual, expected, [*true_arch, *true_weights.values()]))
         if draws:
             assert_as_accurate(draws)
 
@@ -145,7 +144,7 @@ def test_running_statistics_after_five_steps(name):
 @pytest.mark.parametrize("C", [4, 12, 16])
 def test_mixed_op(module, K, stride, C):
     C = 2 * C if stride == 2 else C
-    theirs, ours = foreign.MixedOp(C, stride, k=K).double(), module.MixedOp(C, stride).double()
+    theirs, ours = forks.MixedOp(C, stride, k=K).double(), module.MixedOp(C, stride).double()
     ours.load_state_dict(theirs.state_dict())
     results = []
     for op in (theirs, ours):
@@ -162,7 +161,7 @@ def test_mixed_op(module, K, stride, C):
 @pytest.mark.parametrize("reduction, reduction_prev", [(False, False), (True, False), (False, True)])
 def test_cell(module, K, reduction, reduction_prev):
     arguments = 4, 3, 6, 10, 8, reduction, reduction_prev
-    theirs, ours = foreign.Cell(*arguments, k=K).double(), module.Cell(*arguments).double()
+    theirs, ours = forks.Cell(*arguments, k=K).double(), module.Cell(*arguments).double()
     ours.load_state_dict(theirs.state_dict())
     s0 = torch.randn(2, 6, 16 if reduction_prev else 8, 16 if reduction_prev else 8, dtype=F64)
     s1 = torch.randn(2, 10, 8, 8, dtype=F64)
@@ -173,20 +172,20 @@ def test_cell(module, K, reduction, reduction_prev):
 
 def published_genotype(network):
     """The published rule, written out again."""
-    found = []
-    for kind in ("normal", "reduce"):
-        weights = getattr(network, f"alphas_{kind}").softmax(-1)
+    cells = []
+    for cell_type in ("normal", "reduce"):
+        weights = getattr(network, f"alphas_{cell_type}").softmax(-1)
         if hasattr(network, "betas_normal"):
-            weights = weights * network._edge_weights(getattr(network, f"betas_{kind}"))[:, None]
+            weights = weights * network._edge_weights(getattr(network, f"betas_{cell_type}"))[:, None]
         genes, start = [], 0
         for i in range(network._steps):
             rows = weights[start : start + 2 + i].tolist()
             for j in sorted(range(2 + i), key=lambda j: -max(rows[j][1:]))[:2]:
                 best = max(range(1, 8), key=lambda k: rows[j][k])
-                genes.append((foreign.PRIMITIVES[best], j))
+                genes.append((forks.PRIMITIVES[best], j))
             start += 2 + i
-        found.append(genes)
-    return found
+        cells.append(genes)
+    return cells
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -205,7 +204,7 @@ def test_genotype(name):
 
 def test_other_steps_and_multiplier():
     criterion = nn.CrossEntropyLoss()
-    theirs = foreign.Network(4, 10, 3, criterion, 3, 2, 2)
+    theirs = forks.Network(4, 10, 3, criterion, 3, 2, 2)
     ours = darts.Network(4, 10, 3, criterion, 3, 2, 2)
     ours.load_state_dict(theirs.state_dict())
     copy_arch(theirs, ours)
@@ -260,17 +259,18 @@ def test_checkpoints_to_and_from_the_native_network(name, tmp_path):
     ours = drop_in_network(name, 4, 3, steps=2, multiplier=2)
     imagenet, K = name.endswith("imagenet"), {"darts": 1, "pc_darts": 4, "pc_darts_imagenet": 2}[name]
     stem = "imagenet" if imagenet else "cifar"
-    native = SearchNetwork(darts_space(2), 4, 10, 3, stem, K=K, edge_norm=K > 1)
-    freeze_random_features(native)
-    turn_affine(native)
+    space = uniform_space("darts", DARTS_PRIMITIVES, nodes=2)
+    saved = SearchNetwork(space, 4, 10, 3, stem, K=K, edge_norm=K > 1)
+    freeze_random_features(saved)
+    turn_affine(saved)
     x, _ = batch(name, F32)
-    torch.save(native.state_dict(), tmp_path / "native.pt")
-    ours.load_state_dict(torch.load(tmp_path / "native.pt"), strict=True)
-    assert torch.equal(ours(x), native(x))
+    torch.save(saved.state_dict(), tmp_path / "saved.pt")
+    ours.load_state_dict(torch.load(tmp_path / "saved.pt"), strict=True)
+    assert torch.equal(ours(x), saved(x))
     ours._initialize_alphas()
     torch.save(ours.state_dict(), tmp_path / "ours.pt")
-    native.load_state_dict(torch.load(tmp_path / "ours.pt"), strict=True)
-    assert torch.equal(ours.eval()(x), native.eval()(x))
+    saved.load_state_dict(torch.load(tmp_path / "ours.pt"), strict=True)
+    assert torch.equal(ours.eval()(x), saved.eval()(x))
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,6 @@ CHANGES = {
     "dtype": lambda x: x.to(torch.int32) if x.dtype == torch.int64 else x.to(torch.int64),
     "half": lambda x: x.to(torch.float16),
     "layout": lambda x: torch.stack([x, x], dim=-1)[..., 0],
-    "device": lambda x: x.to("meta"),
 }
 SHAPES = "rank", "size", "empty"
 COUNTS = {"one less": lambda x: x[:-1], "one more": lambda x: [*x, x[-1]]}
@@ -145,7 +144,7 @@ TENSORS = [
 LISTS = [(op, name) for op, name in TENSORS if is_list(arguments_of(op)[name])]
 
 
-def refused(op, arguments, name, error=RuntimeError):
+def refused(op, arguments, name, error=ValueError):
     with pytest.raises(error, match=rf"\b{name}\b"):
         getattr(torch.ops.rfdarts, op)(**arguments)
 
@@ -162,14 +161,9 @@ def test_every_tensor_is_checked(op, name, change):
     before = arguments[name][-1] if is_list(arguments[name]) else arguments[name]
     if change == "layout" and before.dim() == 0:
         pytest.skip("one number has no layout")
-    if change == "device":
-        # the dispatcher itself refuses, or the check does
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            getattr(torch.ops.rfdarts, op)(
-                **arguments | {name: change_last(arguments[name], CHANGES[change])}
-            )
-        return
-    refused(op, arguments | {name: change_last(arguments[name], CHANGES[change])}, name)
+    # what has no size of its own is measured against others, which then may be said to be at fault
+    said = {"gammas": "(gammas|betas)", "moments": "(moments|running_means)"}.get(name, name)
+    refused(op, arguments | {name: change_last(arguments[name], CHANGES[change])}, said)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -184,7 +178,7 @@ def test_lists_are_counted(op, name, count):
 @pytest.mark.parametrize("change", SHAPES)
 @pytest.mark.parametrize(("op", "name"), TENSORS)
 def test_fakes_check_shapes(op, name, change):
-    if name in ("x", "inputs") or (op, name) == ("update_running_stats", "num_batches_tracked"):
+    if name in ("x", "inputs", "gammas") or (op, name) == ("update_running_stats", "num_batches_tracked"):
         pytest.skip("other arguments are measured against it")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
@@ -226,6 +220,8 @@ BAD_CELLS["noise of 1000"] = lambda cell: [*cell[: BRANCH + 6], 1000, *cell[BRAN
 @pytest.mark.parametrize("bad", BAD_CELLS)
 @pytest.mark.parametrize("op", ["cell_forward", "cell_branch_outputs", "cell_backward"])
 def test_bad_descriptions_are_refused(op, bad):
+    if op == "cell_branch_outputs" and bad.startswith("noise"):
+        pytest.skip("takes no noise")
     arguments = arguments_of(op)
     refused(
         op, arguments | {"cell": BAD_CELLS[bad](arguments["cell"])}, "(cell|inputs|noise|gamma|conv_weights)"

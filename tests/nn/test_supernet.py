@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from rfdarts_fast.nn import NasBench201SearchNetwork, Network, SearchNetwork
+from rfdarts_fast import ops
+from rfdarts_fast.nn import NasBench201SearchNetwork, Network, SearchCell, SearchNetwork
 from rfdarts_fast.nn.derived import Cell, drop_path
 from rfdarts_fast.nn.random_features import freeze_random_features
-from rfdarts_fast.spaces import PUBLISHED, get_space
+from rfdarts_fast.spaces import PUBLISHED, get_space, uniform_space
 
 
 def test_edge_weights_sum_to_one_at_each_node():
@@ -40,31 +42,81 @@ def test_each_cell_type_uses_its_own_weights():
     for i, cell in enumerate(network.cells):
         cell.register_forward_pre_hook(lambda _, args, i=i: inputs.__setitem__(i, args[2]))
     network(images)
-    kinds = ["normal", "reduce", "reduce"]
-    for i, kind in enumerate(kinds):
-        torch.testing.assert_close(inputs[i], getattr(network, f"alphas_{kind}").softmax(dim=-1))
+    cell_types = ["normal", "reduce", "reduce"]
+    for i, cell_type in enumerate(cell_types):
+        torch.testing.assert_close(inputs[i], getattr(network, f"alphas_{cell_type}").softmax(dim=-1))
 
 
-@pytest.mark.parametrize("hooked", [False, True])
-def test_cells_may_share_the_preprocessing_of_a_state(hooked):
-    network = SearchNetwork(get_space("darts"), C=4, layers=4).double()
+class OtherCell(SearchCell):
+    def forward(self, *args):
+        self.calls.append(args)
+        return super().forward(*args)
+
+
+def hook_preprocessing(cell, calls):
+    cell.preprocess0.register_forward_hook(lambda _, args, __: calls.append(args))
+
+
+def hook_cell(cell, calls):
+    cell.register_forward_pre_hook(lambda _, args: calls.append(args))
+
+
+def hook_everything(cell, calls):
+    def call(module, args):
+        if module is cell:
+            calls.append(args)
+
+    return nn.modules.module.register_module_forward_pre_hook(call)
+
+
+def override(cell, calls):
+    cell.__class__, cell.calls = OtherCell, calls
+
+
+def override_instance(cell, calls):
+    forward = cell.forward
+    cell.forward = lambda *args: (calls.append(args), forward(*args))[1]
+
+
+@pytest.mark.parametrize(
+    "watch", [None, hook_preprocessing, hook_cell, hook_everything, override, override_instance]
+)
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_cells_share_the_reads_of_a_state_unless_watched(stem, watch, monkeypatch):
+    # no skip connections, which reduce as preprocessing does
+    space = uniform_space("pools", ("max_pool_3x3", "sep_conv_3x3"))
+    network = SearchNetwork(space, C=4, layers=4, stem=stem).double()
     freeze_random_features(network)
-    x, calls = torch.randn(2, 3, 8, 8, dtype=torch.double), []
-    if hooked:
-        for cell in network.cells:
-            cell.preprocess0.register_forward_hook(lambda *args: calls.append(args))
+    size = 8 if stem == "cifar" else 32
+    x, calls, reads = torch.randn(2, 3, size, size, dtype=torch.double), [], []
     alone = copy.deepcopy(network)
-    weights = {kind: alone.cell_weights(kind) for kind in ("normal", "reduce")}
-    s0 = s1 = alone.stem(x)
+    weights = {cell: alone.cell_weights(cell) for cell in ("normal", "reduce")}
+    s0 = alone.stem(x) if stem == "cifar" else alone.stem0(x)
+    s1 = s0 if stem == "cifar" else alone.stem1(s0)
+    states = [s0, s1]
     for cell in alone.cells:
-        s0, s1 = s1, cell(s0, s1, *weights["reduce" if cell.reduction else "normal"])
-    calls.clear()
+        states.append(cell(*states[-2:], *weights["reduce" if cell.reduction else "normal"]))
+    expected = alone.classifier(alone.global_pooling(states[-1]).flatten(1))
+
+    relu_conv_bns = ops.relu_conv_bns
+    monkeypatch.setattr(
+        ops, "relu_conv_bns", lambda x, layers: (reads.append(len(layers)), relu_conv_bns(x, layers))[1]
+    )
+    handles = [watch(cell, calls) for cell in network.cells] if watch else []
     output = network(x)
-    assert len(calls) == (4 if hooked else 0)
-    expected = alone.classifier(alone.global_pooling(s1).flatten(1))
-    torch.testing.assert_close(output, expected)
-    for a, b in zip(network.buffers(), alone.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
+    for handle in handles:
+        if handle is not None:
+            handle.remove()
+    assert torch.equal(output, expected)
+    assert all(torch.equal(a, b) for a, b in zip(network.buffers(), alone.buffers(), strict=True))
+    # each is called once, with the states as they are
+    assert len(calls) == (4 if watch else 0)
+    for args, s0, s1 in zip(calls, states, states[1:], strict=False):
+        assert torch.equal(args[0], s0)
+        assert watch is hook_preprocessing or torch.equal(args[1], s1)
+    if watch is None:
+        # layers that read the stem's states, and then each cell's
+        assert reads == ([3, 2, 2, 1] if stem == "cifar" else [1, 2, 2, 2, 1])
 
 
 def test_nasbench201_cells_share_one_table():

@@ -112,7 +112,7 @@ def softmax(*shape):
 CASES = {
     "darts": (DARTS_PRIMITIVES, {}),
     "darts-not-affine": (DARTS_PRIMITIVES, {"affine": False}),
-    "nasbench201": (NASBENCH201_PRIMITIVES, {"pool_bn": False}),
+    "nasbench201": (NASBENCH201_PRIMITIVES, {"batch_norm": False}),
     "s1-edge": (("max_pool_3x3", "skip_connect"), {}),
     "none-only": (("none",), {}),
 }

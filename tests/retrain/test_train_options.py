@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from rfdarts_fast.cli import parse_config
+from rfdarts_fast.nn.derived import Cell
+from rfdarts_fast.retrain import PRESETS, TrainConfig, train
+from rfdarts_fast.retrain import run as train_module
+from rfdarts_fast.retrain.config import preset_values
+from rfdarts_fast.retrain.run import TrainRun, read_genotype
 from rfdarts_fast.runs.run import load_data
 from rfdarts_fast.runs.run_folder import RunFolder
-from rfdarts_fast.nn.derived import Cell
-from rfdarts_fast.retrain import RECIPES, TrainConfig, train
-from rfdarts_fast.retrain import run as train_module
-from rfdarts_fast.retrain.config import recipe_values
-from rfdarts_fast.retrain.run import TrainRun, read_genotype
 
 NASBENCH201 = "|skip_connect~0|+|none~0|nor_conv_1x1~1|+|nor_conv_1x1~0|nor_conv_3x3~1|none~2|"
 AUXILIARY = {"auxiliary": True, "image_size": 32, "layers": 3}
@@ -41,7 +41,7 @@ def lab(tiny_train, tmp_path, monkeypatch):
         return wanted.out
 
     def parse(*args):
-        return parse_config(TrainConfig, recipe_values, [*args, "--out", "x"], "rfdarts train")
+        return parse_config(TrainConfig, preset_values, [*args, "--out", "x"], "rfdarts train")
 
     return SimpleNamespace(
         start=start, finish=finish, parse=parse, tmp_path=tmp_path, monkeypatch=monkeypatch
@@ -84,9 +84,9 @@ def check_genotype(lab):
     assert len(lab.start(genotype=NASBENCH201, drop_path=0.0).network.cells) == 5
 
 
-def check_recipe(lab):
-    assert lab.parse("--recipe", "quick").epochs == RECIPES["quick"]["epochs"]
-    assert lab.parse("--recipe", "imagenet").stem == "imagenet"
+def check_preset(lab):
+    assert lab.parse("--preset", "quick").epochs == PRESETS["quick"]["epochs"]
+    assert lab.parse("--preset", "imagenet").stem == "imagenet"
 
 
 def check_channels(lab):

@@ -13,8 +13,8 @@ def test_cosine_is_torchs(epochs, initial, final):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=initial)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=final)
     for epoch in range(epochs):
-        found = learning_rate("cosine", epoch, epochs, initial, final)
-        assert found == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6, abs=1e-12)
+        rate = learning_rate("cosine", epoch, epochs, initial, final)
+        assert rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6, abs=1e-12)
         optimizer.step()
         scheduler.step()
 

@@ -44,9 +44,9 @@ def train_a_little(network, optimizer, steps=2):
         descend(optimizer, trainable(network), grads, clip=0)
 
 
-def assert_all_close(found, expected, **tolerance):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+def assert_all_close(tensors, expected, **tolerance):
+    assert len(tensors) == len(expected)
+    for a, b in zip(tensors, expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
 

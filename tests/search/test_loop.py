@@ -189,7 +189,10 @@ COURSES = {
     # 2 epochs of 3 steps from 0.1 to 0.02
     "per-epoch": ({}, [0.1] * 3 + [0.06] * 3),
     "per-step": ({"schedule_per_step": True}, [0.1, 0.0946410, 0.08, 0.06, 0.04, 0.0253590]),
-    "warm-up": ({"learning_rate_warmup_epochs": 1, "epochs": 2}, [0.1] * 3 + [0.06] * 3),
+    "warm-up": (
+        {"learning_rate_warmup_epochs": 2, "epochs": 4},
+        [0.05] * 3 + [0.1] * 3 + [0.06] * 3 + [0.0317157] * 3,
+    ),
     "long-warm-up": ({"learning_rate_warmup_epochs": 4}, [0.025] * 3 + [0.05] * 3),
 }
 
@@ -214,7 +217,7 @@ def test_clipping(start, tmp_path, options, name, largest):
         run = start(epochs=1, out=tmp_path / out, **changes)
         steps = record_steps(run)
         run.run()
-        norms[out] = [norm for kind, norm, _ in steps if kind == name]
+        norms[out] = [norm for stepping, norm, _ in steps if stepping == name]
     assert norms["clipped"] == pytest.approx([largest] * 3, rel=1e-2)
     assert min(norms["free"]) > 2 * largest
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from rfdarts_fast.cli import parse_config
+from rfdarts_fast.nn import MixedOp
+from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.run import load_data
 from rfdarts_fast.runs.run_folder import RunFolder
-from rfdarts_fast.nn import MixedOp
-from rfdarts_fast.ops import use_backend
 from rfdarts_fast.search import PRESETS, SearchConfig, search
 from rfdarts_fast.search import run as search_module
 from rfdarts_fast.search.config import preset_values
@@ -114,8 +114,8 @@ def check_partial_channels(lab):
 
 
 def check_edge_norm(lab):
-    found = [lab.start(**PARTIAL, edge_norm=on).network.named_arch_parameters() for on in (False, True)]
-    assert ["betas_normal" in names for names in found] == [False, True]
+    parameters = [lab.start(**PARTIAL, edge_norm=on).network.named_arch_parameters() for on in (False, True)]
+    assert ["betas_normal" in names for names in parameters] == [False, True]
 
 
 def check_affine(lab):
@@ -244,10 +244,10 @@ def check_step_order(lab):
 
 def check_split(lab):
     halves = {}
-    for kind in ("half", "stratified", "per-class"):
-        run = lab.start(split=kind, train_fraction=0.5, val_fraction=0.34)
-        halves[kind] = run.batches.indices.tolist(), run.val_batches.indices.tolist()
-        assert not set(halves[kind][0]) & set(halves[kind][1])
+    for split in ("half", "stratified", "per-class"):
+        run = lab.start(split=split, train_fraction=0.5, val_fraction=0.34)
+        halves[split] = run.batches.indices.tolist(), run.val_batches.indices.tolist()
+        assert not set(halves[split][0]) & set(halves[split][1])
     assert halves["half"] == (list(range(12)), list(range(12, 24)))
     assert [label % 4 for label in sorted(halves["stratified"][0], key=lambda i: i % 4)] == sorted(
         [0, 1, 2, 3] * 3
@@ -287,8 +287,8 @@ def check_validate_every(lab):
         assert ["val" in json.loads(line) for line in lines] == expected
 
 
-def used(lab, **changes):
-    """The engine and its memory mode in each step."""
+def backends(lab, **changes):
+    """The backend and its memory mode in each step."""
     seen, step = set(), SearchRun.train_step
 
     def note(self, *batch):
@@ -301,7 +301,7 @@ def used(lab, **changes):
 
 
 def check_backend(lab):
-    assert used(lab, backend="reference") == {("reference", "fast")}
+    assert backends(lab, backend="reference") == {("reference", "fast")}
 
 
 def check_amp(lab):
@@ -321,7 +321,7 @@ def check_cuda_graph(lab):
 
 
 def check_memory(lab):
-    assert used(lab, backend="reference", memory="recompute") == {("reference", "recompute")}
+    assert backends(lab, backend="reference", memory="recompute") == {("reference", "recompute")}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SearchConfig)])

@@ -114,7 +114,7 @@ REFUSED = {
     "cell string, wrong input": ("|none~1|+|none~0|none~1|+|none~0|none~1|none~2|", "expected inputs 0 to 0"),
     "cell string, no input": ("|none|+|none~0|none~1|+|none~0|none~1|none~2|", "expected inputs 0 to 0"),
     "cell string, two nodes": ("|none~0|+|none~0|none~1|", "expected 6 primitives"),
-    "cell string, unknown": ("|evil~0|+|none~0|none~1|+|none~0|none~1|none~2|", "expected one of none"),
+    "cell string, unknown": ("|evil~0|+|none~0|none~1|+|none~0|none~1|none~2|", "a primitive out of none"),
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rfdarts_fast.spaces import SPACES, get_space
+from rfdarts_fast.spaces import NASBENCH201, SPACES, Space, get_space, register_space, uniform_space
 
 # RobustDARTS src/spaces.py, edge by edge: normal cell, reduction cell
 S1 = """
@@ -60,6 +60,35 @@ def test_edges_of_each_node(name):
     space = get_space(name)
     assert space.num_edges == 14
     assert [(s.start, s.stop) for s in space.node_slices()] == [(0, 2), (2, 5), (5, 9), (9, 14)]
+
+
+EDGES = (("skip_connect", "noise"),) * 2
+BAD = {
+    "taken": (lambda: uniform_space("s1", ("noise",)), "space: expected a new name, got 's1'"),
+    "no-name": (lambda: uniform_space("a b", ("noise",)), "space 'a b': expected a name of letters"),
+    "no-node": (lambda: Space("a", 0, {}), "space 'a': expected 1 nodes, got 0"),
+    "fixed-nodes": (lambda: Space("a", 4, {}, NASBENCH201), "expected 3 nodes, got 4"),
+    "one-cell": (lambda: Space("a", 1, {"normal": EDGES}), "expected the cells normal, reduce, got normal"),
+    "edges": (
+        lambda: Space("a", 2, {"normal": EDGES, "reduce": EDGES}),
+        r"5 edges in cells\['normal'\], got 2",
+    ),
+    "text": (lambda: uniform_space("a", "noise"), "tuples of 5 different primitives .* got 'noise'"),
+    "twice": (lambda: uniform_space("a", ("noise", "noise")), "tuples of 2 different primitives"),
+    "none-alone": (lambda: uniform_space("a", ("none",)), "not `none` alone"),
+    "uneven": (
+        lambda: Space("a", 1, {"normal": EDGES, "reduce": (("noise",), ("noise", "none"))}),
+        r"tuples of 1 different primitives in cells\['reduce'\], .* got \('noise', 'none'\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_spaces_are_refused(make, message):
+    before = dict(SPACES)
+    with pytest.raises(ValueError, match=message):
+        register_space(make())
+    assert before == SPACES
 
 
 def test_unknown_name():

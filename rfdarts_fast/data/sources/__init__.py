@@ -1,52 +1,31 @@
-"""Where the images come from: `load(name)` and what it returns. One module per kind of source."""
+"""All data sets that come with the package, one module per kind of source."""
 
-from __future__ import annotations
+from functools import partial
 
-import os
-
-from ..errors import DataError, require_int
 from . import digits, folder, npz, vision
-from .source import DataSource
+from .registry import DATASETS, Dataset, Images, load, register_dataset
+from .source import DataSource, Statistics
 
-NAMES = ("digits", "npz", "cifar10", "cifar100", "svhn", "imagefolder")
+# mirrored digits are other shapes: a 2 becomes an S. SVHN is mirrored all the same in RobustDARTS.
+register_dataset(Dataset("digits", digits.load, image_size=16, mirrored=False))
+register_dataset(Dataset("npz", npz.load, root="an .npz file"))
+for _name, _statistics in {
+    # quark0/darts cnn/utils.py; PC-DARTS and RobustDARTS use the same
+    "cifar10": Statistics((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
+    # automl/RobustDARTS src/utils.py
+    "cifar100": Statistics((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": Statistics((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+}.items():
+    register_dataset(Dataset(_name, partial(vision.load, _name), root="a folder", statistics=_statistics))
+register_dataset(
+    Dataset(
+        "imagefolder",
+        folder.load,
+        root="the folder that holds train/<class>/*",
+        image_size=224,
+        # the ImageNet constants of torchvision and of every recipe built on it
+        statistics=Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    )
+)
 
-
-def load(
-    name: str,
-    *,
-    root: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
-    download: bool = False,
-) -> DataSource:
-    """The data set `name`, checked.
-
-    digits       the 1,797 handwritten digits that come with scikit-learn; needs no `root`
-    npz          `root` is an .npz file with x_train, y_train, x_test, y_test
-    cifar10, cifar100, svhn
-                 through torchvision, in the folder `root`; fetched into it only with `download`
-    imagefolder  `root` holds train/<class>/* and, to evaluate, val/<class>/* or test/<class>/*
-
-    `image_size` is the side of the images in pixels: by default 16 for digits, 224 for imagefolder and the
-    size they have elsewhere. Other sizes are reached by bilinear resizing. Raises DataError for anything
-    that is missing, damaged or of the wrong kind.
-    """
-    if name not in NAMES:
-        raise DataError(f"dataset: expected one of {', '.join(NAMES)}, got {name!r}")
-    if image_size is not None:
-        require_int(image_size, "image_size", 1)
-    if name == "digits":
-        return digits.load(image_size)
-    if root is None:
-        raise DataError(
-            f"data root: expected {_ROOTS.get(name, 'a folder')} for the data set {name}, got none"
-        )
-    if name == "npz":
-        return npz.load(root, image_size)
-    if name == "imagefolder":
-        return folder.load(root, image_size)
-    return vision.load(name, root, image_size, download)
-
-
-_ROOTS = {"npz": "an .npz file", "imagefolder": "the folder that holds train/<class>/*"}
-
-__all__ = ["NAMES", "DataSource", "load"]
+__all__ = ["DATASETS", "DataSource", "Dataset", "Images", "Statistics", "load", "register_dataset"]

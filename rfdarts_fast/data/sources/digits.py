@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ..sets import ImageSet
-from .source import DataSource, statistics
+from .registry import Images
 
-DEFAULT_IMAGE_SIZE = 16
 _TEST_EVERY = 5
 
 
-def load(image_size: int | None = None) -> DataSource:
-    """The 1,797 digits, grey repeated to 3 channels, enlarged from 8 x 8 pixels.
+def load(root: Path, download: bool) -> Images:
+    """The 1,797 digits of 8 x 8 pixels, grey repeated to 3 channels. Needs no `root`.
 
-    Mean and std are those of the training part. The split is fixed: of each class, in the order of the data
+    The split is fixed: of each class, in the order of the data
     set, every fifth image is a test image. That leaves 1,442 to train and 355 to test, needs no
     random numbers and keeps the classes in proportion.
     """
@@ -26,10 +27,8 @@ def load(image_size: int | None = None) -> DataSource:
     bytes_ = torch.from_numpy(data.images).mul(255 / 16).round().to(torch.uint8)
     images = bytes_[:, None].expand(-1, 3, -1, -1)
     held_out = _every_fifth_of_each_class(labels)
-    size = DEFAULT_IMAGE_SIZE if image_size is None else image_size
-    train, test = (ImageSet(images[part], labels[part]).resized(size) for part in (~held_out, held_out))
-    names = tuple(str(name) for name in data.target_names)
-    return DataSource("digits", train, test, names, *statistics(train))
+    train, test = (ImageSet(images[part], labels[part]) for part in (~held_out, held_out))
+    return Images(train, test, tuple(str(name) for name in data.target_names))
 
 
 def _every_fifth_of_each_class(labels: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from ..errors import DataError, require
 from ..sets import ImageSet
-from .source import DataSource, statistics
+from .registry import Images
 
 # what numpy raises for archives that are cut short, overwritten or hold Python objects
 _DAMAGED = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
@@ -21,30 +20,26 @@ _DAMAGED = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.er
 _Array = np.ndarray[Any, Any]
 
 
-def load(root: str | os.PathLike[str], image_size: int | None = None) -> DataSource:
-    """The .npz file `root`; mean and std are those of x_train.
+def load(root: Path, download: bool) -> Images:
+    """The .npz file `root`.
 
     x_train, x_test  uint8 [N, S, S, 3]; or grey, [N, S, S] or [N, S, S, 1], made three equal channels
     y_train, y_test  integers [N] from 0 on, with at least one training image of every class
     class_names      optional: one string per class, which also allows classes without a training image
     The test pair may be left out. Raises DataError for anything else.
     """
-    file = Path(root)
-    arrays = _read(file)
-    train = _image_set(file, arrays, "train")
-    test = _image_set(file, arrays, "test") if {"x_test", "y_test"} & arrays.keys() else None
-    names = _class_names(file, arrays, train)
+    arrays = _read(root)
+    train = _image_set(root, arrays, "train")
+    test = _image_set(root, arrays, "test") if {"x_test", "y_test"} & arrays.keys() else None
+    names = _class_names(root, arrays, train)
     if test is not None:
         require(
             test.image_size == train.image_size,
-            f"{file}: x_test: expected the image size of x_train, {train.image_size}, got {test.image_size}",
+            f"{root}: x_test: expected the image size of x_train, {train.image_size}, got {test.image_size}",
         )
         top = int(test.labels.max())
-        require(top < len(names), f"{file}: y_test: expected labels within 0..{len(names) - 1}, got {top}")
-    if image_size is not None:
-        train = train.resized(image_size)
-        test = test.resized(image_size) if test is not None else None
-    return DataSource("npz", train, test, names, *statistics(train))
+        require(top < len(names), f"{root}: y_test: expected labels within 0..{len(names) - 1}, got {top}")
+    return Images(train, test, names)
 
 
 def _read(file: Path) -> dict[str, _Array]:

@@ -1,14 +1,21 @@
-"""What every kind of source hands over."""
+"""A loaded data set: images, class names and the statistics that normalise them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from ..constants import Statistics
 from ..errors import DataError, require
 from ..sets import ImageFolderSet, ImageSet
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of the red, green and blue channel, of pixels scaled to 0..1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,7 @@ class DataSource:
     """A data set, checked: every label is within 0..num_classes-1.
 
     `test` holds the images that only evaluation may use, None where there are none. `mean` and `std` are per
-    channel, of pixels scaled to 0..1; `image_size` is in pixels.
+    channel, of pixels scaled to 0..1; `mirrored` tells whether training mirrors images unless asked not to.
     """
 
     name: str
@@ -25,6 +32,7 @@ class DataSource:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    mirrored: bool = True
 
     def __post_init__(self) -> None:
         for part, images in (("train", self.train), ("test", self.test)):
@@ -41,6 +49,7 @@ class DataSource:
 
     @property
     def image_size(self) -> int:
+        """Side of the images in pixels."""
         return self.train.image_size
 
     def require_test(self) -> ImageSet | ImageFolderSet:

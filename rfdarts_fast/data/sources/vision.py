@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..constants import STATISTICS
 from ..errors import DataError
 from ..sets import ImageSet
-from .source import DataSource
+from .registry import Images
 
 # a torchvision built for another torch fails with RuntimeError or OSError when it loads its library
 _NOT_INSTALLED = (ImportError, RuntimeError, OSError)
@@ -20,9 +19,7 @@ _NOT_INSTALLED = (ImportError, RuntimeError, OSError)
 _DAMAGED = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError)
 
 
-def load(
-    name: str, root: str | os.PathLike[str], image_size: int | None = None, download: bool = False
-) -> DataSource:
+def load(name: str, root: Path, download: bool) -> Images:
     """The data set `name` ("cifar10", "cifar100" or "svhn") in the folder `root`.
 
     The training images are the 50,000 of CIFAR, and for SVHN the 73,257 of split "train" without the "extra"
@@ -35,15 +32,14 @@ def load(
             if name == "svhn":
                 opened.append(datasets.SVHN(root, split="train" if train else "test", download=download))
             else:
-                kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-                opened.append(kind(root, train=train, download=download))
+                cifar = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+                opened.append(cifar(root, train=train, download=download))
     except _DAMAGED as error:
         raise DataError(
-            f"{os.fspath(root)}: expected the files of {name} as torchvision stores them, got: {error}"
+            f"{root}: expected the files of {name} as torchvision stores them, got: {error}"
         ) from error
-    train_set, test_set = (_image_set(part, image_size) for part in opened)
     names = tuple(opened[0].classes) if name != "svhn" else tuple(str(digit) for digit in range(10))
-    return DataSource(name, train_set, test_set, names, *STATISTICS[name])
+    return Images(_image_set(opened[0]), _image_set(opened[1]), names)
 
 
 def _torchvision_datasets(name: str) -> Any:
@@ -58,15 +54,14 @@ def _torchvision_datasets(name: str) -> Any:
     return datasets
 
 
-def _image_set(part: Any, image_size: int | None) -> ImageSet:
+def _image_set(part: Any) -> ImageSet:
     pixels = np.asarray(part.data)
     # CIFAR is kept as NHWC with `targets`, SVHN as NCHW with `labels`
     if hasattr(part, "targets"):
         images, labels = pixels.transpose(0, 3, 1, 2), part.targets
     else:
         images, labels = pixels, part.labels
-    whole = ImageSet(
+    return ImageSet(
         torch.from_numpy(np.ascontiguousarray(images)),
         torch.from_numpy(np.asarray(labels, dtype=np.int64)),
     )
-    return whole if image_size is None else whole.resized(image_size)

@@ -45,6 +45,7 @@ class _Cell:
 
     def expect(
         self,
+        conv_weights: Tensor,
         gamma: Tensor,
         beta: Tensor,
         op_weights: Tensor,
@@ -53,6 +54,8 @@ class _Cell:
         noise: Sequence[Tensor] = (),
         nodes: Sequence[Tensor] | None = None,
     ) -> None:
+        packed = sum(branch.packed_size(self.mixed) for branch in self.shape.branches)
+        _expect("conv_weights", conv_weights, (packed,))
         _expect("gamma", gamma, (self.shape.norms, self.mixed))
         _expect("beta", beta, (self.shape.norms, self.mixed))
         _expect("op_weights", op_weights, (self.shape.edges, self.shape.primitives))
@@ -68,17 +71,18 @@ class _Cell:
                 _expect("nodes", node, (self.n, self.channels, self.h, self.w))
 
     def branch_outputs(self, bfloat16: bool) -> Tensor:
+        outputs = sum(branch.outputs for branch in self.shape.branches)
         # an image is a whole number of vectors
         image = (self.h * self.w * self.mixed + 31) // 32 * 32
         dtype = torch.bfloat16 if bfloat16 and self.x.dtype == torch.float32 else self.x.dtype
-        return self.x.new_empty(self.shape.outputs * self.n * image, dtype=dtype)
+        return self.x.new_empty(outputs * self.n * image, dtype=dtype)
 
 
 def _cell_forward(
     inputs, noise, conv_weights, gamma, beta, op_weights, edge_weights, moments, cell, eps, bfloat16, concat
 ):
     c = _Cell(inputs, cell)
-    c.expect(gamma, beta, op_weights, edge_weights, moments, noise)
+    c.expect(conv_weights, gamma, beta, op_weights, edge_weights, moments, noise)
     nodes = [_state(c.x, c.channels, c.h, c.w) for _ in range(c.shape.nodes)]
     whole = _state(c.x, c.shape.nodes * c.channels, c.h, c.w) if concat else c.x.new_empty(0)
     used_moments = c.x.new_empty(2, c.shape.norms, c.mixed, dtype=torch.float64)
@@ -87,7 +91,7 @@ def _cell_forward(
 
 def _cell_branch_outputs(inputs, nodes, conv_weights, gamma, beta, op_weights, moments, cell, eps, bfloat16):
     c = _Cell(inputs, cell)
-    c.expect(gamma, beta, op_weights, None, moments, (), nodes)
+    c.expect(conv_weights, gamma, beta, op_weights, None, moments, (), nodes)
     return c.branch_outputs(bfloat16)
 
 
@@ -96,7 +100,7 @@ def _cell_backward(
     branch_outputs, cell, training, eps, bfloat16, needs_input_grad,
 ):  # fmt: skip
     c = _Cell(inputs, cell)
-    c.expect(gamma, beta, op_weights, edge_weights, moments, noise, nodes)
+    c.expect(conv_weights, gamma, beta, op_weights, edge_weights, moments, noise, nodes)
     _expect_count("grads", grads, len(grad_nodes))
     for grad in grads:
         _expect("grads", grad, (c.n, c.channels, c.h, c.w))
@@ -157,6 +161,7 @@ def _relu_conv_bn_backward(
 
 
 def _update_running_stats(running_means, running_vars, num_batches_tracked, moments, momentum, count):
+    _expect("moments", moments, (2, len(running_means), None))
     for name, tensors in (("running_means", running_means), ("running_vars", running_vars)):
         _expect_count(name, tensors, moments.shape[1])
         for tensor in tensors:

@@ -34,7 +34,7 @@ def mixed_cell(call: CellCall) -> list[Tensor]:
         training=call.training,
         concat=call.concat,
         recompute=call.memory == "recompute",
-        kept=torch.bfloat16 if rounded else storage,
+        stored=torch.bfloat16 if rounded else storage,
     )
     nodes = CellFunction.apply(options, moments, noise, gamma, beta, op_weights, edge_weights, *inputs)
     if call.training:
@@ -44,8 +44,8 @@ def mixed_cell(call: CellCall) -> list[Tensor]:
 
 @torch.no_grad()
 def update_running_stats(plan: CellPlan, moments: Tensor, count: int) -> None:
-    """Moves running statistics towards `moments` [2, norms, C/K] of `count` values each, the variance unbiased,
-    as BatchNorm2d does in training mode."""
+    """Moves running statistics towards `moments` [2, norms, C/K] of `count` values each, as BatchNorm2d in
+    training mode does: the variance unbiased."""
     means, variances, batches = plan.running_stats()
     tracked = [i for i, mean in enumerate(means) if mean is not None]
     if not tracked:
@@ -92,8 +92,8 @@ class CellFunction(torch.autograd.Function):
             fill_noise(cell, noise)
             cell.forward()
         ctx.options = options
-        kept = tuple(noise) if options.recompute else (branch_outputs.to(options.kept), argmax)
-        ctx.save_for_backward(states, *parameters, *kept)
+        outputs = tuple(noise) if options.recompute else (branch_outputs.to(options.stored), argmax)
+        ctx.save_for_backward(states, *parameters, *outputs)
         ctx.set_materialize_grads(False)
         if options.concat:
             return (states[nodes_at:].view(*size, plan.nodes * channels).permute(0, 3, 1, 2),)
@@ -107,15 +107,15 @@ class CellFunction(torch.autograd.Function):
                 "backend: triton has no second derivatives (create_graph=True); use_backend('reference') has"
             )
         options, plan = ctx.options, ctx.options.plan
-        states, moments, rstd, gamma, beta, op_weights, edge_weights, *kept = ctx.saved_tensors
-        branch_outputs, argmax = empty_branch_outputs(options, states) if options.recompute else kept
+        states, moments, rstd, gamma, beta, op_weights, edge_weights, *outputs = ctx.saved_tensors
+        branch_outputs, argmax = empty_branch_outputs(options, states) if options.recompute else outputs
         parameters = moments, rstd, gamma, beta, op_weights, edge_weights
         cell = Cell(options, states, branch_outputs, argmax, *parameters)
         if options.concat:
             grads = (None,) * plan.nodes if grads[0] is None else grads[0].chunk(plan.nodes, dim=1)
         with torch.cuda.device_of(states):
             if options.recompute:
-                fill_noise(cell, kept)
+                fill_noise(cell, outputs)
                 cell.recompute_branch_outputs()
             made = cell.backward(grads, ctx.needs_input_grad[7:])
             term_weights = made.term_weights + cell.constants.identity * made.edges[:, :1]

@@ -1,4 +1,4 @@
-"""A pass through a cell: which kernel runs on what."""
+"""The passes through a cell: the launches of kernels, and their arguments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Options:
         size: N, H' and W' of the nodes.
         training: BatchNorms use the batch's statistics.
         concat: the nodes lie side by side, as their concatenation.
-        recompute: branch outputs are made again for the backward; else they wait for it in dtype `kept`.
+        recompute: branch outputs are made again for the backward; else they wait for it in dtype `stored`.
     """
 
     plan: CellPlan
@@ -49,7 +49,7 @@ class Options:
     training: bool
     concat: bool
     recompute: bool
-    kept: torch.dtype
+    stored: torch.dtype
 
     @property
     def pixels(self) -> int:

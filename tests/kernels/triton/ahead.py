@@ -1,4 +1,5 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and prints what each uses, one JSON a line.
+"""Compiles the Triton kernels for GPUs that need not be there; prints registers and memory of each, as lines
+of JSON.
 
     python -m tests.kernels.triton.ahead [--archs 80 90 100] [--dtypes bfloat16] [--all-tiles]
 
@@ -44,24 +45,24 @@ class AbsentGPU:
         return 0
 
     def get_current_device(self):
-        # what was compiled is kept by device
+        # Triton keeps compiled kernels by device
         return self.arch
 
 
 def launches(dtype, cells):
     """{(kernel, constants): all arguments} of all kernels that cells launch."""
-    found = {}
+    recorded = {}
 
     def record(kernel, grid, **arguments):
         names = {parameter.name for parameter in kernel.fn.params if parameter.is_constexpr}
         constants = tuple((name, value) for name, value in arguments.items() if name in names)
-        found.setdefault((kernel, constants), arguments)
+        recorded.setdefault((kernel, constants), arguments)
 
     tuning.launch = record
     for options in cells:
         parameters = torch.float64 if dtype == torch.float64 else torch.float32
         Case((2, 8, 8), dtype, **options).run(mixed_cell, dtype, parameters)
-    return found
+    return recorded
 
 
 def compiled(kernel, arguments, tile, warps):
@@ -89,22 +90,21 @@ def main():
     parser.add_argument("--only", default="", help="pattern of a kernel's name and constants")
     options = parser.parse_args()
     for dtype in options.dtypes:
-        found = launches(getattr(torch, dtype), CELLS[: options.cells])
+        recorded = launches(getattr(torch, dtype), CELLS[: options.cells])
         for arch in options.archs:
             driver.set_active(AbsentGPU(arch))
-            for (kernel, constants), arguments in found.items():
+            for (kernel, constants), arguments in recorded.items():
                 tiles = [(config.kwargs["TILE"], config.num_warps) for config in kernel.configs]
                 if not options.all_tiles:
                     tiles = [(options.tile, options.warps)]
                 for tile, warps in tiles:
                     values = [f"TILE={tile}", *(f"{name}={value}" for name, value in constants)]
-                    if not re.search(options.only, " ".join([kernel.fn.__name__, *values])):
+                    variant = " ".join([kernel.fn.__name__, *values])
+                    if not re.search(options.only, variant):
                         continue
-                    row = {"kernel": kernel.fn.__name__, "dtype": dtype, "arch": arch}
-                    row |= {"tile": tile, "warps": warps}
-                    row |= compiled(kernel, arguments, tile, warps)
-                    row["constants"] = {name: str(value) for name, value in constants}
-                    print(json.dumps(row), flush=True)
+                    row = {"kernel": kernel.fn.__name__, "dtype": dtype, "arch": arch, "tile": tile}
+                    row |= {"warps": warps} | compiled(kernel, arguments, tile, warps)
+                    print(json.dumps(row | {"variant": variant}), flush=True)
 
 
 if __name__ == "__main__":

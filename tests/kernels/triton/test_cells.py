@@ -14,7 +14,7 @@ from tests.kernels.triton.device import DEVICE
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-# what a pointwise product leaves of float64 on a GPU is as good
+# on a GPU too: pointwise products in float64 are as good there
 CELLS = {
     "DARTS": dict(primitives=ALL, nodes=2),
     "DARTS, stride 2": dict(primitives=ALL, shape=(2, 8, 6), stride=2),
@@ -129,7 +129,7 @@ def test_branch_outputs_kept_in_bfloat16():
 
 
 def test_memory_modes_keep_less():
-    def kept(memory):
+    def saved(memory):
         cell, held = Cell(dtype=torch.float32), {}
 
         def hold(x):
@@ -143,7 +143,7 @@ def test_memory_modes_keep_less():
         assert alive
         return sum(held.values())
 
-    assert kept("fast") > kept("bfloat16") > kept("recompute")
+    assert saved("fast") > saved("bfloat16") > saved("recompute")
 
 
 @pytest.mark.parametrize("K", [1, 2])

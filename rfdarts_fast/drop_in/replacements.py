@@ -1,4 +1,4 @@
-"""Finds what can be fused in a foreign supernet, without changing anything until it is applied."""
+"""The modules of a foreign supernet that can be fused; nothing is changed until they are applied."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rfdarts_fast.drop_in.fused import (
     FusedReLUConvBN,
     fuse,
 )
-from rfdarts_fast.drop_in.recognise import Found, Unrecognised, plain, preprocessing, recognise
+from rfdarts_fast.drop_in.recognise import Unrecognised, plain, preprocessing, recognise, settings
 from rfdarts_fast.nn.primitives import FactorizedReduce
 from rfdarts_fast.ops.backend import use_backend
 
@@ -33,8 +33,8 @@ _CELL_ATTRIBUTES = {"training", "reduction", "primitives", "_steps", "_multiplie
 
 
 @dataclass
-class EdgePlan:
-    """What is known of a mixed op."""
+class FusedEdge:
+    """A mixed op with the attributes of `rfdarts_fast.ops.EdgeModule`, and the channels of its primitives."""
 
     primitives: tuple[str, ...]
     stride: int
@@ -53,15 +53,25 @@ class EdgePlan:
         return f"mixed op of {len(self.primitives)}, {self.channels} channels, stride {self.stride}{partial}"
 
 
-class Plan:
-    """Everything that will be replaced, found without changing anything."""
+class Replacements:
+    """Everything in `model` that can be replaced.
+
+    Attributes:
+        modules: path -> module.
+        edges: path of a mixed op -> what it becomes.
+        cells: paths of cells that are fused whole.
+        preprocess: path of a module in front of a cell -> its new class.
+        benchmark_cells: path of a NAS-Bench-201 cell -> its new class, and what its edges become.
+        left: path -> reason why a module need not be replaced.
+        problems: path -> reason why a module cannot be replaced.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
-        self.edges: dict[str, EdgePlan] = {}
+        self.edges: dict[str, FusedEdge] = {}
         self.cells: list[str] = []
         self.preprocess: dict[str, type[Fused]] = {}
-        self.benchmark_cells: dict[str, tuple[type[Fused], dict[str, EdgePlan]]] = {}
+        self.benchmark_cells: dict[str, tuple[type[Fused], dict[str, FusedEdge]]] = {}
         self.left: dict[str, str] = {}
         self.problems: dict[str, str] = {}
         self._agreed: dict[Any, bool] = {}
@@ -75,13 +85,13 @@ class Plan:
                 self._examine_cell(path, module)
 
     def apply(self) -> dict[str, str]:
-        """Fuses everything; path -> what computes it now."""
+        """Fuses everything; returns path -> description of what computes it now."""
         replaced = {}
         for path, edge in self.edges.items():
             _fuse_edge(self.modules[path], edge)
             replaced[path] = str(edge)
-        for path, kind in self.preprocess.items():
-            fuse(self.modules[path], kind)
+        for path, fused_class in self.preprocess.items():
+            fuse(self.modules[path], fused_class)
             replaced[path] = "preprocessing"
         for path in self.cells:
             fuse(self.modules[path], FusedCell)
@@ -112,16 +122,15 @@ class Plan:
         if not width or edge.channels % width:
             raise Unrecognised(f"its {edge.channels} channels are no multiple of its operations' {width}")
         edge.K = edge.channels // width
-        key = (type(module), edge.primitives, edge.stride, edge.K, _settings(module))
-        if key not in self._agreed:
-            x = _random(2, edge.channels, _PROBE_SIDE, _PROBE_SIDE)
-            weights = _weights([edge.primitives])[0]
-            self._agreed[key] = _agree(module, lambda copied: _fuse_edge(copied, edge), x, weights)
-        if not self._agreed[key]:
+        key = (type(module), edge.primitives, edge.stride, edge.K, settings(module))
+        op_weights = _op_weights([edge])[0]
+        if not self._agrees(
+            key, module, lambda copied: _fuse_edge(copied, edge), _state(edge.channels), op_weights
+        ):
             raise Unrecognised(f"its forward is not the weighted sum of its operations with K={edge.K}")
         self.edges[path] = edge
 
-    def _channels(self, path: str, module: nn.Module, edge: EdgePlan) -> int:
+    def _channels(self, path: str, module: nn.Module, edge: FusedEdge) -> int:
         """All channels of an edge: those of the cell around it, else by the op's own account of K."""
         parent = path
         while parent:
@@ -142,9 +151,9 @@ class Plan:
             return
         for name in ("preprocess0", "preprocess1"):
             self._examine_preprocessing(f"{path}.{name}".lstrip("."), getattr(cell, name))
-        why = self._why_not_whole(cell, [self.edges[edge] for edge in edges])
-        if why:
-            self.left[path] = f"{why}; its mixed ops are fused one by one"
+        reason = self._unsupported_reason(cell, [self.edges[edge] for edge in edges])
+        if reason:
+            self.left[path] = f"{reason}; its mixed ops are fused one by one"
         else:
             self.cells.append(path)
 
@@ -152,17 +161,14 @@ class Plan:
         ours = preprocessing(module)
         if ours is None:
             return
-        kind: type[Fused] = FusedFactorizedReduce if ours is FactorizedReduce else FusedReLUConvBN
-        key = (type(module), kind, _settings(module))
-        if key not in self._agreed:
-            conv = _first_conv(module)
-            assert conv is not None
-            x = _random(2, conv.in_channels, _PROBE_SIDE, _PROBE_SIDE)
-            self._agreed[key] = _agree(module, lambda copied: fuse(copied, kind), x)
-        if self._agreed[key]:
-            self.preprocess[path] = kind
+        fused_class = FusedFactorizedReduce if ours is FactorizedReduce else FusedReLUConvBN
+        key = (type(module), fused_class, settings(module))
+        conv: Any = _first_conv(module)
+        if self._agrees(key, module, lambda copied: fuse(copied, fused_class), _state(conv.in_channels)):
+            self.preprocess[path] = fused_class
 
-    def _why_not_whole(self, cell: nn.Module, edges: Sequence[EdgePlan]) -> str:
+    def _unsupported_reason(self, cell: nn.Module, edges: Sequence[FusedEdge]) -> str:
+        """The reason why a cell cannot be fused whole, or "" if it can."""
         steps, multiplier = getattr(cell, "_steps", None), getattr(cell, "_multiplier", None)
         if type(steps) is not int or type(multiplier) is not int or not 1 <= multiplier <= steps:
             return "it does not tell its steps and multiplier"
@@ -183,7 +189,7 @@ class Plan:
         return "" if self._agreed[key] else "its forward is not the published one"
 
     def _cells_agree(
-        self, cell: nn.Module, edges: Sequence[EdgePlan], fourth: Sequence[inspect.Parameter]
+        self, cell: nn.Module, edges: Sequence[FusedEdge], fourth: Sequence[inspect.Parameter]
     ) -> bool:
         def fuse_all(copied: nn.Module) -> None:
             for module, edge in zip(_candidates(copied), edges, strict=True):
@@ -196,16 +202,14 @@ class Plan:
             if conv is None:
                 return False
             # a FactorizedReduce in front halves what comes from before the reduction
-            side = _PROBE_SIDE * conv.stride[0]
-            states.append(_random(2, conv.in_channels, side, side))
-        weights = _weights([edge.primitives for edge in edges])
+            states.append(_state(conv.in_channels, conv.stride[0]))
+        op_weights = _op_weights(edges)
         agree = True
         default = fourth[0].default if fourth else 0.0
         if default is inspect.Parameter.empty or default is None:
-            edge_weights = _random(len(edges)).abs()
-            agree = _agree(cell, fuse_all, *states, weights, edge_weights)
+            agree = _agree(cell, fuse_all, *states, op_weights, _random(len(edges)).abs())
         if default is not inspect.Parameter.empty:
-            agree = agree and _agree(cell, fuse_all, *states, weights)
+            agree = agree and _agree(cell, fuse_all, *states, op_weights)
         return agree
 
     def _examine_benchmark_cell(self, path: str, cell: nn.Module) -> None:
@@ -217,35 +221,35 @@ class Plan:
         if list(lists) != list(expected) or getattr(cell, "edge2index", None) != expected:
             raise Unrecognised(f"expected edges {', '.join(expected)} in this order, got {', '.join(lists)}")
         edges = {key: _read_edge(candidates) for key, candidates in lists.items()}
-        width = next((edge.width for edge in edges.values() if edge.width), None)
-        if width is None or any(e.stride != 1 or e.width not in (None, width) for e in edges.values()):
-            raise Unrecognised("expected edges of stride 1 with equally many channels")
+        shapes = {(len(edge.primitives), edge.stride) for edge in edges.values()}
+        widths = {edge.width for edge in edges.values()} - {None}
+        if len(shapes) > 1 or shapes.pop()[1] != 1 or len(widths) != 1:
+            raise Unrecognised("expected edges of stride 1 with equally many operations and channels")
+        width: Any = widths.pop()
         for edge in edges.values():
             edge.channels = width
-        if not self._benchmark_cells_agree(cell, edges, "forward"):
+
+        def fuse_all(copied: nn.Module) -> None:
+            _fuse_benchmark_cell(copied, FusedNasBench201JointCell, edges)
+
+        key = (type(cell), *(edge.primitives for edge in edges.values()), settings(cell))
+        args = _state(width), _op_weights([*edges.values()])
+        if not self._agrees((*key, "forward"), cell, fuse_all, *args):
             raise Unrecognised("its forward is not the published one")
-        joint = self._benchmark_cells_agree(cell, edges, "forward_joint")
-        mixin = FusedNasBench201JointCell if joint else FusedNasBench201Cell
-        self.benchmark_cells[path] = (mixin, edges)
+        joint = self._agrees((*key, "joint"), cell, fuse_all, *args, method="forward_joint")
+        self.benchmark_cells[path] = (FusedNasBench201JointCell if joint else FusedNasBench201Cell, edges)
 
-    def _benchmark_cells_agree(self, cell: Any, edges: dict[str, EdgePlan], method: str) -> bool:
-        key = (type(cell), *(edge.primitives for edge in edges.values()), _settings(cell), method)
+    def _agrees(self, key: Any, *args: Any, **options: Any) -> bool:
+        """`_agree`, tried once for modules of the same `key`."""
         if key not in self._agreed:
-
-            def fuse_all(copied: nn.Module) -> None:
-                _fuse_benchmark_cell(copied, FusedNasBench201JointCell, edges)
-
-            channels = next(iter(edges.values())).channels
-            x = _random(2, channels, _PROBE_SIDE, _PROBE_SIDE)
-            weights = _weights([edge.primitives for edge in edges.values()])
-            self._agreed[key] = _agree(cell, fuse_all, x, weights, method=method)
+            self._agreed[key] = _agree(*args, **options)
         return self._agreed[key]
 
 
 def _candidates(module: Any) -> Any:
     """The `_ops` list of a mixed op or of a cell, or an empty one."""
-    found = getattr(module, "_ops", None)
-    return found if isinstance(found, nn.ModuleList) else nn.ModuleList()
+    candidates = getattr(module, "_ops", None)
+    return candidates if isinstance(candidates, nn.ModuleList) else nn.ModuleList()
 
 
 def _is_cell(module: nn.Module) -> bool:
@@ -259,35 +263,29 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
     return None if any(p.kind in variable for p in parameters) else parameters
 
 
-def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """Plain attributes: two modules of one class that differ in one may compute different things."""
-    plain = (int, float, bool, str, type(None))
-    return tuple(sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, plain)))
-
-
-def _read_edge(candidates: nn.ModuleList) -> EdgePlan:
-    found: list[Found] = []
+def _read_edge(candidates: nn.ModuleList) -> FusedEdge:
+    primitives = []
     for i, op in enumerate(candidates):
         try:
-            found.append(recognise(plain(op)))
+            primitives.append(recognise(plain(op)))
         except Unrecognised as error:
             raise Unrecognised(f"operation {i}: {error}") from None
-    strides = {f.stride for f in found}
-    widths = {f.width for f in found if f.width is not None}
+    strides = {primitive.stride for primitive in primitives}
+    widths = {primitive.width for primitive in primitives if primitive.width is not None}
     if len(strides) != 1 or len(widths) > 1:
         raise Unrecognised(
             f"expected operations of one stride and width, got {sorted(strides)}, {sorted(widths)}"
         )
-    names = tuple(f.name for f in found)
-    return EdgePlan(names, strides.pop(), widths.pop() if widths else None)
+    names = tuple(primitive.name for primitive in primitives)
+    return FusedEdge(names, strides.pop(), widths.pop() if widths else None)
 
 
-def _fuse_edge(module: nn.Module, edge: EdgePlan) -> None:
+def _fuse_edge(module: nn.Module, edge: FusedEdge) -> None:
     edge.apply(module, _candidates(module))
     fuse(module, FusedMixedOp)
 
 
-def _fuse_benchmark_cell(cell: Any, mixin: type[Fused], edges: dict[str, EdgePlan]) -> None:
+def _fuse_benchmark_cell(cell: Any, mixin: type[Fused], edges: dict[str, FusedEdge]) -> None:
     for key, edge in edges.items():
         candidates = cell.edges[key]
         candidates.__class__ = EdgeList
@@ -296,7 +294,7 @@ def _fuse_benchmark_cell(cell: Any, mixin: type[Fused], edges: dict[str, EdgePla
 
 
 def _copy(module: nn.Module) -> Any:
-    """A copy to try things on, on the CPU and without the hooks that someone put there."""
+    """A copy to try things on, in float64 on the CPU and without hooks."""
     copied = copy.deepcopy(module).to("cpu", torch.float64)
     for inner in copied.modules():
         inner._forward_hooks.clear()
@@ -308,14 +306,15 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def _weights(primitives: Sequence[Sequence[str]]) -> Tensor:
-    """Random weights [edges, primitives]; noise weighs nothing, as it would differ between two runs."""
-    weights = _random(len(primitives), len(primitives[0])).abs()
-    for row, names in zip(weights, primitives, strict=True):
-        for i, name in enumerate(names):
-            if name == "noise":
-                row[i] = 0.0
-    return weights
+def _state(channels: int, enlarged: int = 1) -> Tensor:
+    side = _PROBE_SIDE * enlarged
+    return _random(2, channels, side, side)
+
+
+def _op_weights(edges: Sequence[FusedEdge]) -> Tensor:
+    """Random op weights [edges, primitives]; noise weighs nothing, as it would differ between two runs."""
+    noise = torch.tensor([[name == "noise" for name in edge.primitives] for edge in edges])
+    return _random(*noise.shape).abs().masked_fill(noise, 0.0)
 
 
 def _first_conv(module: nn.Module) -> nn.Conv2d | None:
@@ -326,17 +325,17 @@ def _first_conv(module: nn.Module) -> nn.Conv2d | None:
 def _agree(
     module: nn.Module, fuse_it: Callable[[nn.Module], None], *args: Tensor, method: str = "forward"
 ) -> bool:
-    """Whether a fused copy computes the same in both modes."""
+    """True if a fused copy computes the same in both modes."""
     pair = _copy(module), _copy(module)
     fuse_it(pair[1])
     with torch.random.fork_rng([]), use_backend("reference"):
         for training in (True, False):
             try:
-                expected, found = (getattr(each.train(training), method)(*args) for each in pair)
+                theirs, ours = (getattr(each.train(training), method)(*args) for each in pair)
             except Exception:
                 # whatever a foreign forward raises, it is not the published one
                 return False
-            if not isinstance(expected, Tensor) or not _close(expected, found):
+            if not isinstance(theirs, Tensor) or not _close(theirs, ours):
                 return False
     return all(_close(*buffers) for buffers in zip(*(each.buffers() for each in pair), strict=True))
 

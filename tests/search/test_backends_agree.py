@@ -5,10 +5,9 @@ import itertools
 import pytest
 import torch
 
+from rfdarts_fast.ops import backends, use_backend
 from rfdarts_fast.runs.run import load_data
 from rfdarts_fast.runs.run_folder import RunFolder
-from rfdarts_fast.ops import use_backend
-from rfdarts_fast.ops.compiled import cpu
 from rfdarts_fast.search.run import SearchRun
 
 STEPS = 20
@@ -18,7 +17,7 @@ METHODS = {
 }
 
 
-@pytest.mark.skipif(not cpu.status()["built"], reason="needs the compiled CPU kernels")
+@pytest.mark.skipif(not backends()["cpu"].status()["built"], reason="needs the compiled CPU kernels")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_twenty_steps(tiny_search, tmp_path, method):
     def losses_and_genotype(backend, dtype):
@@ -51,11 +50,11 @@ def test_twenty_steps(tiny_search, tmp_path, method):
         return losses, run.network.genotype()
 
     truth, genotype = losses_and_genotype("reference", torch.float64)
-    losses, found = losses_and_genotype("native", torch.float64)
+    losses, searched = losses_and_genotype("cpu", torch.float64)
     assert losses == pytest.approx(truth, rel=1e-9)
-    assert found == genotype
+    assert searched == genotype
     # Adam turns the signs of gradients of no size into steps, so that rounding decides between equal
     # operations, in the reference too: only the losses can be told
-    losses, _ = losses_and_genotype("native", torch.float32)
+    losses, _ = losses_and_genotype("cpu", torch.float32)
     assert losses[:2] == pytest.approx(truth[:2], rel=1e-5)
     assert losses == pytest.approx(truth, rel=2e-3)

@@ -1,0 +1,148 @@
+"""The oracle, plain PyTorch, and backends as tests call them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfdarts_fast.ops import CellCall, Memory, reference, use_backend
+from rfdarts_fast.ops.dispatch import cell_call
+from rfdarts_fast.ops.dtypes import parameter_dtype
+
+
+@contextlib.contextmanager
+def fresh_memory_is_nan(on: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class Oracle:
+    """Plain PyTorch: in float64 on the CPU the truth, in another dtype what kernels are measured by."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def parameter_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def cell(self, edges, inputs, op_weights, edge_weights=None) -> list[Tensor]:
+        # or FactorizedReduce would ask for a backend
+        with use_backend("reference"):
+            return reference.mixed_cell(edges, inputs, op_weights, edge_weights)
+
+    def poison(self, on: bool) -> contextlib.AbstractContextManager[None]:
+        # a pool's backward on a GPU has no deterministic algorithm
+        return fresh_memory_is_nan(False)
+
+    def layers(self, x, layers) -> list[Tensor]:
+        return [reference.relu_conv_bn(x, *layer) for layer in layers]
+
+
+class Kernels:
+    """A backend on a device.
+
+    Attributes:
+        floor_of_norm: see `tolerances`.
+    """
+
+    floor_of_norm = 0.5
+
+    def __init__(self, backend: Any, device: str = "cpu") -> None:
+        self.backend, self.device = backend, device
+
+    def parameter_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return parameter_dtype(dtype)
+
+    def call(
+        self, edges, inputs, op_weights, edge_weights=None, memory: Memory = "fast", concat: bool = False
+    ) -> CellCall:
+        call = cell_call(edges, inputs, op_weights, edge_weights, memory, concat)
+        assert isinstance(call, CellCall), call
+        return call
+
+    def cell(self, *arguments, **options) -> list[Tensor]:
+        call = self.call(*arguments, **options)
+        assert self.backend.unsupported_cell(call) is None
+        return self.backend.mixed_cell(call)
+
+    def layers(self, x: Tensor, layers: Sequence[Any], memory: Memory = "fast") -> list[Tensor]:
+        assert all(self.backend.unsupported_layer(x, layer) is None for layer in layers)
+        return self.backend.relu_conv_bns(x, layers, memory)
+
+    def poison(self, on: bool) -> contextlib.AbstractContextManager[None]:
+        return fresh_memory_is_nan(on)
+
+    def schedules(self) -> Iterator[None]:
+        """Runs in which threads come in another order; no result may depend on it."""
+        yield
+
+
+class CPUKernels(Kernels):
+    # variances are merged in float32
+    floor_of_norm = 8.0
+
+    @contextlib.contextmanager
+    def poison(self, on: bool) -> Iterator[None]:
+        torch.ops.rfdarts.pool_poison(on)
+        try:
+            with fresh_memory_is_nan(on):
+                yield
+        finally:
+            torch.ops.rfdarts.pool_poison(False)
+
+    def schedules(self) -> Iterator[None]:
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                yield
+        finally:
+            torch.set_num_threads(1)
+
+
+class GPUKernels(Kernels):
+    def schedules(self) -> Iterator[None]:
+        for _ in range(2):
+            yield
+
+
+class RecordedOps:
+    """A namespace of ops that keeps the calls of each, as (overload, arguments)."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops, self.calls = ops, {}
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self._ops, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            # some are changed in place
+            self.calls[name] = (op.default, *copy.deepcopy((arguments, options)))
+            return op(*arguments, **options)
+
+        return call
+
+
+def over(*rows: tuple[str, Sequence[torch.dtype], dict[str, dict[str, Any]]]):
+    """Runs a test with `backend`, `dtype` and `options`, of rows of (backend, dtypes, {name of a case: options})."""
+    parameters = [
+        pytest.param(backend, dtype, options, id=f"{backend}-{name}-{str(dtype).removeprefix('torch.')}")
+        for backend, dtypes, cases in rows
+        for dtype in dtypes
+        for name, options in cases.items()
+    ]
+    return pytest.mark.parametrize(("backend", "dtype", "options"), parameters, indirect=["backend"])
+
+
+def on(*backends: str):
+    """Runs a test with each `backend`."""
+    return pytest.mark.parametrize("backend", backends, indirect=True)

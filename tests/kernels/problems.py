@@ -1,0 +1,255 @@
+"""Random cells and ReLU-conv-BN layers, with all that their forward and backward take.
+
+Every number is rounded to the dtype that a problem is for, and kept in float64: the truth and a run in that
+dtype start from the same values.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rfdarts_fast.nn import MixedOp
+from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
+from rfdarts_fast.spaces import DARTS_PRIMITIVES
+
+# {name: tensors}: outputs, gradients, running statistics; those of all gammas have one name
+Result = dict[str, list[Tensor | None]]
+
+
+class Problem:
+    """Modules, inputs, and gradients of the outputs.
+
+    Attributes:
+        module: the edges of a cell, or layers that read the same input.
+        weights: op weights and edge weights, by name.
+        grads: gradients of the outputs; None for one that the loss does not depend on.
+    """
+
+    inputs: list[Tensor]
+    grads: list[Tensor | None]
+
+    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype, train: bool) -> None:
+        self.module, self.dtype = nn.ModuleList(modules), dtype
+        self.weights: dict[str, Tensor] = {}
+        for part in self.module.modules():
+            if isinstance(part, nn.Conv2d):
+                part.requires_grad_(False)
+            elif isinstance(part, nn.BatchNorm2d):
+                if part.track_running_stats:
+                    part.running_mean.normal_()
+                    part.running_var.uniform_(0.5, 2)
+                if part.affine:
+                    nn.init.uniform_(part.weight, -1.5, 1.5)
+                    nn.init.normal_(part.bias, std=0.3)
+        self.module.to(dtype).double().train(train)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).double()
+
+    def compute(self, backend, module, inputs, *weights, **options) -> Sequence[Tensor]:
+        raise NotImplementedError
+
+    def trained(self, module: nn.ModuleList) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that get a gradient, by name."""
+        return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+    def leaves(
+        self, backend, dtype: torch.dtype | None = None
+    ) -> tuple[nn.ModuleList, list[Tensor], list[Tensor]]:
+        """Copies of the modules, inputs and weights on a backend's device; the same input twice is one leaf."""
+        dtype = dtype or self.dtype
+        parameters = backend.parameter_dtype(dtype)
+
+        def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
+            return x.detach().to(backend.device, dtype).requires_grad_()
+
+        distinct = {id(x): leaf(x, dtype) for x in self.inputs}
+        module = copy.deepcopy(self.module).to(backend.device, parameters)
+        weights = [leaf(weight, parameters) for weight in self.weights.values()]
+        # what `noise` draws
+        torch.manual_seed(1)
+        return module, [distinct[id(x)] for x in self.inputs], weights
+
+    def run(
+        self,
+        backend,
+        dtype: torch.dtype | None = None,
+        view: Callable[[Tensor], Tensor] = lambda x: x,
+        grad_view: Callable[[Tensor], Tensor] = lambda grad: grad,
+        poison: bool = True,
+        **options,
+    ) -> Result:
+        """What a backend makes of the problem in `dtype`.
+
+        Args:
+            view: makes an input from a dense leaf, whose gradient is in the result.
+            grad_view: makes the gradient of an output from a dense one.
+            poison: fresh memory is full of NaNs; not for plain PyTorch.
+            options: `memory` and `concat` of the backend.
+        """
+        dtype = dtype or self.dtype
+        module, inputs, weights = self.leaves(backend, dtype)
+        leaves = {f"gradient of input {i}": [x] for i, x in enumerate(inputs)}
+        leaves |= {f"gradient of {name}": [x] for name, x in zip(self.weights, weights, strict=True)}
+        for name, parameter in self.trained(module):
+            leaves.setdefault(f"gradient of {_last(name)}", []).append(parameter)
+        with backend.poison(poison):
+            outputs = self.compute(backend, module, [view(x) for x in inputs], *weights, **options)
+            if options.get("concat"):
+                [whole] = outputs
+                assert whole.is_contiguous(memory_format=torch.channels_last)
+                outputs = whole.chunk(len(self.grads), dim=1)
+            assert all(output.dtype == dtype for output in outputs)
+            pairs = [(y, grad) for y, grad in zip(outputs, self.grads, strict=True) if grad is not None]
+            grads = [grad_view(grad.to(backend.device, dtype)) for _, grad in pairs]
+            flat = [x for group in leaves.values() for x in group]
+            found = iter(torch.autograd.grad([y for y, _ in pairs], flat, grads, allow_unused=True))
+        result: Result = {f"output {i}": [output.detach()] for i, output in enumerate(outputs)}
+        result |= {name: [next(found) for _ in group] for name, group in leaves.items()}
+        for name, buffer in module.named_buffers():
+            result.setdefault(_last(name), []).append(buffer)
+        return {name: [x if x is None else x.cpu() for x in group] for name, group in result.items()}
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+class CellProblem(Problem):
+    """A cell with op weights and, for K > 1 unless told otherwise, edge weights.
+
+    Args:
+        shape: N, H and W of the inputs.
+        primitives: names, of every edge or edge by edge.
+        place: changes an input in place.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (2, 8, 8),
+        dtype: torch.dtype = torch.float64,
+        *,
+        primitives: Sequence[str] | Sequence[Sequence[str]] = DARTS_PRIMITIVES,
+        channels: int = 4,
+        stride: int = 1,
+        K: int = 1,
+        inputs: int = 2,
+        nodes: int = 2,
+        train: bool = True,
+        affine: bool = True,
+        track: bool = True,
+        edge_weights: bool | None = None,
+        place: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        sources = [j for node in range(nodes) for j in range(inputs + node)]
+        same = isinstance(primitives[0], str)
+        names = [primitives] * len(sources) if same else primitives
+        edges = [
+            MixedOp(names[edge], channels, stride if source < inputs else 1, K, affine, track)
+            for edge, source in enumerate(sources)
+        ]
+        super().__init__(edges, dtype, train)
+        n, h, w = shape
+        self.inputs = [torch.randn(n, channels, h, w) for _ in range(inputs)]
+        for x in self.inputs if place else ():
+            place(x)
+        self.inputs = [*map(self.rounded, self.inputs)]
+        op_weights = torch.randn(len(edges), len(edges[0].primitives)).softmax(-1)
+        self.weights["op_weights"] = self.rounded(op_weights)
+        if edge_weights if edge_weights is not None else K > 1:
+            self.weights["edge_weights"] = self.rounded(torch.rand(len(edges)))
+        size = n, channels, h // stride, w // stride
+        self.grads = [self.rounded(torch.randn(size)) for _ in range(nodes)]
+
+    def compute(self, backend, module, inputs, *weights, **options):
+        return backend.cell(list(module), inputs, *weights, **options)
+
+
+class LayerProblem(Problem):
+    """ReLU-conv-BN layers that read one input: 1x1 convolutions, or with `reduce` FactorizedReduces.
+
+    Args:
+        channels: of the input, and of each layer's output.
+        unused: the loss does not depend on the last output.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (2, 6, 10),
+        dtype: torch.dtype = torch.float64,
+        *,
+        channels: tuple[int, ...] = (6, 4),
+        reduce: bool = False,
+        train: bool = True,
+        affine: bool = True,
+        unused: bool = False,
+        place: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        c_in, *widths = channels
+        layers = [
+            FactorizedReduce(c_in, c, affine) if reduce else ReLUConvBN(c_in, c, 1, affine=affine)
+            for c in widths
+        ]
+        super().__init__(layers, dtype, train)
+        n, h, w = shape
+        x = torch.randn(n, c_in, h, w)
+        if place is not None:
+            place(x)
+        self.inputs = [self.rounded(x)]
+        stride = 2 if reduce else 1
+        self.grads = [self.rounded(torch.randn(n, c, h // stride, w // stride)) for c in widths]
+        if unused:
+            self.grads[-1] = None
+
+    def compute(self, backend, module, inputs, **options):
+        [x] = inputs
+        return backend.layers(x, [part.layer() for part in module], **options)
+
+    def trained(self, module):
+        used = nn.ModuleList(part for part, grad in zip(module, self.grads, strict=True) if grad is not None)
+        return super().trained(used)
+
+
+def last(x: Tensor) -> Tensor:
+    """x in channels_last order."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def view_of_wider(x: Tensor, first: int, rows: int = 1, memory_format=torch.channels_last) -> Tensor:
+    """x as channels from `first` on, every `rows`-th row and all columns but the outer ones of a tensor of NaNs."""
+    n, c, h, w = x.shape
+    wide = x.new_full((n, first + c + 8, rows * h + 2, w + 3), torch.nan).contiguous(
+        memory_format=memory_format
+    )
+    wide[:, first : first + c, 1 : 1 + rows * h : rows, 1 : 1 + w] = x
+    return wide[:, first : first + c, 1 : 1 + rows * h : rows, 1 : 1 + w]
+
+
+# inputs in other layouts; views whose channels are aligned to vectors, and not
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": last,
+    "view": lambda x: view_of_wider(x, 3, memory_format=torch.contiguous_format),
+    "view, channels_last": lambda x: view_of_wider(x, 8),
+    "view, channels_last, not aligned": lambda x: view_of_wider(x, 3),
+    "every other row": lambda x: view_of_wider(x, 3, 2, torch.contiguous_format),
+    "every other row, channels_last": lambda x: view_of_wider(x, 8, 2),
+}
+
+
+def not_aligned(x: Tensor) -> Tensor:
+    """x in channels_last order, one number away from what vectors are aligned to."""
+    n, c, h, w = x.shape
+    flat = torch.cat([x.new_zeros(1), last(x).permute(0, 2, 3, 1).flatten()])
+    return flat[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+# gradients of ones in other layouts
+GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": last,
+    "expanded": lambda grad: grad.new_ones(()).expand_as(grad),
+    "not aligned": not_aligned,
+}

@@ -1,0 +1,369 @@
+"""Cells on every backend: values, gradients and statistics against plain PyTorch; memory, layouts, bits."""
+
+import pytest
+import torch
+from torch import library, nn
+
+from rfdarts_fast.spaces import DARTS_PRIMITIVES, SPACES
+from tests.kernels.oracles import Kernels, Oracle, RecordedOps, on, over
+from tests.kernels.problems import GRADIENT_LAYOUTS, LAYOUTS, CellProblem
+from tests.kernels.tolerances import TRUTH, assert_as_good_as_torch, assert_same_bits, errors
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+EVERYWHERE = on("cpu", "emulated", "triton", "gpu")
+# one of each sort; 5x5 kernels take Triton's interpreter three times as long
+FEW = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_3x3")
+
+CPU = {
+    "mixed op": dict(inputs=1, nodes=1),
+    "mixed op, stride 2": dict(inputs=1, nodes=1, stride=2),
+    "node": dict(inputs=3, nodes=1),
+    "cell": dict(nodes=4),
+    "cell, stride 2": dict(nodes=4, stride=2),
+    "four channels": dict(channels=4),
+    "wide": dict(channels=64, nodes=1, inputs=1),
+    "five channels": dict(channels=5),
+    "twelve channels": dict(channels=12),
+    "K=4": dict(K=4),
+    "K=4, stride 2": dict(K=4, channels=32, stride=2),
+    "K=2": dict(K=2, channels=6),
+    "K=8": dict(K=8, channels=8),
+    "not affine": dict(affine=False),
+    "no running statistics": dict(track=False),
+    "evaluated": dict(nodes=4, train=False),
+    "evaluated, K=4, stride 2": dict(K=4, channels=32, stride=2, train=False),
+    "evaluated, no running statistics": dict(track=False, train=False),
+}
+CPU = {name: {"channels": 16, **options} for name, options in CPU.items()}
+ODD = [(3, *size) for size in ((1, 2), (1, 1), (3, 5), (7, 9), (9, 16), (17, 8))]
+CPU |= {f"odd, {c} channels": dict(channels=c, nodes=1, shapes=ODD) for c in (2, 8, 16)}
+
+EMULATED = {
+    "DARTS": {},
+    "one channel": dict(channels=1),
+    "three channels": dict(channels=3),
+    "K=2": dict(K=2, channels=10),
+    "K=4": dict(K=4, channels=16, nodes=1),
+    "K=8": dict(K=8, channels=32, nodes=1),
+    "cell": dict(nodes=4, channels=2),
+    "wide": dict(channels=36, nodes=1, inputs=1),
+    "S1": dict(primitives=SPACES["s1"].cells["normal"], nodes=4),
+    "not affine": dict(affine=False, nodes=1),
+    "mixed op": dict(inputs=1, nodes=1),
+}
+# FactorizedReduce needs an even number of channels
+EMULATED_2 = {name: o for name, o in EMULATED.items() if o.get("channels", 4) // o.get("K", 1) % 2 == 0}
+EMULATED_2["S1"] = dict(primitives=SPACES["s1"].cells["reduce"], nodes=4)
+ODD = [(1, 7, 5), (3, 1, 3), (2, 5, 1), (5, 3, 7), (2, 18, 10)]
+EVEN = [(1, 2, 6), (3, 10, 2), (2, 14, 34)]
+EMULATED = {name: dict(shapes=ODD, **options) for name, options in EMULATED.items()}
+EMULATED |= {
+    f"{name}, stride 2": dict(shapes=EVEN, stride=2, **options) for name, options in EMULATED_2.items()
+}
+EMULATED |= {
+    f"evaluated, stride {stride}": dict(shapes=[(2, 6, 10)], train=False, K=2, channels=8, stride=stride)
+    for stride in (1, 2)
+}
+# multiples of 16 mixed channels run on tensor cores in 16-bit types
+EMULATED_ROUNDED = {
+    "stride 1": dict(channels=8),
+    "stride 2": dict(channels=8, stride=2),
+    "K=4": dict(K=4, channels=32),
+    "tensor cores": dict(channels=16, nodes=1),
+    "tensor cores, stride 2": dict(channels=16, nodes=1, stride=2),
+    "tensor cores, three chunks": dict(channels=48, nodes=1, inputs=1),
+    "tensor cores, K=2, stride 2": dict(channels=32, K=2, nodes=1, stride=2),
+}
+EMULATED_ROUNDED = {name: dict(shapes=[(4, 12, 20)], **o) for name, o in EMULATED_ROUNDED.items()}
+
+TRITON = {
+    "DARTS": dict(primitives=DARTS_PRIMITIVES, nodes=2),
+    "DARTS, stride 2": dict(primitives=DARTS_PRIMITIVES, shapes=[(2, 8, 6)], stride=2),
+    "two inputs": dict(inputs=2, nodes=2, primitives=("skip_connect", "sep_conv_3x3", "max_pool_3x3")),
+    "two inputs, stride 2": dict(
+        inputs=2, nodes=2, stride=2, primitives=("skip_connect", "sep_conv_3x3", "avg_pool_3x3")
+    ),
+    "S1": dict(
+        nodes=2,
+        primitives=[("skip_connect", "dil_conv_5x5"), ("sep_conv_5x5", "none"), ("max_pool_3x3", "none")],
+    ),
+    "noise": dict(primitives=("noise", "sep_conv_3x3"), nodes=2),
+    "no convolution": dict(primitives=("none", "skip_connect"), nodes=2),
+    "no BatchNorm, K=2": dict(primitives=("none", "skip_connect"), K=2),
+    "pools": dict(primitives=("avg_pool_3x3", "max_pool_3x3"), shapes=[(2, 1, 1)]),
+    "one channel": dict(channels=1, shapes=[(1, 7, 5)]),
+    "three channels": dict(channels=3, shapes=[(3, 1, 3)]),
+    "five channels": dict(channels=5, shapes=[(5, 3, 1)]),
+    "seven channels": dict(channels=7, shapes=[(1, 3, 7)]),
+    "more than a tile of channels": dict(channels=68, shapes=[(2, 2, 3)]),
+    "K=2": dict(K=2, channels=6, shapes=[(3, 5, 3)], nodes=2),
+    "K=4": dict(K=4, channels=20, shapes=[(1, 5, 7)]),
+    "K=8": dict(K=8, channels=8, shapes=[(2, 3, 3)], primitives=("skip_connect", "sep_conv_3x3")),
+    "K=2, stride 2": dict(K=2, stride=2, shapes=[(2, 6, 10)], nodes=2, inputs=2, primitives=FEW[1:4]),
+    "K=4, stride 2": dict(K=4, channels=8, stride=2, shapes=[(3, 2, 6)], nodes=2),
+    "not affine": dict(affine=False),
+    "no running statistics": dict(track=False),
+    "evaluated": dict(K=2, channels=6, nodes=2, primitives=FEW[2:], train=False),
+    "evaluated, stride 2": dict(K=2, stride=2, shapes=[(1, 2, 2)], train=False),
+}
+TRITON = {
+    name: {"primitives": FEW, "inputs": 1, "nodes": 1, "shapes": [(2, 4, 6)], **options}
+    for name, options in TRITON.items()
+}
+
+GPU = {
+    "cell": dict(channels=16, nodes=4),
+    "stride 2": dict(channels=16, stride=2),
+    "seven channels": dict(channels=7),
+    "128 channels": dict(channels=128, nodes=1),
+    "256 channels, stride 2": dict(channels=256, nodes=1, stride=2),
+    "K=4": dict(channels=16, K=4, nodes=4),
+    "K=8, stride 2": dict(channels=64, K=8, stride=2),
+    "K=2": dict(channels=12, K=2),
+}
+GPU = {name: dict(shapes=[(3, 18, 10), (2, 32, 32), (1, 8, 8)], **o) for name, o in GPU.items()}
+
+
+@over(
+    ("cpu", (F64, F32), CPU),
+    ("emulated", (F64,), EMULATED),
+    ("emulated", (F32, BF16, F16), EMULATED_ROUNDED),
+    ("triton", (F64,), TRITON),
+    ("gpu", (F64, F32, BF16, F16), GPU),
+)
+def test_as_good_as_plain_pytorch(backend, dtype, options):
+    for problem in problems(dtype, **options):
+        assert_as_good_as_torch(backend, problem)
+
+
+def problems(dtype, shapes=((2, 8, 8),), **options):
+    return (CellProblem(shape, dtype, **options) for shape in shapes)
+
+
+# sums about a value that lies far from the mean, or about none, cancel
+FAR_OUT = {
+    "first pixel": lambda x: x[:, :, 0, 0].uniform_(200, 400),
+    # of any tile that may be chosen
+    "every tile's first pixel": lambda x: x[:, :, ::16, ::8].uniform_(200, 400),
+    "every tile's first pixel, stride 2": lambda x: x[:, :, ::32, ::16].uniform_(200, 400),
+    "lower half": lambda x: x[:, :, x.shape[2] // 2 :].add_(50),
+    "all pixels": lambda x: x.add_(100),
+}
+FAR_OUT_CPU = ("cell", "cell, stride 2", "four channels", "K=4", "K=4, stride 2")
+
+
+@pytest.mark.parametrize("place", FAR_OUT.values(), ids=FAR_OUT)
+@over(
+    ("cpu", (F32,), {name: CPU[name] | dict(nodes=1, shapes=[(2, 32, 32)]) for name in FAR_OUT_CPU}),
+    ("emulated", (F32,), {name: EMULATED_ROUNDED[name] for name in ("stride 1", "stride 2", "K=4")}),
+)
+def test_pixels_far_out(backend, dtype, options, place):
+    for problem in problems(dtype, place=place, **options):
+        assert_as_good_as_torch(backend, problem)
+
+
+SMALL = dict(channels=8, nodes=2, primitives=("max_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_3x3"))
+TENSOR_CORES = {
+    f"K={K}, stride {stride}": dict(shapes=[(2, 10, 18)], K=K, channels=16 * K, stride=stride)
+    for K in (1, 4)
+    for stride in (1, 2)
+}
+
+
+@over(
+    ("cpu", (F32,), {
+        "K=1": dict(shapes=[(5, 8, 8)], channels=16, edge_weights=True),
+        "K=4": dict(shapes=[(5, 8, 8)], channels=16, K=4),
+        "stride 2": dict(shapes=[(3, 8, 8)], channels=32, K=4, nodes=3, stride=2),
+    }),
+    ("emulated", (F32, BF16), TENSOR_CORES | {"K=2": dict(shapes=[(2, 6, 10)], K=2, channels=8)}),
+    ("triton", (F32,), {"noise": dict(inputs=1, K=2, channels=8, primitives=("noise", *FEW[1:]), shapes=[(2, 4, 6)])}),
+    ("gpu", (F32, BF16), {f"K={K}": dict(shapes=[(8, 32, 32)], channels=16, K=K, nodes=4) for K in (1, 4)}),
+)  # fmt: skip
+def test_neither_order_nor_memory_changes_a_bit(backend, dtype, options):
+    [problem] = problems(dtype, **options)
+    expected = problem.run(backend)
+    for _ in backend.schedules():
+        for memory in ("fast", "recompute"):
+            assert_same_bits(problem.run(backend, memory=memory), expected)
+
+
+@EVERYWHERE
+def test_fresh_memory_changes_no_bit(backend):
+    problem = CellProblem((2, 8, 12), F32, K=4, stride=2, **SMALL | {"channels": 16})
+    assert_same_bits(problem.run(backend), problem.run(backend, poison=False))
+
+
+@pytest.mark.parametrize("K", [1, 2])
+@EVERYWHERE
+def test_concatenated_nodes_are_the_nodes(backend, K):
+    problem = CellProblem((2, 4, 6), F32, K=K, **SMALL)
+    assert_same_bits(problem.run(backend, concat=True), problem.run(backend))
+
+
+@pytest.mark.parametrize("view", LAYOUTS.values(), ids=LAYOUTS)
+@EVERYWHERE
+def test_inputs_in_any_layout(backend, view):
+    problem = CellProblem((2, 4, 6), F32, K=2, **SMALL)
+    assert_same_bits(problem.run(backend, view=view), problem.run(backend))
+
+
+@pytest.mark.parametrize("view", GRADIENT_LAYOUTS.values(), ids=GRADIENT_LAYOUTS)
+@EVERYWHERE
+def test_gradients_in_any_layout(backend, view):
+    problem = CellProblem((2, 4, 6), F32, K=2, **SMALL)
+    problem.grads = [torch.ones_like(grad) for grad in problem.grads]
+    assert_same_bits(problem.run(backend, grad_view=view), problem.run(backend))
+
+
+@EVERYWHERE
+def test_the_same_tensor_twice_and_a_node_that_is_not_used(backend):
+    problem = CellProblem((2, 4, 6), **SMALL)
+    problem.inputs[1] = problem.inputs[0]
+    problem.grads = [None, torch.ones_like(problem.grads[1])]
+    assert_as_good_as_torch(backend, problem, grad_view=GRADIENT_LAYOUTS["expanded"])
+
+
+@pytest.mark.parametrize("train", [True, False])
+@EVERYWHERE
+def test_inputs_that_need_no_gradient(backend, train):
+    problem = CellProblem((2, 4, 6), train=train, **SMALL)
+    expected = problem.run(backend)
+    found = problem.run(backend, view=torch.Tensor.detach)
+    assert all(found.pop(f"gradient of input {i}") == [None] for i in range(2))
+    assert_same_bits(found, {name: expected[name] for name in found})
+
+
+@pytest.mark.parametrize("name", FEW[1:])
+@EVERYWHERE
+def test_nan_in_nan_out(backend, name):
+    problem = CellProblem((1, 7, 7), primitives=("none", name), inputs=1, nodes=1, train=False)
+    problem.inputs[0][0, 2, 3, 3] = torch.nan
+    expected = problem.run(TRUTH)["output 0"]
+    assert expected[0].isnan().any()
+    torch.testing.assert_close(problem.run(backend)["output 0"], expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@EVERYWHERE
+def test_ties_go_to_the_first_maximum(backend, stride):
+    problem = CellProblem(
+        (2, 6, 6), K=2, nodes=1, stride=stride, primitives=("none", "max_pool_3x3"), place=torch.Tensor.round_
+    )
+    assert_as_good_as_torch(backend, problem)
+
+
+@on("cpu", "triton")
+def test_branch_outputs_kept_in_bfloat16(backend):
+    problem = CellProblem((4, 8, 8), F32, primitives=FEW[1:], inputs=1, nodes=1, edge_weights=True)
+    exact, rounded = problem.run(backend), problem.run(backend, memory="bfloat16")
+    sizes = errors(exact, {name: [torch.zeros_like(x) for x in group] for name, group in exact.items()})
+    found = {name: (error[-1] / sizes[name][-1]).item() for name, error in errors(rounded, exact).items()}
+    print(found)
+
+
+@on("emulated", "gpu")
+def test_branch_outputs_have_the_dtype_of_states(backend):
+    problem = CellProblem((2, 4, 6), F32, **SMALL)
+    assert_same_bits(problem.run(backend, memory="bfloat16"), problem.run(backend))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@EVERYWHERE
+def test_gradcheck(backend, stride):
+    primitives = ("none", *FEW[1:]) if backend.name != "triton" else ("skip_connect", "sep_conv_3x3")
+    problem = CellProblem((2, 2, 4), K=2, stride=stride, nodes=1, primitives=primitives)
+    edges, inputs, weights = problem.leaves(backend)
+    norms = [part for part in edges.modules() if isinstance(part, nn.BatchNorm2d)]
+    parameters = [p for norm in norms for p in norm.parameters()]
+
+    def cell(*leaves):
+        for norm, gamma, beta in zip(norms, leaves[4::2], leaves[5::2], strict=True):
+            norm._parameters.update(weight=gamma, bias=beta)
+        return tuple(backend.cell(list(edges), leaves[:2], *leaves[2:4]))
+
+    leaves = [*inputs, *weights, *(p.detach().requires_grad_() for p in parameters)]
+    assert torch.autograd.gradcheck(cell, leaves, fast_mode=True)
+
+
+@EVERYWHERE
+def test_backward_twice(backend):
+    problem = CellProblem((2, 4, 6), **SMALL)
+    edges, inputs, weights = problem.leaves(backend)
+    loss = sum(node.square().sum() for node in problem.compute(backend, edges, inputs, *weights))
+    first, second = (torch.autograd.grad(loss, [*inputs, *weights], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("concat", [False, True])
+@EVERYWHERE
+def test_a_changed_state_is_noticed_before_the_backward_pass(backend, concat):
+    problem = CellProblem((2, 4, 6), **SMALL)
+    edges, inputs, weights = problem.leaves(backend)
+    node = problem.compute(backend, edges, inputs, *weights, concat=concat)[0]
+    node.detach().add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        node.sum().backward()
+
+
+@EVERYWHERE
+def test_frozen_weights_that_change_are_packed_again(backend):
+    problem = CellProblem((2, 4, 6), **SMALL)
+    edges, inputs, weights = problem.leaves(backend)
+    problem.compute(backend, edges, inputs, *weights)
+    for conv in edges.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.normal_(conv.weight)
+    found, expected = (
+        problem.compute(each, edges, inputs, *weights) for each in (backend, Oracle(backend.device))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@EVERYWHERE
+def test_noise_is_drawn_anew_and_has_a_gradient(backend):
+    problem = CellProblem((2, 8, 8), F32, channels=16, nodes=1, primitives=("noise", "sep_conv_3x3"))
+    edges, inputs, _ = problem.leaves(backend)
+    op_weights = torch.tensor([[1.0, 0.0], [0.0, 0.0]], device=backend.device, requires_grad=True)
+    [first], [second] = (backend.cell(list(edges), inputs, op_weights) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert abs(first.std().item() - 1) < 0.1
+    [gradient] = torch.autograd.grad((first * first.detach()).sum(), op_weights)
+    torch.testing.assert_close(gradient[0, 0], first.detach().square().sum())
+
+
+@EVERYWHERE
+def test_one_value_per_channel_is_refused(backend):
+    problem = CellProblem((1, 1, 1), **SMALL)
+    edges, inputs, weights = problem.leaves(backend)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        problem.compute(backend, edges, inputs, *weights)
+
+
+@on("emulated", "triton", "gpu")
+def test_autocast_decides_the_dtype_of_states(backend):
+    problem = CellProblem((2, 6, 6), F32, primitives=FEW, inputs=1)
+    edges, inputs, weights = problem.leaves(backend)
+    with torch.autocast(backend.device, torch.bfloat16):
+        nodes = problem.compute(backend, edges, inputs, *weights)
+    assert all(node.dtype == torch.bfloat16 for node in nodes)
+    grads = torch.autograd.grad(nodes, [*inputs, *weights], [*map(torch.ones_like, nodes)])
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    for node, (expected,) in zip(nodes, problem.run(TRUTH).values(), strict=False):
+        assert (node.cpu() - expected).norm() < 0.02 * expected.norm()
+
+
+@on("cpu", "emulated", "gpu")
+def test_opcheck(backend):
+    """Aliases of every op that a cell calls, and what its fake says of shapes, strides and dtypes."""
+    recorded = RecordedOps(backend.backend._ops)
+    problem = CellProblem((2, 4, 4), F32, K=2, stride=2, **SMALL)
+    problem.run(Kernels(type(backend.backend)(recorded), backend.device), memory="recompute", concat=True)
+    assert recorded.calls.keys() == {
+        "cell_forward",
+        "cell_branch_outputs",
+        "cell_backward",
+        "update_running_stats",
+    }
+    for op, arguments, options in recorded.calls.values():
+        library.opcheck(op, arguments, options, test_utils=("test_schema", "test_faketensor"))
