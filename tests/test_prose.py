@@ -13,7 +13,7 @@ QUESTIONS = ("What", "Which", "Why", "Where", "How", "Whether")
 CODE = ("rfdarts_fast", "csrc", "tests", "benchmarks", "examples", "setup.py")
 TEXT = (*CODE, "docs", "README.md", "CONTRIBUTING.md", "Makefile")
 
-# identifiers that are retired, where, and the name of the thing today; (?<!\.) spares other libraries' attributes
+# retired identifiers, where, and the name of the thing today; (?<!\.) spares other libraries' attributes
 NAMES = [
     (r"native\w*", CODE, "compiled, cpu or cuda"),
     (r"(?<!\.)(kind|found)", ("rfdarts_fast", "csrc"), "the thing it is"),
@@ -108,9 +108,10 @@ def test_retired_names_are_gone(pattern, places, now):
 
 @pytest.mark.parametrize(("pattern", "places", "now"), WORDS, ids=[pattern for pattern, *_ in WORDS])
 def test_retired_words_are_gone(pattern, places, now):
-    hits = listed(
-        places, lambda name, text: [*((0, name) for _ in words(pattern, name)), *words(pattern, text)]
-    )
+    def find(name, text):
+        return [*((0, name) for _ in words(pattern, name)), *words(pattern, text)]
+
+    hits = listed(places, find)
     assert not hits, f"now {now}:\n{hits}"
 
 
