@@ -15,21 +15,26 @@ def run_library(library, order, dtype="float64", **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=emulation.CSRC.parent, env=variables)
 
 
-F64, BF16, CONV = "cuda/cell_f64.cu", "cuda/cell_bf16.cu", "cuda/conv_bn.cu"
+F64, BF16, CONV = "cuda/cell_f64.cu", "cuda/cell_bf16.cu", "cuda/relu_conv_bn.cu"
 # header, what is there, what is planted, the source that is compiled again, dtype
 MUTATIONS = {
     "missing barrier, forward": (
         "cuda/conv_forward.h", "} __syncthreads(); if (pools) continue;", "} if (pools) continue;", F64, "float64"
     ),
     "missing barrier, backward": (
-        "cuda/conv_backward.h", "__syncthreads(); if (!strip.valid) continue;", "if (!strip.valid) continue;",
-        F64, "float64",
+        "cuda/conv_backward.h", "__syncthreads(); spread(pass, strip);", "spread(pass, strip);", F64, "float64"
     ),
     "off by one, width": (
-        "cuda/tile.h", "unsigned(z) < unsigned(w)", "unsigned(z) <= unsigned(w)", F64, "float64"
+        "cuda/conv_forward.h", "< unsigned(a.w)", "<= unsigned(a.w)", F64, "float64"
     ),
     "off by one, window": (
-        "cuda/conv_backward.h", "p >= wide) continue;", "p >= wide - 1) continue;", F64, "float64"
+        "cuda/state_backward.h", "p >= wide) continue;", "p >= wide - 1) continue;", F64, "float64"
+    ),
+    "off by one, row of a bypass": (
+        "cuda/node_backward.h", "node.rows() + 1 + bypass", "node.rows() + bypass", F64, "float64"
+    ),
+    "the slope of BatchNorm's backward for its shift": (
+        "cuda/batch_norm.h", "shift[i] = from[3 * c + i]", "shift[i] = from[c + i]", F64, "float64"
     ),
     "off by one, tensor cores": (
         "cuda/mma.h", "*high = low + 8 * ld,", "*high = low + 7 * ld,", BF16, "bfloat16"
@@ -41,22 +46,22 @@ MUTATIONS = {
         BF16, "bfloat16",
     ),
     "missing barrier before a chunk, preprocessing": (
-        "cuda/conv_bn_forward.h", "__syncthreads(); if (a.wide)", "if (a.wide)", CONV, "float64"
+        "cuda/relu_conv_bn_forward.h", "__syncthreads(); with_width<T>(a.wide,", "with_width<T>(a.wide,", CONV, "float64"
     ),
     "missing barrier after the product, preprocessing": (
-        "cuda/conv_bn_backward.h",
-        "product.put(es, at.ldy, count); __syncthreads();",
-        "product.put(es, at.ldy, count);",
+        "cuda/relu_conv_bn_backward.h",
+        "product.put(grad_xs, at.ldy, count); __syncthreads();",
+        "product.put(grad_xs, at.ldy, count);",
         CONV, "float64",
     ),
     "off by one, the second pixel of a reduction": (
-        "cuda/conv_bn_forward.h",
+        "cuda/relu_conv_bn_forward.h",
         "(p - row * ow) * passes + pass) * x.pixel",
         "(p - row * ow) * passes) * x.pixel",
         CONV, "float64",
     ),
     "no zeros between the pixels of a reduction": (
-        "cuda/conv_bn_backward.h",
+        "cuda/relu_conv_bn_backward.h",
         "if (a.passes == 2) *reinterpret_cast",
         "if (a.passes == 2 && pass) *reinterpret_cast",
         CONV, "float64",
@@ -65,7 +70,7 @@ MUTATIONS = {
         "cuda/product.h", "*high = low + 8 * ldd", "*high = low + 7 * ldd", CONV, "bfloat16"
     ),
     "weights of the first chunk for all": (
-        "cuda/conv_bn_forward.h", "int skipped = c0 % s.wk *", "int skipped = 0 *", CONV, "bfloat16"
+        "cuda/relu_conv_bn_forward.h", "int skipped = c0 % s.wk *", "int skipped = 0 *", CONV, "bfloat16"
     ),
 }  # fmt: skip
 
