@@ -114,7 +114,7 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(
   Tensors nodes;
   for (int i = 0; i < cell.nodes; i++)
     nodes.push_back(empty_state(cell.images, cell.channels, cell.oh, cell.ow, dtype));
-  Tensor concatenated = concat ? empty_state(cell.images, cell.nodes * cell.channels, cell.oh, cell.ow, dtype)
+  Tensor whole = concat ? empty_state(cell.images, cell.nodes * cell.channels, cell.oh, cell.ow, dtype)
                                : empty_vector(0, dtype);
   Tensor branch_outputs = empty_branch_outputs(cell, branch_dtype(inputs[0], bfloat16));
   int64_t c = cell.mixed_channels;
@@ -124,11 +124,11 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(
     using T = decltype(t);
     auto data = forward_data<T, decltype(s)>(arguments, branch_outputs, used_moments);
     for (const Tensor& node : nodes) data.nodes.push_back(pointer<T>(node));
-    if (concat) data.concat = pointer<T>(concatenated);
+    if (concat) data.concat = pointer<T>(whole);
     Blocks blocks;
     cell_forward(cell, data, parallel, blocks.allocate);
   });
-  return {nodes, concatenated, branch_outputs, used_moments};
+  return {nodes, whole, branch_outputs, used_moments};
 }
 
 Tensor cell_branch_outputs_op(const Tensors& inputs, const Tensors& nodes, const Tensor& conv_weights,

@@ -117,9 +117,9 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(
   // nodes are where their concatenation has them
   int64_t c = cell.channels;
   auto empty = [&](int64_t channels) { return empty_state(x, cell.images, channels, cell.oh, cell.ow); };
-  Tensor concatenated = concat ? empty(cell.nodes * c) : torch::stable::new_empty(x, {0});
+  Tensor whole = concat ? empty(cell.nodes * c) : torch::stable::new_empty(x, {0});
   for (int i = 0; i < cell.nodes; i++)
-    nodes.push_back(concat ? torch::stable::narrow(concatenated, 1, i * c, c) : empty(c));
+    nodes.push_back(concat ? torch::stable::narrow(whole, 1, i * c, c) : empty(c));
   Tensor branch_outputs = torch::stable::new_empty(x, {cell.branch_outputs_size()});
   Tensor used_moments =
       moments ? torch::stable::clone(*moments)
@@ -127,7 +127,7 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward_op(
   Room room{x, {}};
   cell_forward(storage_of(x), cell, forward_data(arguments, branch_outputs, used_moments, nodes), device.stream(),
                std::ref(room));
-  return {nodes, concatenated, branch_outputs, used_moments};
+  return {nodes, whole, branch_outputs, used_moments};
 }
 
 Tensor cell_branch_outputs_op(const Tensors& inputs, const Tensors& nodes, const Tensor& conv_weights,

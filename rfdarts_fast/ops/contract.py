@@ -263,7 +263,7 @@ class CellPlan:
         return torch.stack([torch.stack(means), torch.stack(variances)]).double()  # type: ignore[arg-type]
 
     def uses_batch_statistics(self) -> bool | None:
-        """Whether the BatchNorms use the batch's statistics; None where some do and some do not."""
+        """True if the BatchNorms use the batch's statistics; None where some do and some do not."""
         modes = {*map(_training, self.norms)}
         if modes != {True}:
             means = self.running_stats()[0]

@@ -130,5 +130,5 @@ def gradients(
             for y, grad in zip(outputs, (grad for grad in grads if grad is not None), strict=True)
         ]
         wanted = [x for x, want in zip(aliases, needed, strict=True) if want and x is not None]
-        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
-    return [next(found) if want else None for want in needed]
+        made = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
+    return [next(made) if want else None for want in needed]

@@ -203,7 +203,7 @@ def test_the_weight_of_none_gets_a_zero_gradient():
     assert weights.grad[1] != 0
 
 
-def test_module_forwards_to_the_engine():
+def test_module_forwards_to_the_mixed_op():
     edge = mixed_op(DARTS_PRIMITIVES, K=2)
     x, weights = images(2, 8, 4, 4), softmax(8)
     torch.testing.assert_close(edge(x, weights), literal_mixed_op(edge, x, weights), rtol=1e-10, atol=1e-10)

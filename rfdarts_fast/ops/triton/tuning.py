@@ -1,4 +1,4 @@
-"""How kernels are compiled and launched: tile sizes, autotuning, the order of sums."""
+"""Compilation and launch of kernels: tile sizes, autotuning, the order of sums."""
 
 import inspect
 from collections.abc import Callable
@@ -22,7 +22,7 @@ WIDEST = 64
 
 
 def interpreted() -> bool:
-    """Whether kernels run on the CPU, statement by statement (TRITON_INTERPRET=1)."""
+    """True if kernels run on the CPU, statement by statement (TRITON_INTERPRET=1)."""
     return bool(knobs.runtime.interpret)
 
 
