@@ -16,6 +16,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"^\{\{ (include|help)(?: (.*?))? \}\}$", re.MULTILINE)
+CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 # a link to another file of the repository, which the site does not have
 FILE_LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)[^)]*\)")
 
@@ -38,7 +39,8 @@ def include(argument: str) -> str:
     found = [part for title, part in sections(text) if title.startswith(heading)]
     if not found:
         raise ValueError(f"{name} has no section whose heading begins with {heading!r}")
-    return FILE_LINK.sub(r"\1", "\n".join(found))
+    parts = CODE.split("\n".join(found))
+    return "".join(part if i % 2 else FILE_LINK.sub(r"\1", part) for i, part in enumerate(parts))
 
 
 def command_help(command: str) -> str:

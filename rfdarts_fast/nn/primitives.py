@@ -169,6 +169,7 @@ class Primitive:
 
 
 PRIMITIVES: dict[str, Primitive] = {}
+"""Registered primitives by name."""
 
 
 def register_primitive(primitive: Primitive) -> None:

@@ -11,7 +11,9 @@ from typing import Literal, get_args
 from torch import nn
 
 ConvInit = Literal["kaiming_normal", "kaiming_uniform", "xavier_normal", "orthogonal", "default"]
+"""Distributions of frozen convolutions: see `freeze_random_features`."""
 GammaInit = Literal["ones", "uniform"]
+"""Initial gammas: see `freeze_random_features`."""
 
 
 def init_convolution(conv: nn.Conv2d, init: ConvInit) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 Memory = Literal["fast", "bfloat16", "recompute"]
+"""Branch outputs kept from forward to backward: all, all in bfloat16, or none. See `use_backend`."""
 Value = TypeVar("Value")
 
 

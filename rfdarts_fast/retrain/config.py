@@ -151,6 +151,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grad_clip": 0.0,
     },
 }
+"""Published recipes: values of `TrainConfig` by the name of the preset."""
 
 
 def preset_values(given: dict[str, Any]) -> dict[str, Any]:

@@ -257,6 +257,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "robustdarts": _ROBUST_DARTS,
     "robustdarts-rf-darts": {**_ROBUST_DARTS, **_RF, "method": "rf-darts", "order": "first"},
 }
+"""Published recipes: values of `SearchConfig` by the name of the preset."""
 
 
 def preset_values(given: dict[str, Any]) -> dict[str, Any]:

@@ -96,3 +96,4 @@ class CellGenotype:
 
 
 AnyGenotype = Genotype | CellGenotype
+"""The result of a search."""

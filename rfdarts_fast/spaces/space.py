@@ -37,7 +37,9 @@ class Family:
 
 
 DARTS = Family("darts", 2, ("normal", "reduce"), Genotype, two_strongest_edges)
+"""DARTS and its variants: pairs of cells, two inputs, two edges kept for each node."""
 NASBENCH201 = Family("nasbench201", 1, ("cell",), CellGenotype, strongest_primitives, nodes=3)
+"""NAS-Bench-201: one cell of three nodes, all six edges kept."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Space:
 
 
 SPACES: dict[str, Space] = {}
+"""Registered spaces by name."""
 
 
 def register_space(space: Space) -> None:
@@ -158,7 +161,9 @@ DARTS_PRIMITIVES = (
     "dil_conv_3x3",
     "dil_conv_5x5",
 )
+"""Candidates in the DARTS space (quark0/darts genotypes.py)."""
 NASBENCH201_PRIMITIVES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+"""Candidates in NAS-Bench-201 (AutoDL-Projects)."""
 
 register_space(uniform_space("darts", DARTS_PRIMITIVES))
 register_space(

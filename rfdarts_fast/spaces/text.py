@@ -152,3 +152,4 @@ PUBLISHED: dict[str, Genotype] = {
         "sep30 skip1 dil52 max1 sep32 sep31 sep50 sep33",
     ),
 }
+"""Published genotypes by name."""

@@ -44,6 +44,7 @@ class Dataset:
 
 
 DATASETS: dict[str, Dataset] = {}
+"""Registered data sets by name."""
 
 
 def register_dataset(dataset: Dataset) -> None:
