@@ -167,8 +167,9 @@ void define(py::module_& m, const char* name) {
       .def("conv_forward", &H::conv_forward, py::arg("x"), py::arg("depthwise"), py::arg("pointwise"),
            py::arg("dilation") = 1, py::arg("stride") = 1,
            "relu(x) through depthwise [K, K, C] and pointwise [C in, C out]: y, its mean and sum of squared deviations")
-      .def("conv_backward", &H::conv_backward, py::arg("g"), py::arg("y"), py::arg("coefficients"), py::arg("depthwise"),
-           py::arg("pointwise"), py::arg("dilation"), py::arg("stride"), py::arg("h"), py::arg("w"),
+      .def("conv_backward", &H::conv_backward, py::arg("g"), py::arg("y"), py::arg("coefficients"),
+           py::arg("depthwise"), py::arg("pointwise"), py::arg("dilation"), py::arg("stride"), py::arg("h"),
+           py::arg("w"),
            "twice the gradient [h, w, C] before the ReLU, for scale g + slope (y - mean) + shift at y; coefficients"
            " [4, C] are these four")
       .def("pool_forward", &H::pool_forward, py::arg("x"), py::arg("stride") = 1, py::arg("rows") = 4,

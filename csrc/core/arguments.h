@@ -92,7 +92,8 @@ inline void expect_tensor(Name name, const Tensor& t, std::initializer_list<int6
 // A tensor whose sizes are not known yet: [N, C, H, W] with something in it.
 inline void expect_images(Name name, const Tensor& t, DTypes dtypes) {
   if (t.dim() != 4 || t.numel() == 0) refuse(name, "[N, C, H, W], not empty", text(t.sizes()));
-  if (!has_layout(t, Layout::ChannelsInside)) refuse(name, text(Layout::ChannelsInside), "strides " + text(t.strides()));
+  if (!has_layout(t, Layout::ChannelsInside))
+    refuse(name, text(Layout::ChannelsInside), "strides " + text(t.strides()));
   if (std::find(dtypes.begin(), dtypes.end(), t.scalar_type()) != dtypes.end()) return;
   std::string names;
   for (ScalarType dtype : dtypes) names += (names.empty() ? "" : " or ") + text(dtype);

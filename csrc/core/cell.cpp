@@ -6,8 +6,12 @@
 namespace rfdarts {
 namespace {
 
-void expect(bool holds, const std::string& expected, int64_t got) {
-  if (!holds) throw std::invalid_argument("cell: expected " + expected + ", got " + std::to_string(got));
+[[noreturn]] void refuse(const std::string& expected, int64_t got) {
+  throw std::invalid_argument("cell: expected " + expected + ", got " + std::to_string(got));
+}
+// no text is made where it holds: a cell is decoded in every call
+void expect(bool holds, const char* expected, int64_t got) {
+  if (!holds) refuse(expected, got);
 }
 
 // The numbers of an encoded cell, one after the other, each checked to lie between two others.
@@ -17,7 +21,7 @@ struct Reader {
   int64_t next(const char* name, int64_t least, int64_t most) {
     int64_t value = numbers.at(at++);
     if (value < least || value > most)
-      expect(false, std::string(name) + " from " + std::to_string(least) + " to " + std::to_string(most), value);
+      refuse(std::string(name) + " from " + std::to_string(least) + " to " + std::to_string(most), value);
     return value;
   }
 };
@@ -36,7 +40,7 @@ Branch read_branch(Reader& read, int norms, int stride) {
   b.weight = optional("weight", b.convolves(), INT64_MAX / 2, 0);
   b.norm = int(optional("norm", b.has_norm(), norms - 1, -1));
   b.inner_norm = int(optional("inner_norm", b.op == Op::SepConv, norms - 1, -1));
-  b.noise = int(optional("noise", b.op == Op::Noise, INT32_MAX, -1));
+  b.noise = int(optional("noise", b.op == Op::Noise, INT32_MAX - 1, -1));
   expect(b.op != Op::Identity || stride == 1, "stride 1 for an identity", stride);
   expect(b.op != Op::Reduce || stride == 2, "stride 2 for a FactorizedReduce", stride);
   return b;
@@ -60,7 +64,7 @@ CellDescription::CellDescription(const std::vector<int64_t>& encoded) {
   K = read.next("K", 1, INT32_MAX);
   int64_t count = int64_t(nodes) * inputs + int64_t(nodes) * (nodes - 1) / 2;
   int64_t expected = head + count * (1 + numbers_per_branch * int64_t(primitives));
-  expect(size == expected, std::to_string(expected) + " numbers", size);
+  if (size != expected) refuse(std::to_string(expected) + " numbers", size);
   std::vector<bool> seen(norms);
   int used = 0;
   for (int i = 0; i < nodes; i++)
@@ -81,7 +85,7 @@ CellDescription::CellDescription(const std::vector<int64_t>& encoded) {
       }
       edges.push_back(edge);
     }
-  expect(used == norms, "branches with " + std::to_string(norms) + " norms", used);
+  if (used != norms) refuse("branches with " + std::to_string(norms) + " norms", used);
 }
 
 std::string CellDescription::text() const {

@@ -1,4 +1,4 @@
-// A cell's forward and backward on the CPU: their data, and how they share the images among threads. No torch here.
+// Cells and layers on the CPU, and how threads share the images. No torch here.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -7,15 +7,19 @@
 #include <vector>
 
 #include "core/cell.h"
+#include "core/data.h"
 #include "cpu/kernels.h"
 
 namespace rfdarts {
 
-// N images, NHWC with any image, row and pixel stride; null where there are none.
+// States in their type.
 template <class T>
 struct BatchView {
-  const T* data = nullptr;
+  T* data = nullptr;
   int64_t image = 0, row = 0, pixel = 0;
+  BatchView() = default;
+  BatchView(T* data, int64_t image, int64_t row, int64_t pixel) : data(data), image(image), row(row), pixel(pixel) {}
+  explicit BatchView(const States& x) : BatchView(static_cast<T*>(x.data), x.image, x.row, x.pixel) {}
   ImageView<T> operator[](int64_t n) const { return {data ? data + n * image : nullptr, row, pixel}; }
 };
 
@@ -43,41 +47,28 @@ class ImageQueue {
 };
 // calls f in every thread
 using Parallel = std::function<void(int64_t count, const std::function<void(ImageQueue&)>& f)>;
-// memory for as long as the call lasts
-using Allocate = std::function<void*(int64_t bytes)>;
+// f<T, S>(): the types of arithmetic and states, and of branch outputs
+template <class F>
+void with_types(Storage storage, F&& f) {
+  if (storage == Storage::Double)
+    f.template operator()<double, double>();
+  else if (storage == Storage::BFloat16)
+    f.template operator()<float, bf16>();
+  else
+    f.template operator()<float, float>();
+}
 
-template <class T, class S>
-struct CellForward {
-  std::vector<BatchView<T>> inputs;
-  std::vector<const T*> noise;
-  const T *conv_weights, *gamma, *beta;
-  const T* op_weights;    // [edges][primitives]
-  const T* edge_weights;  // [edges] or null
-  S* branch_outputs;      // [outputs][images][image_size()]
-  double* moments;        // [2][norms][C/K] mean and variance; read instead of written where not training
-  // cell_forward writes them: [images][oh][ow][channels]; the others read them, in any order
-  std::vector<T*> nodes;
-  std::vector<BatchView<T>> node_states;
-  T* concat = nullptr;    // [images][oh][ow][nodes * channels], or null
-};
-
-template <class T, class S>
-struct CellBackward {
-  CellForward<T, S> forward;                // branch_outputs is used up
-  std::vector<BatchView<T>> grad_nodes;     // null: no gradient
-  std::vector<T*> grad_inputs;              // [images][h][w][channels] or null
-  T *grad_gamma, *grad_beta;                // [norms][C/K]
-  T *grad_op_weights, *grad_edge_weights;   // [edges][primitives], [edges] or null
-};
-
-template <class T, class S>
-void cell_forward(const Cell& cell, const CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate);
+namespace cpu {
+void cell_forward(Storage storage, const Cell& cell, const CellForward& data, const Parallel& parallel,
+                  const Allocate& allocate);
 // fills branch_outputs again, for a cell in evaluation mode
-template <class T, class S>
-void cell_branch_outputs(const Cell& cell, const CellForward<T, S>& data, const Parallel& parallel,
+void cell_branch_outputs(Storage storage, const Cell& cell, const CellForward& data, const Parallel& parallel,
                          const Allocate& allocate);
-template <class T, class S>
-void cell_backward(const Cell& cell, const CellBackward<T, S>& data, const Parallel& parallel,
+void cell_backward(Storage storage, const Cell& cell, const CellBackward& data, const Parallel& parallel,
                    const Allocate& allocate);
+// storage: of x and all that comes of it
+void relu_conv_bn_forward(Storage storage, const ReLUConvBN& a, const Parallel& parallel);
+void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, const Parallel& parallel);
+}  // namespace cpu
 
 }  // namespace rfdarts

@@ -1,6 +1,6 @@
 // A cell backward, from the last state to the first. Per state two passes over the images: one gathers the gradients of
-// all edges that leave it and takes the dot products of the edges that enter it with its own gradient (BatchNorm, op
-// weight and edge weight gradients); one goes through the second halves of its separable convolutions. The gradient at a
+// all edges that leave it and takes the dot products of the edges that enter it with its own gradient (for BatchNorms,
+// op weights and edge weights); one goes through the second halves of its separable convolutions. The gradient at a
 // BatchNorm's input is never stored: see NormBackward.
 #include "cpu/cell_backward.h"
 
@@ -21,7 +21,7 @@ void state_backward(BackwardContext<T, S>& run, int s) {
   std::optional<NodeBackward<T, S>> node;
   if (const Source& source = cell.sources[s]; !source.edges.empty()) {
     int64_t h = source.h, w = source.w, c = cell.channels;
-    T* dx = i < 0 ? run.gradients.grad_inputs[s] : nullptr;
+    T* dx = i < 0 ? static_cast<T*>(run.gradients.grad_inputs[s]) : nullptr;
     state.emplace(run, s, dx ? dx : run.take(cell.images * h * w * c));
     run.state_grad[s] = {state->dx, h * w * c, w * c, c};
   }
@@ -105,20 +105,19 @@ void second_convs_backward(BackwardContext<T, S>& run, int i) {
 }
 }  // namespace
 
-template <class T, class S>
-void cell_backward(const Cell& cell, const CellBackward<T, S>& data, const Parallel& parallel,
-                   const Allocate& allocate) {
-  BackwardContext<T, S> run(cell, data, parallel, allocate);
-  for (int i = cell.nodes - 1; i >= 0; i--) {
-    state_backward(run, cell.inputs + i);
-    second_convs_backward(run, i);
-  }
-  for (int s = 0; s < cell.inputs; s++)
-    if (data.grad_inputs[s] || run.wants_dots()) state_backward(run, s);
-  if (data.grad_edge_weights)
-    for (size_t e = 0; e < cell.edges.size(); e++) data.grad_edge_weights[e] = T(run.grad_edge_weights[e]);
+void cpu::cell_backward(Storage storage, const Cell& cell, const CellBackward& data, const Parallel& parallel,
+                        const Allocate& allocate) {
+  with_types(storage, [&]<class T, class S>() {
+    BackwardContext<T, S> run(cell, data, parallel, allocate);
+    for (int i = cell.nodes - 1; i >= 0; i--) {
+      state_backward(run, cell.inputs + i);
+      second_convs_backward(run, i);
+    }
+    for (int s = 0; s < cell.inputs; s++)
+      if (data.grad_inputs[s] || run.wants_dots()) state_backward(run, s);
+    if (!data.grad_edge_weights) return;
+    for (size_t e = 0; e < cell.edges.size(); e++)
+      static_cast<T*>(data.grad_edge_weights)[e] = T(run.grad_edge_weights[e]);
+  });
 }
-template void cell_backward(const Cell&, const CellBackward<float, float>&, const Parallel&, const Allocate&);
-template void cell_backward(const Cell&, const CellBackward<float, bf16>&, const Parallel&, const Allocate&);
-template void cell_backward(const Cell&, const CellBackward<double, double>&, const Parallel&, const Allocate&);
 }  // namespace rfdarts

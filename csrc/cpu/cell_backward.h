@@ -9,7 +9,9 @@ struct BackwardContext : CellContext<T, S> {
   using CellContext<T, S>::cell;
   using CellContext<T, S>::cm;
 
-  const CellBackward<T, S>& gradients;
+  const CellBackward& gradients;
+  T *grad_gamma = static_cast<T*>(gradients.grad_gamma), *grad_beta = static_cast<T*>(gradients.grad_beta);
+  T* grad_op_weights = static_cast<T*>(gradients.grad_op_weights);
   // per node: the gradient at the mixed op's output, and where channels bypass it the whole gradient, both dense
   std::vector<const T*> mixed_grad, node_grad;
   // per state, null where there is none yet
@@ -18,17 +20,17 @@ struct BackwardContext : CellContext<T, S> {
   std::vector<Coefficients<T>> coefficients;
   std::vector<double> grad_edge_weights;
 
-  BackwardContext(const Cell& cell, const CellBackward<T, S>& gradients, const Parallel& parallel,
+  BackwardContext(const Cell& cell, const CellBackward& gradients, const Parallel& parallel,
                   const Allocate& allocate)
       : CellContext<T, S>(cell, gradients.forward, parallel, allocate), gradients(gradients), mixed_grad(cell.nodes),
         node_grad(cell.nodes), state_grad(cell.states()), coefficients(cell.norms),
         grad_edge_weights(cell.edges.size()) {
     for (int s = 0; s < cell.states(); s++)
       if (!cell.sources[s].edges.empty()) this->plan_dense(s, wants_dots());
-    for (int i = 0; i < cell.nodes; i++) state_grad[cell.inputs + i] = gradients.grad_nodes[i];
-    std::fill_n(gradients.grad_gamma, cell.norms * cm, T(0));
-    std::fill_n(gradients.grad_beta, cell.norms * cm, T(0));
-    std::fill_n(gradients.grad_op_weights, cell.edges.size() * cell.primitives, T(0));
+    for (int i = 0; i < cell.nodes; i++) state_grad[cell.inputs + i] = BatchView<T>(gradients.grad_nodes[i]);
+    std::fill_n(grad_gamma, cell.norms * cm, T(0));
+    std::fill_n(grad_beta, cell.norms * cm, T(0));
+    std::fill_n(grad_op_weights, cell.edges.size() * cell.primitives, T(0));
   }
   // the edge weights' gradients have a part from what bypasses the mixed ops
   bool wants_dots() const { return cell.K > 1 && gradients.grad_edge_weights; }
@@ -43,8 +45,8 @@ struct BackwardContext : CellContext<T, S> {
     Coefficients<T>& rows = coefficients[norm] = Coefficients<T>(kNormRows, cm, this->period);
     for (int64_t i = 0; i < cm; i++) {
       double rstd = this->rstd(norm, i), gamma = this->gamma(norm, i), dot_y_hat = dot[i] * rstd;
-      gradients.grad_gamma[norm * cm + i] = T(weight * dot_y_hat);
-      gradients.grad_beta[norm * cm + i] = T(weight * g_sum[i]);
+      grad_gamma[norm * cm + i] = T(weight * dot_y_hat);
+      grad_beta[norm * cm + i] = T(weight * g_sum[i]);
       total += gamma * dot_y_hat + this->beta(norm, i) * g_sum[i];
       double scale = weight * gamma * rstd;
       rows.set(kScale, i, scale);

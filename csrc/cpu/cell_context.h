@@ -13,13 +13,14 @@ namespace rfdarts {
 template <class T, class S>
 struct CellContext {
   const Cell& cell;
-  const CellForward<T, S>& data;
+  const CellForward& data;
   const Parallel& parallel;
   const Allocate& allocate;
   const Kernels<T, S>& k = kernels<T, S>();
   int64_t cm = cell.mixed_channels, period = k.period(cm);
   // elements of an image of the cell's output: of the mixed channels, and of all
   int64_t mixed_size = cell.pixels() * cm, full_size = cell.pixels() * cell.channels;
+  const T* conv_weights = typed(data.conv_weights);
   // packed convolutions, rows repeated to `period`
   std::vector<T> repeated;
   std::vector<BatchView<T>> states;
@@ -29,25 +30,26 @@ struct CellContext {
   // where `make_dense` puts them, null where they are in the state itself
   std::vector<T*> packed, pooled;
 
-  CellContext(const Cell& cell, const CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate)
-      : cell(cell), data(data), parallel(parallel), allocate(allocate), states(data.inputs), mixed(cell.states()),
-        bypass(mixed.size()), packed(mixed.size()), pooled(mixed.size()) {
-    for (T* node : data.nodes) states.push_back({node, full_size, cell.ow * cell.channels, cell.channels});
-    states.insert(states.end(), data.node_states.begin(), data.node_states.end());
+  CellContext(const Cell& cell, const CellForward& data, const Parallel& parallel, const Allocate& allocate)
+      : cell(cell), data(data), parallel(parallel), allocate(allocate), mixed(cell.states()), bypass(mixed.size()),
+        packed(mixed.size()), pooled(mixed.size()) {
+    for (const auto* list : {&data.inputs, &data.nodes})
+      for (const States& x : *list) states.emplace_back(x);
     if (period == cm) return;
     int64_t rows = cell.conv_weights_size / cm;
     repeated.resize(rows * period);
     for (int64_t r = 0; r < rows; r++)
       for (int64_t j = 0; j < period; j += cm)
-        std::copy_n(data.conv_weights + r * cm, cm, repeated.data() + r * period + j);
+        std::copy_n(conv_weights + r * cm, cm, repeated.data() + r * period + j);
   }
 
+  static const T* typed(const void* p) { return static_cast<const T*>(p); }
   Size source_size(int s) const { return {cell.sources[s].h, cell.sources[s].w, cm}; }
   Size output_size() const { return {cell.oh, cell.ow, cm}; }
   // one of a branch's separable convolutions
   Conv<T> conv(const Branch& b, bool second, int stride) const {
     bool wide = stride != 1 || period == cm;
-    const T* base = wide ? data.conv_weights : repeated.data();
+    const T* base = wide ? conv_weights : repeated.data();
     int64_t row = wide ? cm : period, taps = b.kernel * b.kernel;
     const T* dw = base + (b.weight / cm + (second ? taps + 2 * cm : 0)) * row;
     return {b.kernel, b.dilation, stride, dw, dw + taps * row, dw + (taps + cm) * row};
@@ -57,15 +59,19 @@ struct CellContext {
     int64_t taps = b.op == Op::Reduce ? 2 * cm : b.kernel * b.kernel + cm;
     return cell.pixels() * cm / 16 * taps;
   }
-  S* branch_output(int i, int64_t n) const { return data.branch_outputs + (i * cell.images + n) * cell.image_size(); }
+  S* branch_output(int i, int64_t n) const {
+    return static_cast<S*>(data.branch_outputs) + (i * cell.images + n) * cell.image_size();
+  }
 
   double mean(int norm, int64_t i) const { return data.moments[norm * cm + i]; }
   double variance(int norm, int64_t i) const { return data.moments[(cell.norms + norm) * cm + i]; }
   double rstd(int norm, int64_t i) const { return 1 / std::sqrt(variance(norm, i) + cell.eps); }
-  double gamma(int norm, int64_t i) const { return data.gamma[norm * cm + i]; }
-  double beta(int norm, int64_t i) const { return data.beta[norm * cm + i]; }
-  double op_weight(int edge, int primitive) const { return data.op_weights[edge * cell.primitives + primitive]; }
-  double edge_weight(int edge) const { return data.edge_weights ? data.edge_weights[edge] : 1; }
+  double gamma(int norm, int64_t i) const { return typed(data.gamma)[norm * cm + i]; }
+  double beta(int norm, int64_t i) const { return typed(data.beta)[norm * cm + i]; }
+  double op_weight(int edge, int primitive) const {
+    return typed(data.op_weights)[edge * cell.primitives + primitive];
+  }
+  double edge_weight(int edge) const { return data.edge_weights ? typed(data.edge_weights)[edge] : 1; }
   double term_weight(int edge, int primitive) const { return op_weight(edge, primitive) * edge_weight(edge); }
   // a BatchNorm as scale y + shift, and its mean: rows 0, 1, 2
   Coefficients<T> affine(int norm) const {
@@ -110,7 +116,7 @@ struct CellContext {
   // pool of it, or noise.
   const T* stream(const Branch& b, const T* x, int64_t n, int64_t at, const T* max, const T* avg) const {
     if (b.pools()) return b.op == Op::MaxPool ? max : avg;
-    return (b.op == Op::Noise ? data.noise[b.noise] + n * mixed_size : x) + at;
+    return (b.op == Op::Noise ? typed(data.noise[b.noise]) + n * mixed_size : x) + at;
   }
 
   // A few rows of both pools of a state at a time, so that they are used in the first-level cache.

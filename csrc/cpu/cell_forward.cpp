@@ -72,7 +72,7 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
       ConvOutput<S> out{run.branch_output(b.op == Op::SepConv ? b.inner_output : b.output, n), moments.mean_of(n, i),
                         moments.deviation_of(n, i)};
       if (b.op == Op::Reduce) {
-        k.reduce_forward(room.framed, frame, size, run.data.conv_weights + b.weight, out, room.scratch, ahead);
+        k.reduce_forward(room.framed, frame, size, run.conv_weights + b.weight, out, room.scratch, ahead);
       } else {
         out.bypass_cache = bypass_cache;
         k.conv_forward(room.framed, frame, size, run.conv(b, false, source.stride), out, room.scratch, ahead);
@@ -178,30 +178,24 @@ void second_convs_forward(CellContext<T, S>& run, int s) {
     for (int64_t i = 0; i < count; i++) merge(run, moments, i, {branches[i]->norm});
 }
 
-template <class T, class S>
-void forward(const Cell& cell, const CellForward<T, S>& data, bool nodes, const Parallel& parallel,
+void forward(Storage storage, const Cell& cell, const CellForward& data, bool nodes, const Parallel& parallel,
              const Allocate& allocate) {
-  CellContext<T, S> run(cell, data, parallel, allocate);
-  for (int s = 0; s < cell.states(); s++) {
-    state_forward(run, s, nodes);
-    second_convs_forward(run, s);
-  }
+  with_types(storage, [&]<class T, class S>() {
+    CellContext<T, S> run(cell, data, parallel, allocate);
+    for (int s = 0; s < cell.states(); s++) {
+      state_forward(run, s, nodes);
+      second_convs_forward(run, s);
+    }
+  });
 }
 }  // namespace
 
-template <class T, class S>
-void cell_forward(const Cell& cell, const CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate) {
-  forward(cell, data, true, parallel, allocate);
+void cpu::cell_forward(Storage storage, const Cell& cell, const CellForward& data, const Parallel& parallel,
+                       const Allocate& allocate) {
+  forward(storage, cell, data, true, parallel, allocate);
 }
-template <class T, class S>
-void cell_branch_outputs(const Cell& cell, const CellForward<T, S>& data, const Parallel& parallel,
-                         const Allocate& allocate) {
-  forward(cell, data, false, parallel, allocate);
+void cpu::cell_branch_outputs(Storage storage, const Cell& cell, const CellForward& data, const Parallel& parallel,
+                              const Allocate& allocate) {
+  forward(storage, cell, data, false, parallel, allocate);
 }
-#define RF_CELL_FORWARD(T, S)                                                                            \
-  template void cell_forward(const Cell&, const CellForward<T, S>&, const Parallel&, const Allocate&); \
-  template void cell_branch_outputs(const Cell&, const CellForward<T, S>&, const Parallel&, const Allocate&);
-RF_CELL_FORWARD(float, float)
-RF_CELL_FORWARD(float, bf16)
-RF_CELL_FORWARD(double, double)
 }  // namespace rfdarts

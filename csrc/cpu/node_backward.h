@@ -135,7 +135,7 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
             gradient = run.finish_norm(norm, run.term_weight(e, p), sum.data(), dot);
           else
             for (int64_t c = 0; c < cm; c++) gradient += dot[c];
-          run.gradients.grad_op_weights[e * cell.primitives + p] = T(run.edge_weight(e) * gradient);
+          run.grad_op_weights[e * cell.primitives + p] = T(run.edge_weight(e) * gradient);
           edge_gradient += run.op_weight(e, p) * gradient;
           dot += cm;
         }

@@ -81,7 +81,7 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
   }
   void image(int64_t n, Room& room) const {
     int64_t c = cell.channels;
-    T* out = run.data.nodes[i] + n * run.full_size;
+    T* out = run.states[cell.inputs + i].data + n * run.full_size;
     T* sum = cell.K > 1 ? room.mixed : out;
     for (size_t s = 0; s < edges.size(); s++) add_edge(s, n, sum, room);
     if (cell.K > 1) {
@@ -91,7 +91,8 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
                        room.scratch);
     }
     if (run.data.concat)
-      k.spread(out, cell.pixels(), c, run.data.concat + (n * cell.pixels() * cell.nodes + i) * c, cell.nodes * c);
+      k.spread(out, cell.pixels(), c, static_cast<T*>(run.data.concat) + (n * cell.pixels() * cell.nodes + i) * c,
+               cell.nodes * c);
   }
   void add_edge(int s, int64_t n, T* sum, Room& room) const {
     const EdgeTerms& t = edges[s];

@@ -135,7 +135,7 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
       const T* g = run.mixed_grad[t.node] + n * run.mixed_size;
       S* y = run.branch_output(b.output, n);
       if (b.op == Op::Reduce) {
-        const T* pw_t = run.data.conv_weights + b.weight + 2 * cm * cm;
+        const T* pw_t = run.conv_weights + b.weight + 2 * cm * cm;
         k.reduce_backward(run.norm_backward(b.norm, g, y), size, pw_t, room.dx, room.scratch, ahead);
       } else if (b.op == Op::SepConv) {
         // second_convs_backward put the gradient in the place of the outer branch output
