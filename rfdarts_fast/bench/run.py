@@ -76,9 +76,7 @@ def run(
         if variant not in PLAIN and not status["built"]:
             raise ValueError(f"variant: {variant} needs the compiled kernels: {status['reason']}")
     shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
-    cpu_times: dict[str, list[float]] = {variant: [] for variant in variants}
-    results = []
+    turns: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     peaks: dict[str, int | None] = {}
     for variant in variants:
         with _process() as alone:
@@ -90,24 +88,13 @@ def run(
         started = {v: workers[v].submit(_start, v, method, shape).result() for v in variants}
         for _ in range(rounds):
             for variant in variants:
-                seconds, cpu_seconds = workers[variant].submit(_timed_step, variant).result()
-                times[variant].append(seconds)
-                cpu_times[variant].append(cpu_seconds)
+                turns[variant].append(workers[variant].submit(_timed_step, variant).result())
+    results = []
     for variant in variants:
-        median = statistics.median(times[variant])
-        loss, first = started[variant]
-        results.append(
-            Result(
-                variant,
-                median,
-                min(times[variant]),
-                min(cpu_times[variant]),
-                batch / median,
-                peaks[variant],
-                loss,
-                first,
-            )
-        )
+        seconds, cpu_seconds = zip(*turns[variant], strict=True)
+        median = statistics.median(seconds)
+        times = median, min(seconds), min(cpu_seconds), batch / median
+        results.append(asdict(Result(variant, *times, peaks[variant], *started[variant])))
     report = {
         "method": method,
         **shape,
@@ -118,7 +105,7 @@ def run(
         "load": os.getloadavg()[0],
         "roofs": machine_roofs(),
         "counts": step_counts(method, **shape),  # type: ignore[arg-type]
-        "results": [asdict(result) for result in results],
+        "results": results,
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
