@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rfdarts_fast.ops.compiled.plan import Plan, plan_of
+from tests.kernels.cuda.convs import ConvCase
 
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
 from rfdarts_fast.ops.compiled import cpu
-from rfdarts_fast.ops.compiled.plan import Plan, plan_of
 from tests.kernels.cuda import emulated
-from tests.kernels.cuda.convs import ConvCase
 
 BANDWIDTH = 3.0e12
 MULTIPLY_ADDS = 132 * 128 * 1.98e9
@@ -36,29 +36,19 @@ TENSOR_MULTIPLY_ADDS = 989e12 / 2
 SECTOR = 32
 # what a launch costs inside a CUDA graph, roughly
 LAUNCH = 2e-6
+# name of the parameters, in lower case -> kernel: those of x_y_kernel are an XY
 KERNELS = {
-    "ConvForward": "conv_forward_kernel",
-    "Moments": "merge_moments_kernel",
-    "Node": "node_forward_kernel",
-    "NodeSums": "node_backward_kernel",
-    "NodeFinish": "node_finish_kernel",
-    "InnerBackward": "inner_backward_kernel",
-    "InnerFinish": "inner_finish_kernel",
-    "StateBackward": "state_backward_kernel",
-    "bypass": "bypass_backward_kernel",
-    "RunningParams": "update_running_kernel",
-    "ConvNormForward": "conv_norm_forward_kernel",
-    "ConvNormAffine": "conv_norm_affine_kernel",
-    "ConvNormSums": "conv_norm_sums_kernel",
-    "ConvNormBackward": "conv_norm_backward_kernel",
+    name.removesuffix("_kernel").replace("_", ""): name
+    for path in sorted((emulated.CSRC / "cuda").iterdir())
+    for name in re.findall(r"(\w+_kernel)\(const __grid_constant__", path.read_text())
 }
 # kernel -> the one that adds up what its blocks leave
 READERS = {
     "conv_forward_kernel": "merge_moments_kernel",
-    "node_backward_kernel": "node_finish_kernel",
-    "inner_backward_kernel": "inner_finish_kernel",
-    "conv_norm_forward_kernel": "merge_moments_kernel",
-    "conv_norm_sums_kernel": "inner_finish_kernel",
+    "node_backward_kernel": "node_gradients_kernel",
+    "second_convs_backward_kernel": "norm_gradients_kernel",
+    "relu_conv_bn_forward_kernel": "merge_moments_kernel",
+    "relu_conv_bn_sums_kernel": "norm_gradients_kernel",
 }
 # cells of the supernets: name, K, width, image, stride, batch
 CELLS = [
@@ -87,7 +77,7 @@ def registers(nvcc: str) -> dict[str, int]:
     """Kernel -> registers for bfloat16 on sm_90, the most of its variants."""
     csrc = emulated.CSRC
     found: dict[str, int] = defaultdict(int)
-    for source in ("cell_bf16.cu", "cell.cu", "conv_bn.cu"):
+    for source in ("cell_bf16.cu", "cell.cu", "relu_conv_bn.cu"):
         with tempfile.TemporaryDirectory() as folder:
             command = [nvcc, "-std=c++20", "-O3", "-arch=sm_90", "-Xptxas", "-v", f"-I{csrc}"]
             command += ["-cubin", str(csrc / "cuda" / source)]
@@ -96,7 +86,7 @@ def registers(nvcc: str) -> dict[str, int]:
         pattern = r"Function properties for (\S+)\n.*?\n.*?Used (\d+) registers"
         for symbol, count in re.findall(pattern, text):
             # the last file has every storage type
-            other = source == "conv_bn.cu" and "ConvNorm" in symbol and "__nv_bfloat16" not in symbol
+            other = source == "relu_conv_bn.cu" and "ReLUConvBN" in symbol and "__nv_bfloat16" not in symbol
             for kernel in KERNELS.values():
                 if kernel in symbol and not other:
                     found[kernel] = max(found[kernel], int(count))
@@ -143,10 +133,8 @@ def recorded(forward: Callable[[], list[torch.Tensor]]) -> list[tuple[str, int, 
     launched = []
     for line in text.splitlines():
         params, blocks, shared = line.split(" | ")
-        key = re.search(r"(\w+)(<\w+>)?\s*,?\s*(int)?", params.split("cuda::")[1])
-        assert key is not None
-        kernel = "bypass" if "int" in params.split(">")[-1] else key[1]
-        launched.append((KERNELS[kernel], int(blocks), int(shared)))
+        name = params.split("<")[0].split("::")[-1].lower()
+        launched.append((KERNELS[name], int(blocks), int(shared)))
     return launched
 
 
@@ -245,10 +233,10 @@ def cell_needs(K: int, channels: int, side: int, stride: int, batch: int, item: 
             for one in (first_convs(s, leaving[s], outputs[s]), second_convs(leaving[s]))
         ],
         "node_forward_kernel": [node(s) for s in nodes],
-        "update_running_kernel": [Launch()],
+        "update_running_stats_kernel": [Launch()],
         "node_backward_kernel": [node(s, y if K > 1 else 0, rows(s)) for s in reversed(nodes)],
         # per separable convolution, each of which has its own blocks: g, y of both halves, du
-        "inner_backward_kernel": [
+        "second_convs_backward_kernel": [
             launch(s * 2 * 4 * y, s * 34 * c, s * 2 * c * c, 2) for s in reversed(nodes)
         ],
         "state_backward_kernel": [state_backward(s, leaving[s], outputs[s]) for s in backwards],
@@ -272,11 +260,11 @@ def preprocessing_needs(c_in: int, c_out: int, side: int, stride: int, batch: in
     # two doubles for each of a block's channels
     return with_readers(
         {
-            "conv_norm_forward_kernel": [product(x + y, c_in, part, 2 * 8 * part)],
-            "conv_norm_affine_kernel": [Launch(2 * y)],
-            "update_running_kernel": [Launch()],
-            "conv_norm_sums_kernel": [Launch(2 * y, left=2 * 8 * c_out)],
-            "conv_norm_backward_kernel": [product(2 * y + x + dx, part, c_in)],
+            "relu_conv_bn_forward_kernel": [product(x + y, c_in, part, 2 * 8 * part)],
+            "relu_conv_bn_affine_kernel": [Launch(2 * y)],
+            "update_running_stats_kernel": [Launch()],
+            "relu_conv_bn_sums_kernel": [Launch(2 * y, left=2 * 8 * c_out)],
+            "relu_conv_bn_backward_kernel": [product(2 * y + x + dx, part, c_in)],
         }
     )
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from rfdarts_fast import nn as rfnn
 from rfdarts_fast.drop_in import darts, pc_darts
-from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.ops.compiled import cpu
+from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.spaces import get_space
 
 Step = Callable[[], None]

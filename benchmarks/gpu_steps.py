@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rfdarts_fast.bench.variants import compile_mixed_ops
-from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
 from rfdarts_fast.ops import use_backend
+from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.search.architect import descend, gradients
 from rfdarts_fast.spaces import get_space
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from rfdarts_fast import ops
 from rfdarts_fast.nn import MixedOp, freeze_random_features
-from rfdarts_fast.spaces import get_space
+from rfdarts_fast.spaces import derive, get_space
 
 SPACE = get_space("darts")
 EDGES, PRIMITIVES = SPACE.num_edges, len(SPACE.cells["normal"][0])
@@ -150,7 +150,7 @@ def main(epochs=20, warmup=5, batch=32, channels=16, kinds=("normal", "reduce", 
     with torch.no_grad():
         accuracy = (supernet.eval()(test[0], architecture).argmax(1) == test[1]).float().mean().item()
         found = {kind: arch() for kind, arch in architecture.items()}
-        genotype = SPACE.derive({kind: (op * edge[:, None]).tolist() for kind, (op, edge) in found.items()})
+        genotype = derive(SPACE, {kind: (op * edge[:, None]).tolist() for kind, (op, edge) in found.items()})
     print(f"supernet, unseen digits: {accuracy:.1%}\n{genotype}")
     return supernet, architecture, accuracy, genotype
 

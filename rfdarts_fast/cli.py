@@ -167,8 +167,10 @@ def run_env(args: list[str]) -> None:
 
 
 def load_plugins() -> None:
-    """Imports the modules in the entry-point group `rfdarts_fast.plugins` of all installed packages, which register
-    primitives, spaces and data sets. ConfigError for one that cannot be imported."""
+    """Imports the modules that installed packages name in the entry-point group `rfdarts_fast.plugins`.
+
+    They register primitives, spaces and data sets. Raises ConfigError for one that cannot be imported.
+    """
     for plugin in entry_points(group="rfdarts_fast.plugins"):
         try:
             plugin.load()

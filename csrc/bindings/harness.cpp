@@ -27,7 +27,7 @@ void expect(const char* name, const Array<T>& a, const std::vector<int64_t>& sha
   throw std::invalid_argument(text);
 }
 
-// T: of arrays and arithmetic
+// T: of arrays and arithmetic. Scratch is as large as ScratchSize says, so that a sanitizer sees what goes beyond.
 template <class T>
 class Harness {
  public:
@@ -41,41 +41,43 @@ class Harness {
     int kernel = depthwise.shape(0);
     expect("depthwise", depthwise, {kernel, kernel, in.c});
     expect("pointwise", pointwise, {in.c, in.c});
-    Conv conv{kernel, dilation, stride};
-    Frame frame = k_->frame(in.h, in.w, in.c, stride);
-    std::vector<T> framed(frame.size), scratch = room(in);
-    k_->frame_relu({x.data(), in.w * in.c, in.c}, in.h, in.w, in.c, frame, framed.data());
-    auto dw = repeated(depthwise, in.c, stride), pw = repeated(pointwise, in.c, stride);
+    Frame frame = k_->frame(in.size(), stride);
     Array<T> y(in.pooled(stride));
     Array<double> mean(in.c), deviation(in.c);
+    std::vector<T> framed(frame.size), scratch(ScratchSize<T>::conv_forward(y.shape(1), in.c));
+    k_->frame_relu(in.view(x), in.size(), frame, framed.data());
+    auto dw = repeated(depthwise, in.c, stride), pw = repeated(pointwise, in.c, stride);
+    Conv<T> conv{kernel, dilation, stride, dw.data(), pw.data(), nullptr};
     Ahead ahead;
-    k_->conv_forward(framed.data(), frame, in.h, in.w, in.c, conv, dw.data(), pw.data(), y.mutable_data(), false,
-                     mean.mutable_data(), deviation.mutable_data(), scratch.data(), ahead);
+    k_->conv_forward(framed.data(), frame, in.size(), conv,
+                     {y.mutable_data(), mean.mutable_data(), deviation.mutable_data()}, scratch.data(), ahead);
     return py::make_tuple(y, mean, deviation);
   }
 
-  // coef [4, C]; pointwise is transposed here
-  Array<T> conv_backward(const Array<T>& g, const Array<T>& y, const Array<T>& coef, const Array<T>& depthwise,
-                         const Array<T>& pointwise, int dilation, int stride, int64_t h, int64_t w) const {
+  // coefficients [4, C]: scale, slope, mean, shift; pointwise is transposed here
+  Array<T> conv_backward(const Array<T>& g, const Array<T>& y, const Array<T>& coefficients,
+                         const Array<T>& depthwise, const Array<T>& pointwise, int dilation, int stride, int64_t h,
+                         int64_t w) const {
     int64_t c = g.shape(2);
     int kernel = depthwise.shape(0);
     Array<T> dx({h, w, c});
     Image in(dx);
     expect("g", g, in.pooled(stride));
     expect("y", y, in.pooled(stride));
-    expect("coef", coef, {4, c});
-    std::vector<T> transposed(c * c), scratch = room(in);
+    expect("coefficients", coefficients, {kNormRows, c});
+    std::vector<T> transposed(c * c), scratch(ScratchSize<T>::conv_backward(g.shape(1), c));
     for (int64_t i = 0; i < c; i++)
       for (int64_t o = 0; o < c; o++) transposed[o * c + i] = pointwise.at(i, o);
-    Frame frame = k_->frame(g.shape(0), g.shape(1), c, stride);
-    std::vector<T> e(frame.size);
-    auto dw = repeated(depthwise, c, stride), pw = repeated(Array<T>({c, c}, transposed.data()), c, stride);
-    auto wide = repeated(coef, c, 1);
+    Frame frame = k_->frame({g.shape(0), g.shape(1), c}, stride);
+    std::vector<T> framed(frame.size);
+    auto dw = repeated(depthwise, c, stride), pw_t = repeated(Array<T>({c, c}, transposed.data()), c, stride);
+    auto rows = repeated(coefficients, c, 1);
+    Conv<T> conv{kernel, dilation, stride, dw.data(), nullptr, pw_t.data()};
     Ahead ahead;
     // once more, added
     for (bool add : {false, true})
-      k_->conv_backward(g.data(), y.data(), wide.data(), h, w, c, {kernel, dilation, stride}, dw.data(), pw.data(),
-                        frame, e.data(), add, dx.mutable_data(), scratch.data(), ahead);
+      k_->conv_backward({g.data(), y.data(), rows.data()}, in.size(), conv, frame, framed.data(), add,
+                        dx.mutable_data(), scratch.data(), ahead);
     return dx;
   }
 
@@ -83,10 +85,10 @@ class Harness {
   py::tuple pool_forward(const Array<T>& x, int stride, int64_t rows) const {
     Image in(x);
     Array<T> max(in.pooled(stride)), avg(in.pooled(stride));
-    std::vector<T> scratch = room(in);
+    std::vector<T> scratch(ScratchSize<T>::pool_forward(in.w, in.c));
     int64_t row = max.shape(1) * in.c;
     for (int64_t r = 0; r < max.shape(0); r += rows)
-      k_->pool_forward(x.data(), in.h, in.w, in.c, stride, r, std::min<int64_t>(rows, max.shape(0) - r),
+      k_->pool_forward(x.data(), in.size(), stride, r, std::min<int64_t>(rows, max.shape(0) - r),
                        max.mutable_data() + r * row, avg.mutable_data() + r * row, scratch.data());
     return py::make_tuple(max, avg);
   }
@@ -97,10 +99,9 @@ class Harness {
     Array<T> dx({in.h, in.w, in.c}), share(in.pooled(stride));
     std::copy_n(d_avg.data(), d_avg.size(), share.mutable_data());
     std::fill_n(dx.mutable_data(), dx.size(), T(0));
-    std::vector<T> scratch = room(in);
-    k_->divide_by_window(share.mutable_data(), in.h, in.w, in.c, stride);
-    k_->pool_backward(x.data(), d_max.data(), share.data(), in.h, in.w, in.c, stride, dx.mutable_data(),
-                      scratch.data());
+    std::vector<T> scratch(ScratchSize<T>::pool_backward(in.w, in.c));
+    k_->divide_by_window(share.mutable_data(), in.size(), stride);
+    k_->pool_backward(x.data(), d_max.data(), share.data(), in.size(), stride, dx.mutable_data(), scratch.data());
     return dx;
   }
 
@@ -108,10 +109,10 @@ class Harness {
   py::tuple moments(const Array<T>& x, int64_t rows) const {
     Image in(x);
     Array<double> mean(in.c), deviation(in.c);
-    std::vector<T> shift(k_->repeat(in.c)), sums(2 * shift.size());
+    std::vector<T> shift(k_->period(in.c)), scratch(ScratchSize<T>::sums(in.c));
     for (int64_t r = 0; r < in.h; r += rows)
       k_->add_moments(x.data() + r * in.w * in.c, std::min(rows, in.h - r) * in.w, in.c, r == 0, shift.data(),
-                      mean.mutable_data(), deviation.mutable_data(), sums.data());
+                      mean.mutable_data(), deviation.mutable_data(), scratch.data());
     k_->finish_moments(shift.data(), in.h * in.w, in.c, mean.mutable_data(), deviation.mutable_data());
     return py::make_tuple(mean, deviation);
   }
@@ -120,20 +121,19 @@ class Harness {
     Image in(around);
     expect("mixed", mixed, {in.h, in.w, in.c / K});
     Array<T> out({in.h, in.w, in.c});
-    std::vector<T> scratch = room(in);
-    ImageView<T> x{around.data(), in.w * in.c, in.c};
+    std::vector<T> scratch(ScratchSize<T>::bypass_forward(in.w, in.c));
+    ImageView<T> x = in.view(around);
     T one = 1;
-    k_->bypass_forward(1, &x, &one, mixed.data(), in.h, in.w, in.c, K, out.mutable_data(), scratch.data());
+    k_->bypass_forward(1, &x, &one, mixed.data(), in.size(), K, out.mutable_data(), scratch.data());
     return out;
   }
   py::tuple unshuffle(const Array<T>& x, int64_t K) const {
     Image in(x);
     Array<T> mixed({in.h, in.w, in.c / K}), planar({in.h, in.w, in.c});
-    std::vector<T> scratch = room(in);
+    std::vector<T> scratch(ScratchSize<T>::bypass_backward(in.w, in.c));
     const T *g = x.data(), one = 1;
-    ImageView<T> none{nullptr, 0, 0};
-    k_->take_mixed({g, in.w * in.c, in.c}, in.h, in.w, in.c, K, mixed.mutable_data());
-    k_->join(nullptr, 1, &g, &one, none, none, in.h, in.w, in.c, K, planar.mutable_data(), nullptr, scratch.data());
+    k_->take_mixed(in.view(x), in.size(), K, mixed.mutable_data());
+    k_->bypass_backward({nullptr, {}, 1, &g, &one, {}, planar.mutable_data(), nullptr}, in.size(), K, scratch.data());
     return py::make_tuple(mixed, planar);
   }
 
@@ -144,12 +144,13 @@ class Harness {
       if (x.ndim() != 3 || x.size() == 0) throw std::invalid_argument("expected a non-empty image [H, W, C]");
       h = x.shape(0), w = x.shape(1), c = x.shape(2);
     }
+    Size size() const { return {h, w, c}; }
+    ImageView<T> view(const Array<T>& x) const { return {x.data(), w * c, c}; }
     std::vector<int64_t> pooled(int stride) const { return {(h - 1) / stride + 1, (w - 1) / stride + 1, c}; }
   };
-  static std::vector<T> room(const Image& in) { return std::vector<T>(16 * (in.w + 16) * (in.c + 16) + 32768); }
-  // rows of C values as the kernels read them: see Kernels::repeat
+  // rows of C values as the kernels read them: see Kernels::period
   std::vector<T> repeated(const Array<T>& rows, int64_t c, int stride) const {
-    int64_t period = stride == 1 ? k_->repeat(c) : c, count = rows.size() / c;
+    int64_t period = stride == 1 ? k_->period(c) : c, count = rows.size() / c;
     std::vector<T> wide(count * period);
     for (int64_t r = 0; r < count; r++)
       for (int64_t i = 0; i < period; i++) wide[r * period + i] = rows.data()[r * c + i % c];
@@ -166,9 +167,10 @@ void define(py::module_& m, const char* name) {
       .def("conv_forward", &H::conv_forward, py::arg("x"), py::arg("depthwise"), py::arg("pointwise"),
            py::arg("dilation") = 1, py::arg("stride") = 1,
            "relu(x) through depthwise [K, K, C] and pointwise [C in, C out]: y, its mean and sum of squared deviations")
-      .def("conv_backward", &H::conv_backward, py::arg("g"), py::arg("y"), py::arg("coef"), py::arg("depthwise"),
+      .def("conv_backward", &H::conv_backward, py::arg("g"), py::arg("y"), py::arg("coefficients"), py::arg("depthwise"),
            py::arg("pointwise"), py::arg("dilation"), py::arg("stride"), py::arg("h"), py::arg("w"),
-           "twice the gradient [h, w, C] before the ReLU of coef[0] g + coef[1] (y - coef[2]) + coef[3]")
+           "twice the gradient [h, w, C] before the ReLU, for scale g + slope (y - mean) + shift at y; coefficients"
+           " [4, C] are these four")
       .def("pool_forward", &H::pool_forward, py::arg("x"), py::arg("stride") = 1, py::arg("rows") = 4,
            "3x3 max and average pool, padding not counted")
       .def("pool_backward", &H::pool_backward, py::arg("x"), py::arg("d_max"), py::arg("d_avg"), py::arg("stride") = 1)

@@ -6,11 +6,11 @@ template <class T, int K>
 constexpr bool kShuffles = K <= kLanes<T> && kLanes<T> % K == 0;
 
 template <class T, int S, int K>
-RF_INLINE auto concatenate(const Vec<T, S>* parts) {
+RF_INLINE auto concat(const Vec<T, S>* parts) {
   if constexpr (K == 1)
     return parts[0];
   else
-    return consecutive_lanes<0>(concatenate<T, S, K / 2>(parts), concatenate<T, S, K / 2>(parts + K / 2),
+    return consecutive_lanes<0>(concat<T, S, K / 2>(parts), concat<T, S, K / 2>(parts + K / 2),
                                 std::make_integer_sequence<int, S * K>{});
 }
 // lane l comes from lane l % Inner * Outer + l / Inner
@@ -47,7 +47,7 @@ RF_INLINE void shuffle_pixel(const T* mixed, const T* planar, int64_t cm, int64_
     for (int64_t i = 0; i < cm; i += S) {
       Vec<T, S> parts[K];
       unroll<K>(RF_LAMBDA(g) { parts[g] = load<S>(g == 0 ? mixed + i : planar + g * cm + i); });
-      store<L>(to + i * K, transpose_lanes<T, K, S>(concatenate<T, S, K>(parts)));
+      store<L>(to + i * K, transpose_lanes<T, K, S>(concat<T, S, K>(parts)));
     }
   }
 }
@@ -72,7 +72,8 @@ RF_INLINE void add_unshuffled_pixel(const T* from, int64_t cm, int64_t groups, T
 
 // the mixed op's channels of a shuffled image, dense
 template <class T>
-void take_mixed(ImageView<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed) {
+void take_mixed(ImageView<T> x, Size size, int64_t K, T* mixed) {
+  auto [h, w, c] = size;
   int64_t cm = c / K;
   with_groups<T>(K, cm, [&](auto groups) {
     for (int64_t r = 0; r < h; r++)
@@ -92,27 +93,28 @@ void take_mixed(ImageView<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* m
   });
 }
 
-// One row of sum_j scale[j] x[j], dense.
+// One row of the sum over n edges of edge_weights[e] x[e], dense.
 template <class T>
-RF_INLINE void sum_row(int n, const ImageView<T>* x, const T* scale, int64_t row, int64_t w, int64_t c, T* to) {
+RF_INLINE void sum_row(int n, const ImageView<T>* x, const T* edge_weights, int64_t row, int64_t w, int64_t c, T* to) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
     for (int64_t q = 0; q < w; q++)
       for (int64_t k = 0; k < c; k += L) {
         Vec<T, L> acc = Vec<T, L>{};
-        for (int j = 0; j < n; j++) acc += load<L>(x[j].data + row * x[j].row + q * x[j].pixel + k) * scale[j];
+        for (int e = 0; e < n; e++)
+          acc += load<L>(x[e].data + row * x[e].row + q * x[e].pixel + k) * edge_weights[e];
         store<L>(to + q * c + k, acc);
       }
   });
 }
 
-// out = shuffle([mixed | sum_j scale[j] x[j]]); scratch of w c
 template <class T>
-void bypass_forward(int n, const ImageView<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c, int64_t K,
-                    T* out, T* scratch) {
+void bypass_forward(int n, const ImageView<T>* x, const T* edge_weights, const T* mixed, Size size, int64_t K, T* out,
+                    T* scratch) {
+  auto [h, w, c] = size;
   int64_t cm = c / K;
   for (int64_t r = 0; r < h; r++) {
-    sum_row<T>(n, x, scale, r, w, c, scratch);
+    sum_row<T>(n, x, edge_weights, r, w, c, scratch);
     with_groups<T>(K, cm, [&](auto groups) {
       for (int64_t q = 0; q < w; q++)
         shuffle_pixel<T, groups>(mixed + (r * w + q) * cm, scratch + q * c, cm, K, out + (r * w + q) * c);
@@ -120,19 +122,44 @@ void bypass_forward(int n, const ImageView<T>* x, const T* scale, const T* mixed
   }
 }
 
-// sum = (first ? 0 : sum) + sum_j scale[j] g[j], and dots[j] += sum g[j] x, for N streams of `size`; x may be null
+// dx = outer + [mixed | 0], a row
+template <class T>
+RF_INLINE void start_row(const BypassBackward<T>& a, int64_t row, int64_t w, int64_t c, int64_t cm, T* dx) {
+  if (a.outer.data)
+    with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
+      for (int64_t q = 0; q < w; q++)
+        for (int64_t k = 0; k < c; k += lanes)
+          store<lanes>(dx + q * c + k, load<lanes>(a.outer.data + row * a.outer.row + q * a.outer.pixel + k));
+    });
+  else
+    fill(dx, w * c, T(0));
+  if (!a.mixed) return;
+  with_lanes<T>(cm, [&](auto lanes) __attribute__((always_inline)) {
+    for (int64_t q = 0; q < w; q++)
+      for (int64_t k = 0; k < cm; k += lanes)
+        store<lanes>(dx + q * c + k, load<lanes>(dx + q * c + k) + load<lanes>(a.mixed + (row * w + q) * cm + k));
+  });
+}
+
+// sum = (first ? 0 : sum) + sum over N edges from e on of edge_weights[e] g[e], and dots[e] += sum g[e] x, for `count`
+// elements from `at` on; x may be null
 template <class T, int N>
-RF_INLINE void join_streams(bool first, const T* const* g, int64_t at, const T* scale, const T* x, int64_t size, T* sum,
-                            double* dots) {
-  with_lanes<T>(size, [&](auto lanes) __attribute__((always_inline)) {
+RF_INLINE void add_edges(const BypassBackward<T>& a, int e, int64_t at, int64_t count, const T* x, T* sum) {
+  with_lanes<T>(count, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
     Vec<T, L> dot[N];
-    unroll<N>(RF_LAMBDA(j) { dot[j] = Vec<T, L>{}; });
-    for (int64_t i = 0; i < size; i += L) {
-      Vec<T, L> acc = first ? Vec<T, L>{} : load<L>(sum + i), here = x ? load<L>(x + i) : Vec<T, L>{};
+    const T* g[N];
+    T weights[N];
+    unroll<N>(RF_LAMBDA(j) {
+      dot[j] = Vec<T, L>{};
+      g[j] = a.g[e + j] + at;
+      weights[j] = a.edge_weights[e + j];
+    });
+    for (int64_t i = 0; i < count; i += L) {
+      Vec<T, L> acc = e == 0 ? Vec<T, L>{} : load<L>(sum + i), here = x ? load<L>(x + i) : Vec<T, L>{};
       unroll<N>(RF_LAMBDA(j) {
-        Vec<T, L> v = load<L>(g[j] + at + i);
-        acc += v * scale[j];
+        Vec<T, L> v = load<L>(g[j] + i);
+        acc += v * weights[j];
         dot[j] += v * here;
       });
       store<L>(sum + i, acc);
@@ -141,69 +168,56 @@ RF_INLINE void join_streams(bool first, const T* const* g, int64_t at, const T* 
     unroll<N>(RF_LAMBDA(j) {
       T sums[L];
       store<L>(sums, dot[j]);
-      for (int l = 0; l < L; l++) dots[j] += sums[l];
+      for (int l = 0; l < L; l++) a.dots[e + j] += sums[l];
     });
   });
 }
 
-// to = outer + [mixed | 0], a row; either may be null
+// The same for all edges and a row of `count` elements. They stay shuffled until they are summed, so that each gradient
+// is read once and nothing is stored in between.
 template <class T>
-RF_INLINE void start_row(const T* mixed, ImageView<T> outer, int64_t row, int64_t w, int64_t c, int64_t cm, T* to) {
-  if (outer.data)
-    with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
-      for (int64_t q = 0; q < w; q++)
-        for (int64_t k = 0; k < c; k += lanes)
-          store<lanes>(to + q * c + k, load<lanes>(outer.data + row * outer.row + q * outer.pixel + k));
-    });
-  else
-    fill(to, w * c, T(0));
-  if (!mixed) return;
-  with_lanes<T>(cm, [&](auto lanes) __attribute__((always_inline)) {
-    for (int64_t q = 0; q < w; q++)
-      for (int64_t k = 0; k < cm; k += lanes)
-        store<lanes>(to + q * c + k, load<lanes>(to + q * c + k) + load<lanes>(mixed + (row * w + q) * cm + k));
-  });
+RF_INLINE void add_all_edges(const BypassBackward<T>& a, int64_t at, int64_t count, const T* x, T* sum) {
+  int e = 0;
+  auto some = [&](auto edges) {
+    // as many at a time as floats may add up
+    int64_t chunk = chunk_size(kLanes<T>);
+    for (int64_t i = 0; i < count; i += chunk)
+      add_edges<T, edges>(a, e, at + i, least(chunk, count - i), x ? x + i : nullptr, sum + i);
+    e += edges;
+  };
+  while (e + 4 <= a.edges) some(std::integral_constant<int, 4>{});
+  if (a.edges - e == 3) some(std::integral_constant<int, 3>{});
+  if (a.edges - e == 2) some(std::integral_constant<int, 2>{});
+  if (a.edges - e == 1) some(std::integral_constant<int, 1>{});
 }
 
-// The gradients stay shuffled until they are summed, so each is read once and nothing is kept in between.
 template <class T>
-void join(const T* mixed, int n, const T* const* g, const T* scale, ImageView<T> outer, ImageView<T> x, int64_t h, int64_t w,
-          int64_t c, int64_t K, T* dst, double* dots, T* scratch) {
+void bypass_backward(const BypassBackward<T>& a, Size size, int64_t K, T* scratch) {
+  auto [h, w, c] = size;
   int64_t cm = c / K, row = w * c;
-  T *sum = scratch, *state = x.data ? scratch + row : nullptr, *nothing = scratch + 2 * row;
-  if (x.data) fill(dots, n, 0.0);
-  fill(nothing, cm, T(0));
+  T *sum = scratch, *x = a.x.data ? scratch + row : nullptr, *zeros = scratch + 2 * row;
+  if (x) fill(a.dots, a.edges, 0.0);
+  fill(zeros, cm, T(0));
   for (int64_t r = 0; r < h; r++) {
-    T* to = dst + r * row;
-    start_row(mixed, outer, r, w, c, cm, to);
-    if (n == 0) continue;
+    T* dx = a.dx + r * row;
+    start_row(a, r, w, c, cm, dx);
+    if (a.edges == 0) continue;
     with_groups<T>(K, cm, [&](auto groups) {
-      if (!state) return;
+      if (!x) return;
       for (int64_t q = 0; q < w; q++)
-        shuffle_pixel<T, groups>(nothing, x.data + r * x.row + q * x.pixel, cm, K, state + q * c);
+        shuffle_pixel<T, groups>(zeros, a.x.data + r * a.x.row + q * a.x.pixel, cm, K, x + q * c);
     });
-    int j = 0;
-    auto some = [&](auto count) {
-      // as many at a time as floats may add up
-      int64_t chunk = chunk_size(kLanes<T>);
-      for (int64_t i = 0; i < row; i += chunk)
-        join_streams<T, count>(j == 0, g + j, r * row + i, scale + j, state ? state + i : nullptr,
-                               least(chunk, row - i), sum + i, dots + j);
-      j += count;
-    };
-    while (j + 4 <= n) some(std::integral_constant<int, 4>{});
-    if (n - j == 3) some(std::integral_constant<int, 3>{});
-    if (n - j == 2) some(std::integral_constant<int, 2>{});
-    if (n - j == 1) some(std::integral_constant<int, 1>{});
+    add_all_edges(a, r * row, row, x, sum);
     with_groups<T>(K, cm, [&](auto groups) {
-      for (int64_t q = 0; q < w; q++) add_unshuffled_pixel<T, groups>(sum + q * c, cm, K, to + q * c);
+      for (int64_t q = 0; q < w; q++) add_unshuffled_pixel<T, groups>(sum + q * c, cm, K, dx + q * c);
     });
   }
 }
 
 // 2x2 max pool with stride 2
 template <class T>
-void half_pool_forward(ImageView<T> x, int64_t h, int64_t w, int64_t c, T* out) {
+void half_pool_forward(ImageView<T> x, Size size, T* out) {
+  auto [h, w, c] = size;
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
     for (int64_t r = 0; r < h / 2; r++)
@@ -218,9 +232,9 @@ void half_pool_forward(ImageView<T> x, int64_t h, int64_t w, int64_t c, T* out) 
   });
 }
 
-// dx [h][w][C] += d where x is its window's first maximum
 template <class T>
-void half_pool_backward(ImageView<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx) {
+void half_pool_backward(ImageView<T> x, const T* d, Size size, T* dx) {
+  auto [h, w, c] = size;
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
     for (int64_t r = 0; r < h / 2; r++)
@@ -239,28 +253,4 @@ void half_pool_backward(ImageView<T> x, const T* d, int64_t h, int64_t w, int64_
           });
         }
   });
-}
-
-// rest += dx where x > 0
-template <class T>
-void relu_backward_add(const T* dx, const T* x, T* rest, int64_t size, int64_t c) {
-  sweep<T>(size, repeated<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
-    constexpr int L = lanes;
-    Vec<T, L> d = load<L>(x + i) <= 0 ? Vec<T, L>{} : load<L>(dx + i);
-    store<L>(rest + i, load<L>(rest + i) + d);
-  });
-}
-// d /= size of its window in a 3x3 average pool
-template <class T>
-void divide_by_window(T* d, int64_t h, int64_t w, int64_t c, int stride) {
-  int64_t oh = pooled(h, stride), ow = pooled(w, stride);
-  for (int64_t r = 0; r < oh; r++) {
-    T tall = window(r * stride, h);
-    T* row = d + r * ow * c;
-    T inner = 1 / (3 * tall), edges[2] = {1 / (tall * window(0, w)), 1 / (tall * window((ow - 1) * stride, w))};
-    for (int64_t i = 0; i < c; i++) row[i] *= edges[0];
-    for (int64_t i = c; i < (ow - 1) * c; i++) row[i] *= inner;
-    if (ow > 1)
-      for (int64_t i = (ow - 1) * c; i < ow * c; i++) row[i] *= edges[1];
-  }
 }

@@ -71,11 +71,13 @@ struct CellBackward {
 };
 
 template <class T, class S>
-void cell_forward(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate);
+void cell_forward(const Cell& cell, const CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate);
 // fills branch_outputs again, for a cell in evaluation mode
 template <class T, class S>
-void cell_branch_outputs(const Cell& cell, CellForward<T, S>& data, const Parallel& parallel, const Allocate& allocate);
+void cell_branch_outputs(const Cell& cell, const CellForward<T, S>& data, const Parallel& parallel,
+                         const Allocate& allocate);
 template <class T, class S>
-void cell_backward(const Cell& cell, CellBackward<T, S>& data, const Parallel& parallel, const Allocate& allocate);
+void cell_backward(const Cell& cell, const CellBackward<T, S>& data, const Parallel& parallel,
+                   const Allocate& allocate);
 
 }  // namespace rfdarts

@@ -29,7 +29,8 @@ RF_INLINE bool clips(int64_t w, int64_t c, int stride) {
 RF_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <class T>
-Frame make_frame(int64_t h, int64_t w, int64_t c, int stride) {
+Frame make_frame(Size size, int stride) {
+  auto [h, w, c] = size;
   if (is_flat<T>(c, stride)) {
     int64_t pitch = (w + 2 * kReach) * c;
     int64_t rows = round_up(h, kBlock) + 2 * kReach;
@@ -144,7 +145,7 @@ template <class T>
 using DepthwiseRow = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t, bool, T*, Ahead&);
 
 template <class T, int L, Pass pass>
-DepthwiseRow<T> depthwise_row_for(Conv conv) {
+DepthwiseRow<T> depthwise_row_for(const Conv<T>& conv) {
 #define RF_ROW(K, D, S) \
   if (conv.kernel == K && conv.dilation == D && conv.stride == S) return depthwise_row<T, L, K, D, S, pass>;
   RF_ROW(3, 1, 1) RF_ROW(5, 1, 1) RF_ROW(3, 2, 1) RF_ROW(5, 2, 1)

@@ -1,41 +1,41 @@
 // Passes over dense images whose coefficients depend on the channel alone. Coefficient arrays hold `period`
 // values: C, or C repeated to fill a vector where C divides one, so that small C costs nothing.
 template <class T>
-int64_t repeated(int64_t c) {
+int64_t period_of(int64_t c) {
   return c < kLanes<T> && kLanes<T> % c == 0 ? kLanes<T> : c;
 }
 
 // f(lanes, element, coefficient)
 template <class T, class F>
-RF_INLINE void sweep(int64_t size, int64_t period, F&& f) {
+RF_INLINE void sweep(int64_t count, int64_t period, F&& f) {
   with_lanes<T>(period, [&](auto lanes) __attribute__((always_inline)) {
     int64_t i = 0;
-    for (; i + period <= size; i += period)
+    for (; i + period <= count; i += period)
       for (int64_t k = 0; k < period; k += lanes) f(lanes, i + k, k);
-    for (; i < size; i++) f(std::integral_constant<int, 1>{}, i, i % period);
+    for (; i < count; i++) f(std::integral_constant<int, 1>{}, i, i % period);
   });
 }
 
 // f(lanes, coefficient) gives what each(element) does with a vector: coefficients are loaded once, for channels are the
 // outer loop
 template <class T, class F>
-RF_INLINE void sweep_channels(int64_t size, int64_t period, F&& f) {
-  int64_t whole = size / period * period;
+RF_INLINE void sweep_channels(int64_t count, int64_t period, F&& f) {
+  int64_t whole = count / period * period;
   with_lanes<T>(period, [&](auto lanes) __attribute__((always_inline)) {
     for (int64_t k = 0; k < period; k += lanes) {
       auto each = f(lanes, k);
       for (int64_t i = k; i < whole; i += period) each(i);
     }
   });
-  for (int64_t i = whole; i < size; i++) f(std::integral_constant<int, 1>{}, i - whole)(i);
+  for (int64_t i = whole; i < count; i++) f(std::integral_constant<int, 1>{}, i - whole)(i);
 }
 
 // out[o][k] = sum over elements of what f(lanes, element, coefficient, acc) adds to acc[o]
 template <class T, int Outs, class F>
-RF_INLINE void reduce_sweep(int64_t size, int64_t period, T* out, F&& f) {
+RF_INLINE void reduce_sweep(int64_t count, int64_t period, T* out, F&& f) {
   with_lanes<T>(period, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
-    int64_t pixels = size / period;
+    int64_t pixels = count / period;
     auto group = [&](auto blocks, int64_t k) __attribute__((always_inline)) {
       constexpr int B = blocks, U = 4 / B;
       Vec<T, L> acc[U * B][Outs];
@@ -58,7 +58,7 @@ RF_INLINE void reduce_sweep(int64_t size, int64_t period, T* out, F&& f) {
     for (; k + 4 * L <= period; k += 4 * L) group(std::integral_constant<int, 4>{}, k);
     for (; k + 2 * L <= period; k += 2 * L) group(std::integral_constant<int, 2>{}, k);
     for (; k < period; k += L) group(std::integral_constant<int, 1>{}, k);
-    for (int64_t i = pixels * period; i < size; i++) {
+    for (int64_t i = pixels * period; i < count; i++) {
       Vec<T, 1> acc[Outs];
       unroll<Outs>(RF_LAMBDA(o) { acc[o] = Vec<T, 1>{}; });
       f(std::integral_constant<int, 1>{}, i, i % period, acc);
@@ -79,34 +79,34 @@ inline int64_t chunk_size(int64_t period) { return most<int64_t>(1, 2048 / perio
 // what N streams are multiplied with, and what is taken off them before
 template <class T, int L, int N>
 struct Streams {
-  Vec<T, L> coef[N], mean[N];
+  Vec<T, L> scale[N], mean[N];
 };
 
 template <class T, class Src>
-void sum_streams(T* dst, bool first, int n, const Src* const* src, const T* coef, const T* mean, const T* bias,
-                 int64_t size, int64_t period) {
+void sum_streams(T* dst, bool first, int n, const Src* const* src, const T* scale, const T* mean, const T* shift,
+                 int64_t count, int64_t period) {
   int64_t chunk = chunk_size(period);
-  for (int64_t at = 0; at < size; at += chunk) {
-    int64_t len = least(chunk, size - at);
+  for (int64_t at = 0; at < count; at += chunk) {
+    int64_t len = least(chunk, count - at);
     T* to = dst + at;
     if (first)
       sweep<T>(len, period, [&](auto lanes, int64_t i, int64_t k) __attribute__((always_inline)) {
-        store<lanes>(to + i, bias ? load<lanes>(bias + k) : Vec<T, lanes>{});
+        store<lanes>(to + i, shift ? load<lanes>(shift + k) : Vec<T, lanes>{});
       });
-    auto add = [&](auto count, int k0) __attribute__((always_inline)) {
-      constexpr int N = count;
+    auto add = [&](auto streams, int k0) __attribute__((always_inline)) {
+      constexpr int N = streams;
       const Src* from[N];
       unroll<N>(RF_LAMBDA(j) { from[j] = src[k0 + j] + at; });
       sweep_channels<T>(len, period, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
         constexpr int L = lanes;
         Streams<T, L, N> stream;
         unroll<N>(RF_LAMBDA(j) {
-          stream.coef[j] = load<L>(coef + (k0 + j) * period + k);
+          stream.scale[j] = load<L>(scale + (k0 + j) * period + k);
           stream.mean[j] = load<L>(mean + (k0 + j) * period + k);
         });
         return [=, &from](int64_t i) __attribute__((always_inline)) {
           auto acc = load<L>(to + i);
-          unroll<N>(RF_LAMBDA(j) { acc += stream.coef[j] * (load<L>(from[j] + i) - stream.mean[j]); });
+          unroll<N>(RF_LAMBDA(j) { acc += stream.scale[j] * (load<L>(from[j] + i) - stream.mean[j]); });
           store<L>(to + i, acc);
         };
       });
@@ -119,11 +119,11 @@ void sum_streams(T* dst, bool first, int n, const Src* const* src, const T* coef
 }
 
 template <class T, class Src>
-void dot_streams(const T* g, int n, const Src* const* src, const T* mean, double* out, double* g_sum, int64_t size,
+void dot_streams(const T* g, int n, const Src* const* src, const T* mean, double* out, double* g_sum, int64_t count,
                  int64_t c, T* scratch) {
-  int64_t period = repeated<T>(c), chunk = chunk_size(period);
-  for (int64_t at = 0; at < size; at += chunk) {
-    int64_t len = least(chunk, size - at);
+  int64_t period = period_of<T>(c), chunk = chunk_size(period);
+  for (int64_t at = 0; at < count; at += chunk) {
+    int64_t len = least(chunk, count - at);
     if (g_sum) {
       reduce_sweep<T, 1>(len, period, scratch,
                          [&](auto lanes, int64_t i, int64_t, auto* acc) __attribute__((always_inline)) {
@@ -145,10 +145,10 @@ void dot_streams(const T* g, int n, const Src* const* src, const T* mean, double
 
 template <class T, class S>
 void relu_backward_inner(const T* dx, const S* y, const T* scale, const T* shift, const T* mean, S* du, double* sum,
-                         double* dot, int64_t size, int64_t c, T* scratch) {
-  int64_t period = repeated<T>(c), chunk = chunk_size(period);
-  for (int64_t at = 0; at < size; at += chunk) {
-    reduce_sweep<T, 2>(least(chunk, size - at), period, scratch,
+                         double* dot, int64_t count, int64_t c, T* scratch) {
+  int64_t period = period_of<T>(c), chunk = chunk_size(period);
+  for (int64_t at = 0; at < count; at += chunk) {
+    reduce_sweep<T, 2>(least(chunk, count - at), period, scratch,
                        [&](auto lanes, int64_t i, int64_t k, auto* acc) __attribute__((always_inline)) {
                          constexpr int L = lanes;
                          Vec<T, L> value = load<L>(y + at + i);
@@ -163,6 +163,15 @@ void relu_backward_inner(const T* dx, const S* y, const T* scale, const T* shift
   }
 }
 
+template <class T>
+void relu_backward_add(const T* dx, const T* x, T* sum, int64_t count, int64_t c) {
+  sweep<T>(count, period_of<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+    constexpr int L = lanes;
+    Vec<T, L> d = load<L>(x + i) <= 0 ? Vec<T, L>{} : load<L>(dx + i);
+    store<L>(sum + i, load<L>(sum + i) + d);
+  });
+}
+
 // mean and sum of squared deviations from sums about a shift
 template <class T>
 void finish_moments(const T* shift, int64_t pixels, int64_t c, double* mean, double* deviation) {
@@ -175,26 +184,26 @@ void finish_moments(const T* shift, int64_t pixels, int64_t c, double* mean, dou
 
 template <class T>
 void add_moments(const T* y, int64_t pixels, int64_t c, bool first, T* shift, double* mean, double* deviation,
-                 T* sums) {
-  int64_t period = repeated<T>(c), chunk = chunk_size(period), size = pixels * c;
+                 T* scratch) {
+  int64_t period = period_of<T>(c), chunk = chunk_size(period), count = pixels * c;
   if (first) {
     // about a few pixels' mean: one alone, or a border, may lie far from the others, and the squares would cancel
-    int64_t count = least<int64_t>(pixels, 8);
+    int64_t few = least<int64_t>(pixels, 8);
     for (int64_t k = 0; k < period; k++) {
       shift[k] = 0;
-      for (int64_t j = 0; j < count; j++) shift[k] += y[(2 * j + 1) * pixels / (2 * count) * c + k % c] / count;
+      for (int64_t j = 0; j < few; j++) shift[k] += y[(2 * j + 1) * pixels / (2 * few) * c + k % c] / few;
     }
     fill(mean, c, 0.0);
     fill(deviation, c, 0.0);
   }
-  for (int64_t at = 0; at < size; at += chunk) {
-    reduce_sweep<T, 2>(least(chunk, size - at), period, sums,
+  for (int64_t at = 0; at < count; at += chunk) {
+    reduce_sweep<T, 2>(least(chunk, count - at), period, scratch,
                        [&](auto lanes, int64_t i, int64_t k, auto* acc) __attribute__((always_inline)) {
                          auto off = load<lanes>(y + at + i) - load<lanes>(shift + k);
                          acc[0] += off;
                          acc[1] += off * off;
                        });
-    fold(sums, period, c, mean);
-    fold(sums + period, period, c, deviation);
+    fold(scratch, period, c, mean);
+    fold(scratch + period, period, c, deviation);
   }
 }

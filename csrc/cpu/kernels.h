@@ -8,25 +8,75 @@ struct bf16 {
   uint16_t bits;
 };
 
-// One image, NHWC: consecutive channels, any pixel and row stride (in elements).
+// Of one image, NHWC.
+struct Size {
+  int64_t h, w, c;
+};
+
+// One image: consecutive channels, any pixel and row stride (in elements).
 template <class T>
 struct ImageView {
   const T* data;
-  int64_t row;
-  int64_t pixel;
+  int64_t row, pixel;
 };
 
-struct Conv {
-  int kernel;
-  int dilation;
-  int stride;
-};
-
-// Scratch image with room around it: `origin` is where pixel (0, 0) lies, `rows` is how far apart rows are.
+// Scratch image with room around it: `origin` is where pixel (0, 0) lies, `pitch` is how far apart rows are.
 struct Frame {
-  int64_t origin;
-  int64_t pitch;
-  int64_t size;
+  int64_t origin, pitch, size;
+};
+
+// A frozen depthwise convolution dw [kernel^2][C] and 1x1 convolution pw [C in][C out], pw_t its transpose; rows hold
+// `period` values at stride 1, else C.
+template <class T>
+struct Conv {
+  int kernel, dilation, stride;
+  const T *dw, *pw, *pw_t;
+};
+
+// Where a convolution's output goes, with its mean and its sum of squared deviations per channel. bypass_cache: it is
+// next read after it would have been evicted.
+template <class S>
+struct ConvOutput {
+  S* y;
+  double *mean, *deviation;
+  bool bypass_cache = false;
+};
+
+// The gradient at a BatchNorm's input, scale g + slope (y - mean) + shift, formed where it is used: csrc/README.md.
+// coefficients: [4][period], rows in the order of NormRow.
+template <class T, class G, class S>
+struct NormBackward {
+  const G* g;
+  const S* y;
+  const T* coefficients;
+};
+enum NormRow { kScale, kSlope, kMean, kShift, kNormRows };
+
+// One of several 1x1 convolutions of an image: pw [ci][co]; and the gradient at its output.
+template <class T>
+struct Conv1x1 {
+  int64_t co;
+  const T* pw;
+  ConvOutput<T> out;
+};
+template <class T>
+struct Conv1x1Backward {
+  int64_t co;
+  NormBackward<T, T, T> norm;
+};
+
+// The gradient of a state, of which the mixed op takes the first C / K channels and the others bypass it:
+// dx = [mixed | 0] + outer + sum over edges of edge_weights[e] unshuffle(g[e]) without the mixed op's channels.
+template <class T>
+struct BypassBackward {
+  const T* mixed;             // gradient of the mixed op's channels, dense, or null
+  ImageView<T> outer;         // gradient from outside the cell; null data: none
+  int edges;
+  const T* const* g;          // gradients at the edges' nodes, dense and shuffled
+  const T* edge_weights;
+  ImageView<T> x;             // what bypasses; null data: no dots wanted
+  T* dx;                      // dense
+  double* dots;               // [edges]: sum of unshuffle(g[e]) x
 };
 
 // What will be read soon, fetched into the second-level cache while the convolutions compute: memory and arithmetic
@@ -43,105 +93,124 @@ struct Ahead {
   int64_t rate = 0, due = 0;
 };
 
-// One of several 1x1 convolutions of an image: pw [ci][co], y [oh][ow][co] with its moments.
+// A convolution's input passes through scratch by strips of rows: they stay in the first-level cache between the
+// depthwise and the 1x1 convolution.
+constexpr int64_t kStripBytes = 12288;
+// What rows of the pools' backward lie further apart than they are long. Rows of a power of two would share cache sets,
+// and loads would wait for stores of other rows.
+constexpr int64_t kPoolSkewBytes = 384;
+// lanes of the widest vector: float on avx512
+constexpr int64_t kMaxLanes = 16;
+
+// Elements of scratch that the kernels need, on any instruction set. w: of the input, ow: of the output.
 template <class T>
-struct Conv1x1 {
-  int64_t co;
-  const T* pw;
-  T* y;
-  double *mean, *deviation;
-};
-// Its gradient, coef0 g + coef1 (y - coef2) + coef3, coef [4][repeat].
-template <class T>
-struct NormBackward {
-  int64_t co;
-  const T *g, *y, *coef;
+struct ScratchSize {
+  static constexpr int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+  static constexpr int64_t padded(int64_t c) { return (c + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+  static constexpr int64_t period(int64_t c) { return max(c, kMaxLanes); }
+  // as many rows as fit, at least one
+  static constexpr int64_t strip(int64_t row) { return max(kStripBytes / int64_t(sizeof(T)), row); }
+  // shift, sum and sum of squares of the outputs, a mean of the inputs
+  static constexpr int64_t moments(int64_t ci, int64_t co) { return 3 * padded(co) + padded(ci); }
+  static constexpr int64_t conv_forward(int64_t ow, int64_t c) { return moments(c, c) + strip(ow * c); }
+  static constexpr int64_t conv_backward(int64_t ow, int64_t c) { return strip(ow * c); }
+  static constexpr int64_t reduce_forward(int64_t ow, int64_t c) { return moments(2 * c, c) + ow * 2 * c; }
+  static constexpr int64_t reduce_backward(int64_t ow, int64_t c) { return ow * c + ow * 2 * c; }
+  // maxima, sums and shares of a row, with a pixel of border
+  static constexpr int64_t pool_forward(int64_t w, int64_t c) { return 3 * (w + 2) * c; }
+  // a row of lowest values, one of zeros, three of maxima, three of their gradients
+  static constexpr int64_t pool_backward(int64_t w, int64_t c) {
+    return 8 * (w * c + kPoolSkewBytes / int64_t(sizeof(T)));
+  }
+  // two sums per channel, in vectors
+  static constexpr int64_t sums(int64_t c) { return 2 * period(c); }
+  static constexpr int64_t bypass_forward(int64_t w, int64_t c) { return w * c; }
+  // a row of sums, one of x, and zeros in the place of the mixed op's channels
+  static constexpr int64_t bypass_backward(int64_t w, int64_t c) { return (2 * w + 1) * c; }
+  // strips of all inputs and of all outputs
+  static constexpr int64_t conv1x1_backward(int64_t ow, int64_t inputs, int64_t co) {
+    return 2 * strip(ow * max(inputs, co));
+  }
 };
 
-// Per-channel coefficients, repeated until they fill whole vectors: see `repeat`.
-// T: arithmetic and states. S: how branch outputs are kept (T, or bf16 beside float).
+// Per-channel coefficients are repeated until they fill whole vectors: see `period`.
+// T: arithmetic and states. S: how branch outputs are stored (T, or bf16 beside float).
 template <class T, class S>
 struct Kernels {
   const char* name;
-  // Channels that a coefficient array must hold for C channels.
-  int64_t (*repeat)(int64_t c);
-  Frame (*frame)(int64_t h, int64_t w, int64_t c, int stride);
+  // values that a coefficient array must hold for C channels: C, or a whole vector where C divides one
+  int64_t (*period)(int64_t c);
+  Frame (*frame)(Size size, int stride);
 
   // dst frame = relu(x)
-  void (*frame_relu)(ImageView<T> x, int64_t h, int64_t w, int64_t c, Frame f, T* dst);
-  // dst frame = relu(scale y + shift); scale, shift repeated
-  void (*frame_affine_relu)(const S* y, const T* scale, const T* shift, int64_t h, int64_t w, int64_t c, Frame f,
-                            T* dst);
+  void (*frame_relu)(ImageView<T> x, Size size, Frame frame, T* dst);
+  // dst frame = relu(scale y + shift); scale, shift [period]
+  void (*frame_affine_relu)(const S* y, const T* scale, const T* shift, Size size, Frame frame, T* dst);
 
-  // y = pointwise(depthwise(x frame)); mean and sum of squared deviations of y per channel.
-  void (*conv_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, Conv conv, const T* dw, const T* pw,
-                       S* y, bool bypass_cache, double* mean, double* deviation, T* scratch, Ahead& ahead);
+  // y = pointwise(depthwise(x)), x framed; size: of x
+  void (*conv_forward)(const T* x, Frame frame, Size size, const Conv<T>& conv, const ConvOutput<S>& out, T* scratch,
+                       Ahead& ahead);
   // FactorizedReduce: y = [w1 x(2r, 2q) | w2 x(2r+1, 2q+1)], both as one [2C, C] matrix.
-  void (*reduce_forward)(const T* x, Frame f, int64_t h, int64_t w, int64_t c, const T* pw, S* y, double* mean,
-                         double* deviation, T* scratch, Ahead& ahead);
+  void (*reduce_forward)(const T* x, Frame frame, Size size, const T* pw, const ConvOutput<S>& out, T* scratch,
+                         Ahead& ahead);
   // dense = x without its strides
-  void (*pack)(ImageView<T> x, int64_t h, int64_t w, int64_t c, T* dense);
-  // `rows` rows of the 3x3 pools of a dense image; scratch of 3 (w + 2) c
-  void (*pool_forward)(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64_t first, int64_t rows, T* max,
-                       T* avg, T* scratch);
-  // Mean and sum of squared deviations, an image's pixels in several calls: the first chooses the shift [repeat] that
-  // sums are taken about; sums of 2 repeat
+  void (*pack)(ImageView<T> x, Size size, T* dense);
+  // `rows` rows of the 3x3 pools of a dense image
+  void (*pool_forward)(const T* x, Size size, int stride, int64_t first, int64_t rows, T* max, T* avg, T* scratch);
+  // Mean and sum of squared deviations, an image's pixels in several calls: the first chooses the shift [period] that
+  // sums are taken about.
   void (*add_moments)(const T* y, int64_t pixels, int64_t c, bool first, T* shift, double* mean, double* deviation,
-                      T* sums);
+                      T* scratch);
   void (*finish_moments)(const T* shift, int64_t pixels, int64_t c, double* mean, double* deviation);
-  // dx += gradients of both pools; d_avg already divided by its window's size; scratch of 8 (w c + 96)
-  void (*pool_backward)(const T* x, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c, int stride, T* dx,
-                        T* scratch);
+  // dx += gradients of both pools; d_avg already divided by its window's size
+  void (*pool_backward)(const T* x, const T* d_max, const T* d_avg, Size size, int stride, T* dx, T* scratch);
 
-  // dst = (first ? bias : dst) + sum_k coef[k] (src[k] - mean[k]); coef, mean [n][repeat], bias [repeat] or null.
+  // dst = (first ? shift : dst) + sum_k scale[k] (src[k] - mean[k]); scale, mean [n][period], shift [period] or null.
   // Each stream is centred before it is added: all constants at once would be larger than the sum that is left.
-  void (*sum_kept)(T* dst, bool first, int n, const S* const* src, const T* coef, const T* mean, const T* bias,
-                   int64_t size, int64_t period);
-  void (*sum_states)(T* dst, bool first, int n, const T* const* src, const T* coef, const T* mean, const T* bias,
-                     int64_t size, int64_t period);
-  // out[k][c] += sum g (src[k] - mean[k]); out [n][C], mean [n][repeat]. g_sum[c] += sum g.
-  void (*dot_kept)(const T* g, int n, const S* const* src, const T* mean, double* out, int64_t size, int64_t c,
-                   T* scratch);
-  void (*dot_states)(const T* g, int n, const T* const* src, const T* mean, double* out, double* g_sum,
-                     int64_t size, int64_t c, T* scratch);
+  void (*sum_branch_outputs)(T* dst, bool first, int n, const S* const* src, const T* scale, const T* mean,
+                             const T* shift, int64_t count, int64_t period);
+  void (*sum_states)(T* dst, bool first, int n, const T* const* src, const T* scale, const T* mean, const T* shift,
+                     int64_t count, int64_t period);
+  // out[k][c] += sum g (src[k] - mean[k]); out [n][C], mean [n][period]. g_sum[c] += sum g.
+  void (*dot_branch_outputs)(const T* g, int n, const S* const* src, const T* mean, double* out, int64_t count,
+                             int64_t c, T* scratch);
+  void (*dot_states)(const T* g, int n, const T* const* src, const T* mean, double* out, double* g_sum, int64_t count,
+                     int64_t c, T* scratch);
 
-  // d = coef0 g + coef1 (y - coef2) + coef3, coef [4][repeat]; then dx = depthwise^T(pointwise^T(d)), or
-  // dx += it.
-  void (*conv_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                        const T* dw, const T* pw_t, Frame e_frame, T* e, bool add, T* dx, T* scratch,
-                        Ahead& ahead);
-  void (*conv_backward_kept)(const S* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, Conv conv,
-                             const T* dw, const T* pw_t, Frame e_frame, T* e, bool add, T* dx, T* scratch,
-                             Ahead& ahead);
-  void (*reduce_backward)(const T* g, const S* y, const T* coef, int64_t h, int64_t w, int64_t c, const T* pw_t,
-                          T* dx, T* scratch, Ahead& ahead);
-  // du = dx where scale y + shift > 0; sums of du and du (y - mean). du may be where y2 was.
+  // dx = depthwise^T(pointwise^T(gradient)), or dx += it; size: of dx; framed: of the frame's size
+  void (*conv_backward)(const NormBackward<T, T, S>& norm, Size size, const Conv<T>& conv, Frame frame, T* framed,
+                        bool add, T* dx, T* scratch, Ahead& ahead);
+  // the same where g is stored as a branch output
+  void (*conv_backward_stored)(const NormBackward<T, S, S>& norm, Size size, const Conv<T>& conv, Frame frame,
+                               T* framed, bool add, T* dx, T* scratch, Ahead& ahead);
+  // dx += the gradient before reduce_forward
+  void (*reduce_backward)(const NormBackward<T, T, S>& norm, Size size, const T* pw_t, T* dx, T* scratch,
+                          Ahead& ahead);
+  // du = dx where scale y + shift > 0; sums of du and of du (y - mean). du may be where the outer branch output was.
   void (*relu_backward_inner)(const T* dx, const S* y, const T* scale, const T* shift, const T* mean, S* du,
-                              double* sum, double* dot, int64_t size, int64_t c, T* scratch);
-  void (*relu_backward_add)(const T* dx, const T* x, T* rest, int64_t size, int64_t c);
-  void (*divide_by_window)(T* d, int64_t h, int64_t w, int64_t c, int stride);
+                              double* sum, double* dot, int64_t count, int64_t c, T* scratch);
+  // sum += dx where x > 0
+  void (*relu_backward_add)(const T* dx, const T* x, T* sum, int64_t count, int64_t c);
+  void (*divide_by_window)(T* d, Size size, int stride);
 
-  // One image through ReLU and 1x1 convolutions; see image_1x1.h.
-  void (*conv1x1_forward)(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const Conv1x1<T>* convs,
-                          T* scratch, Ahead& ahead);
+  // One image through ReLU and 1x1 convolutions, oh x ow outputs; see relu_conv_bn_kernels.h.
+  void (*conv1x1_forward)(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
+                          const Conv1x1<T>* convs, T* scratch, Ahead& ahead);
   void (*conv1x1_backward)(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
-                           const NormBackward<T>* norms, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
+                           const Conv1x1Backward<T>* convs, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
   // dense pixels to pixels `step` apart, past the caches
   void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
-  void (*affine)(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, bool bypass_cache, T* out);
+  void (*affine)(const T* y, const T* scale, const T* shift, int64_t count, int64_t period, bool bypass_cache, T* out);
 
   // Partial channels; see bypass.h. mixed = the mixed op's channels of a shuffled image
-  void (*take_mixed)(ImageView<T> x, int64_t h, int64_t w, int64_t c, int64_t K, T* mixed);
-  // out = shuffle([mixed | sum_j scale[j] x[j]]); scratch of w c
-  void (*bypass_forward)(int n, const ImageView<T>* x, const T* scale, const T* mixed, int64_t h, int64_t w, int64_t c,
-                         int64_t K, T* out, T* scratch);
-  // dst = [mixed | 0] + outer + sum_j scale[j] unshuffle(g[j]), g dense and without the mixed op's channels; mixed and
-  // outer may be null. dots[j] = sum unshuffle(g[j]) x, if x has data. scratch of 2 w c + c
-  void (*join)(const T* mixed, int n, const T* const* g, const T* scale, ImageView<T> outer, ImageView<T> x, int64_t h, int64_t w,
-               int64_t c, int64_t K, T* dst, double* dots, T* scratch);
-  void (*half_pool_forward)(ImageView<T> x, int64_t h, int64_t w, int64_t c, T* out);
+  void (*take_mixed)(ImageView<T> x, Size size, int64_t K, T* mixed);
+  // out = shuffle([mixed | sum over n edges of edge_weights[e] x[e]])
+  void (*bypass_forward)(int n, const ImageView<T>* x, const T* edge_weights, const T* mixed, Size size, int64_t K,
+                         T* out, T* scratch);
+  void (*bypass_backward)(const BypassBackward<T>& a, Size size, int64_t K, T* scratch);
+  void (*half_pool_forward)(ImageView<T> x, Size size, T* out);
   // dx += d at its window's first maximum
-  void (*half_pool_backward)(ImageView<T> x, const T* d, int64_t h, int64_t w, int64_t c, T* dx);
+  void (*half_pool_backward)(ImageView<T> x, const T* d, Size size, T* dx);
 };
 
 template <class T, class S>

@@ -75,8 +75,8 @@ RF_INLINE void pool_row_flat(const T* up, const T* mid, const T* down, bool has_
 }
 
 template <class T>
-void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64_t first, int64_t rows, T* max, T* avg,
-                  T* scratch) {
+void pool_forward(const T* x, Size size, int stride, int64_t first, int64_t rows, T* max, T* avg, T* scratch) {
+  auto [h, w, c] = size;
   int64_t ow = pooled(w, stride), row = w * c;
   // one row's maxima and sums over its three rows, with one pixel of border; one over the sizes of its windows
   T *tall_max = scratch + c, *tall_sum = tall_max + row + 2 * c, *share = tall_sum + row + c, shared = 0;
@@ -106,7 +106,7 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64
       });
       continue;
     }
-    sweep<T>(row, repeated<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+    sweep<T>(row, period_of<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
       constexpr int L = lanes;
       Vec<T, L> a = load<L>(up + i), b = load<L>(mid + i), d = load<L>(down + i);
       store<L>(tall_max + i, max_or_second<T, L>(max_or_second<T, L>(a, b), d));
@@ -123,7 +123,7 @@ void pool_forward(const T* x, int64_t h, int64_t w, int64_t c, int stride, int64
       store<L>(to_avg + at, sum * scale);
     };
     if (stride == 1) {
-      sweep<T>(row, repeated<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+      sweep<T>(row, period_of<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
         pixel(lanes, i, i, load<lanes>(share + i));
       });
       continue;
@@ -246,10 +246,9 @@ __attribute__((noinline)) void pool_backward_row(const PoolRows<T>& rows, int64_
 }
 
 template <class T>
-void pool_backward_dense(const T* x, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c, T* dx,
-                         T* scratch) {
-  // rows of a power of two would share cache sets, and loads would wait for stores of other rows
-  int64_t row = w * c, pitch = row + 384 / sizeof(T);
+void pool_backward_dense(const T* x, const T* d_max, const T* d_avg, Size size, T* dx, T* scratch) {
+  auto [h, w, c] = size;
+  int64_t row = w * c, pitch = row + kPoolSkewBytes / sizeof(T);
   T *lowest = scratch, *zero = lowest + pitch, *top = zero + pitch, *d_top = top + 3 * pitch;
   fill(lowest, pitch, -std::numeric_limits<T>::infinity());
   fill(zero, 7 * pitch, T(0));
@@ -290,9 +289,9 @@ void pool_backward_dense(const T* x, const T* d_max, const T* d_avg, int64_t h, 
 }
 
 template <class T>
-void pool_backward(const T* x, const T* d_max, const T* d_avg, int64_t h, int64_t w, int64_t c, int stride, T* dx,
-                   T* scratch) {
-  if (stride == 1) return pool_backward_dense(x, d_max, d_avg, h, w, c, dx, scratch);
+void pool_backward(const T* x, const T* d_max, const T* d_avg, Size size, int stride, T* dx, T* scratch) {
+  if (stride == 1) return pool_backward_dense(x, d_max, d_avg, size, dx, scratch);
+  auto [h, w, c] = size;
   int64_t oh = pooled(h, stride), ow = pooled(w, stride);
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
@@ -318,4 +317,20 @@ void pool_backward(const T* x, const T* d_max, const T* d_avg, int64_t h, int64_
         }
       }
   });
+}
+
+// d /= size of its window in a 3x3 average pool
+template <class T>
+void divide_by_window(T* d, Size size, int stride) {
+  auto [h, w, c] = size;
+  int64_t oh = pooled(h, stride), ow = pooled(w, stride);
+  for (int64_t r = 0; r < oh; r++) {
+    T tall = window(r * stride, h);
+    T* row = d + r * ow * c;
+    T inner = 1 / (3 * tall), edges[2] = {1 / (tall * window(0, w)), 1 / (tall * window((ow - 1) * stride, w))};
+    for (int64_t i = 0; i < c; i++) row[i] *= edges[0];
+    for (int64_t i = c; i < (ow - 1) * c; i++) row[i] *= inner;
+    if (ow > 1)
+      for (int64_t i = (ow - 1) * c; i < ow * c; i++) row[i] *= edges[1];
+  }
 }

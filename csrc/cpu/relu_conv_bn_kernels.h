@@ -12,30 +12,30 @@ RF_INLINE void relu_pixels(const T* from, int64_t pixels, int64_t step, int64_t 
 template <class T>
 void conv1x1_forward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const Conv1x1<T>* convs,
                      T* scratch, Ahead& ahead) {
-  int64_t wide = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * wide);
-  auto room = [&](const Conv1x1<T>& conv) { return 3 * conv.co + round_up(wide, kLanes<T>); };
+  int64_t inputs = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * inputs);
+  auto room = [&](const Conv1x1<T>& conv) { return 3 * conv.co + round_up(inputs, kLanes<T>); };
   T* d = scratch;
   for (int i = 0; i < n; i++) d += room(convs[i]);
   d = scratch + round_up(d - scratch, kLanes<T>);
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t count = least(rows, oh - r0);
     for (int64_t r = r0; r < r0 + count; r++) {
-      T* to = d + (r - r0) * ow * wide;
+      T* to = d + (r - r0) * ow * inputs;
       if (!reduce) {
-        relu_pixels(x.data + r * x.row, ow, x.pixel, ci, to, wide);
+        relu_pixels(x.data + r * x.row, ow, x.pixel, ci, to, inputs);
         continue;
       }
       const T* even = x.data + 2 * r * x.row;
-      relu_pixels(even, ow, 2 * x.pixel, ci, to, wide);
-      relu_pixels(even + x.row + x.pixel, ow, 2 * x.pixel, ci, to + ci, wide);
+      relu_pixels(even, ow, 2 * x.pixel, ci, to, inputs);
+      relu_pixels(even + x.row + x.pixel, ow, 2 * x.pixel, ci, to + ci, inputs);
     }
     T* own = scratch;
     for (int i = 0; i < n; i++) {
       const Conv1x1<T>& conv = convs[i];
       with_lanes<T>(conv.co, [&](auto lanes) {
-        KeptRows<T, T, lanes> kept(wide, conv.co, conv.pw, conv.y, false, conv.mean, conv.deviation, own, ahead);
-        kept.strip(d, r0 * ow, count * ow);
-        if (r0 + count == oh) finish_moments(kept.shift, oh * ow, conv.co, conv.mean, conv.deviation);
+        OutputRows<T, T, lanes> output(inputs, conv.co, conv.pw, conv.out, own, ahead);
+        output.strip(d, r0 * ow, count * ow);
+        if (r0 + count == oh) output.finish(oh * ow);
       });
       own += room(conv);
     }
@@ -60,51 +60,53 @@ RF_INLINE void masked_pixels(const T* d, const T* x, int64_t pixels, int64_t d_s
 
 // pixels of d, `step` apart
 template <class T>
-RF_INLINE void norm_backward_pixels(const NormBackward<T>& norm, int64_t first, int64_t pixels, T* d, int64_t step) {
-  int64_t c = norm.co, period = repeated<T>(c);
-  const T *g = norm.g + first * c, *y = norm.y + first * c;
-  if (step == c) return norm_backward_dense(g, y, norm.coef, pixels * c, c, d);
+RF_INLINE void norm_backward_pixels(const Conv1x1Backward<T>& conv, int64_t first, int64_t pixels, T* d,
+                                    int64_t step) {
+  int64_t c = conv.co, period = period_of<T>(c);
+  if (step == c) return norm_backward_dense(conv.norm, first * c, pixels * c, c, d);
+  const T *g = conv.norm.g + first * c, *y = conv.norm.y + first * c;
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     for (int64_t k = 0; k < c; k += lanes) {
-      NormCoefficients<T, lanes> coef(norm.coef + k, period);
-      for (int64_t p = 0; p < pixels; p++) store<lanes>(d + p * step + k, coef(g + p * c + k, y + p * c + k));
+      NormCoefficients<T, lanes> gradient(conv.norm.coefficients + k, period);
+      for (int64_t p = 0; p < pixels; p++) store<lanes>(d + p * step + k, gradient(g + p * c + k, y + p * c + k));
     }
   });
 }
 
-// dx dense, and too large to be in the caches when it is read; pw_t: of all norms, one below the other
+// dx dense, and too large to be in the caches when it is read; pw_t: of all convolutions, one below the other
 template <class T>
-void conv1x1_backward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const NormBackward<T>* norms,
-                      const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
-  int64_t wide = reduce ? 2 * ci : ci, co = 0;
-  for (int i = 0; i < n; i++) co += norms[i].co;
-  int64_t rows = strip_rows<T>(oh, ow * most(wide, co));
+void conv1x1_backward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
+                      const Conv1x1Backward<T>* convs, const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
+  int64_t inputs = reduce ? 2 * ci : ci, co = 0;
+  for (int i = 0; i < n; i++) co += convs[i].co;
+  int64_t rows = strip_rows<T>(oh, ow * most(inputs, co));
   T* back = scratch + rows * ow * co;
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t count = least(rows, oh - r0);
     T* to = scratch;
-    for (int i = 0; i < n; to += norms[i++].co) norm_backward_pixels(norms[i], r0 * ow, count * ow, to, co);
-    with_lanes<T>(wide, [&](auto lanes) { pointwise<T, lanes>(scratch, count * ow, co, pw_t, wide, back, ahead); });
+    for (int i = 0; i < n; to += convs[i++].co) norm_backward_pixels(convs[i], r0 * ow, count * ow, to, co);
+    with_lanes<T>(inputs, [&](auto lanes) { pointwise<T, lanes>(scratch, count * ow, co, pw_t, inputs, back, ahead); });
     for (int64_t r = r0; r < r0 + count; r++) {
-      const T* d = back + (r - r0) * ow * wide;
+      const T* d = back + (r - r0) * ow * inputs;
       if (!reduce) {
-        masked_pixels<T, true>(d, x.data + r * x.row, ow, wide, x.pixel, ci, ci, dx + r * ow * ci);
+        masked_pixels<T, true>(d, x.data + r * x.row, ow, inputs, x.pixel, ci, ci, dx + r * ow * ci);
         continue;
       }
       const T *in = x.data + 2 * r * x.row, *in_odd = in + x.row + x.pixel;
       T *even = dx + 4 * r * ow * ci, *odd = even + 2 * ow * ci;
       fill(even, 4 * ow * ci, T(0));
-      masked_pixels(d, in, ow, wide, 2 * x.pixel, ci, 2 * ci, even);
-      masked_pixels(d + ci, in_odd, ow, wide, 2 * x.pixel, ci, 2 * ci, odd + ci);
+      masked_pixels(d, in, ow, inputs, 2 * x.pixel, ci, 2 * ci, even);
+      masked_pixels(d + ci, in_odd, ow, inputs, 2 * x.pixel, ci, 2 * ci, odd + ci);
     }
   }
 }
 
 // out = scale y + shift
 template <class T>
-void affine(const T* y, const T* scale, const T* shift, int64_t size, int64_t period, bool bypass_cache, T* out) {
+void affine(const T* y, const T* scale, const T* shift, int64_t count, int64_t period, bool bypass_cache,
+            T* out) {
   auto run = [&](auto bypass) __attribute__((always_inline)) {
-    sweep_channels<T>(size, period, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
+    sweep_channels<T>(count, period, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
       constexpr int L = lanes;
       auto a = load<L>(scale + k), b = load<L>(shift + k);
       return [=](int64_t i) __attribute__((always_inline)) {

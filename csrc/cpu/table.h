@@ -21,7 +21,7 @@ template <class T, class S>
 constexpr Kernels<T, S> make_table(const char* name) {
   Kernels<T, S> k{};
   k.name = name;
-  k.repeat = repeated<T>;
+  k.period = period_of<T>;
   k.frame = make_frame<T>;
   k.frame_relu = frame_relu<T>;
   k.frame_affine_relu = frame_affine_relu<T, S>;
@@ -32,13 +32,15 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.add_moments = add_moments<T>;
   k.finish_moments = finish_moments<T>;
   k.pool_backward = pool_backward<T>;
-  k.sum_kept = sum_streams<T, S>;
+  k.sum_branch_outputs = sum_streams<T, S>;
   k.sum_states = sum_streams<T, T>;
-  k.dot_kept = [](const T* g, int n, const S* const* src, const T* mean, double* out, int64_t size, int64_t c,
-                  T* scratch) { dot_streams<T, S>(g, n, src, mean, out, nullptr, size, c, scratch); };
+  k.dot_branch_outputs = [](const T* g, int n, const S* const* src, const T* mean, double* out, int64_t count,
+                            int64_t c, T* scratch) {
+    dot_streams<T, S>(g, n, src, mean, out, nullptr, count, c, scratch);
+  };
   k.dot_states = dot_streams<T, T>;
   k.conv_backward = conv_backward<T, T, S>;
-  k.conv_backward_kept = conv_backward<T, S, S>;
+  k.conv_backward_stored = conv_backward<T, S, S>;
   k.reduce_backward = reduce_backward<T, S>;
   k.relu_backward_inner = relu_backward_inner<T, S>;
   k.relu_backward_add = relu_backward_add<T>;
@@ -49,7 +51,7 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.spread = spread<T>;
   k.take_mixed = take_mixed<T>;
   k.bypass_forward = bypass_forward<T>;
-  k.join = join<T>;
+  k.bypass_backward = bypass_backward<T>;
   k.half_pool_forward = half_pool_forward<T>;
   k.half_pool_backward = half_pool_backward<T>;
   return k;
@@ -59,8 +61,8 @@ constexpr Kernels<T, S> make_table(const char* name) {
 
 #define RF_NAME2(isa) #isa
 #define RF_NAME(isa) RF_NAME2(isa)
-#define RF_TABLE2(isa, kind) table_##isa##_##kind
-#define RF_TABLE(isa, kind) RF_TABLE2(isa, kind)
+#define RF_TABLE2(isa, types) table_##isa##_##types
+#define RF_TABLE(isa, types) RF_TABLE2(isa, types)
 extern const Kernels<float, float> RF_TABLE(RFDARTS_ISA, f32);
 extern const Kernels<float, bf16> RF_TABLE(RFDARTS_ISA, bf16);
 const Kernels<float, float> RF_TABLE(RFDARTS_ISA, f32) =

@@ -77,8 +77,8 @@ RF_INLINE Vec<uint16_t, L> to_bf16(Vec<float, L> v) {
   auto bits = reinterpret_cast<Vec<uint32_t, L>&>(v);
   // round to nearest even; a NaN keeps its upper half, with the quiet bit set so that it stays one
   auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  auto kept = (v != v) ? (bits | 0x400000u) : rounded;
-  return __builtin_convertvector(kept >> 16, Vec<uint16_t, L>);
+  auto chosen = (v != v) ? (bits | 0x400000u) : rounded;
+  return __builtin_convertvector(chosen >> 16, Vec<uint16_t, L>);
 }
 template <int L>
 RF_INLINE void store(bf16* p, Vec<float, L> v) {

@@ -1,8 +1,5 @@
 // All kernels for states and branch outputs stored as double.
-#include "cuda/run_backward.h"
-#include "cuda/run_forward.h"
+#include "cuda/cell_backward.h"
+#include "cuda/cell_forward.h"
 
-namespace rfdarts::cuda {
-template void run_forward<double>(const Cell&, const CellForward&, bool, cudaStream_t, const Allocate&);
-template void run_backward<double>(const Cell&, const CellBackward&, cudaStream_t, const Allocate&);
-}  // namespace rfdarts::cuda
+template struct rfdarts::cuda::CellRun<double>;

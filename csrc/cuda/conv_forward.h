@@ -1,20 +1,53 @@
-// Stages 1 and 2 of a cell forward: all branches that read a tile, from one load of it.
+// The first convolutions of all branches that read a tile, or the second ones of separable convolutions, from one load
+// of it: y = pointwise(depthwise(relu(x))) per branch, and its statistics.
 #pragma once
-#include "cuda/tile.h"
+#include "cuda/batch_norm.h"
+#include "cuda/depthwise.h"
+#include "cuda/moments.h"
+#include "cuda/pointwise.h"
+#include "cuda/pool.h"
 
 namespace rfdarts::cuda {
 
-// Byte offsets in a block's shared memory.
+// x: [h][w], of stride 2 if S = 2
 template <class T>
-struct ForwardShared {
-  int rows, columns, pitch, pixels, ld;
-  int ds, ys, sums, middles, bytes;  // middles: what each channel's moments are taken about
+struct ConvForward {
+  Tiling tiling;
+  int h, w, oh, ow, c, reach;
+  int64_t image;    // of y
+  bool wide;        // 16-byte loads and stores are aligned
+  double* partial;  // [branches][2][tiles][c] mean and squared deviations, or null
+  const Acc<T>* conv_weights;
+  Norms<T> norms;
+  int branches;
+  struct Branch {
+    ImageView<T> x;
+    T* y;  // null: pools, whose outputs are not kept
+    int64_t weight;
+    int norm;  // x = norm's scale x + shift; -1: x itself
+    int16_t op;
+    int8_t kernel, dilation;
 
-  __host__ __device__ ForwardShared(const Tiling& t, int c, int reach, int stride) {
-    rows = (t.th - 1) * stride + 1 + 2 * reach;
-    columns = (t.tw - 1) * stride + 1 + 2 * reach;
-    pitch = tile_pitch(columns, t.ck, sizeof(T));
-    pixels = t.th * t.tw;
+    __device__ bool pools() const { return op == int(Op::MaxPool) || op == int(Op::AvgPool); }
+    __device__ bool reduces() const { return op == int(Op::Reduce); }
+  } branch[kMaxBranches];
+};
+
+// A block's shared memory: xs, the input with its halo; ds, depthwise outputs; ys, branch outputs; sums for statistics.
+template <class T>
+struct ForwardTile {
+  int th, tw, ck, reach;
+  int rows, columns, pitch;  // of xs
+  int pixels, ld;            // of ds [pixels][ld]; ys is [pixels][c]
+  // offsets in bytes; middles: what each channel's moments are taken about
+  int ds, ys, sums, middles, bytes;
+
+  __host__ __device__ ForwardTile(const Tiling& t, int c, int reach, int stride)
+      : th(t.th), tw(t.tw), ck(t.ck), reach(reach) {
+    rows = (th - 1) * stride + 1 + 2 * reach;
+    columns = (tw - 1) * stride + 1 + 2 * reach;
+    pitch = tile_pitch(columns, ck, sizeof(T));
+    pixels = th * tw;
     // four consecutive rows of ds lie in different banks
     ld = round_up(c, 4) + 4;
     ds = round_up(rows * pitch * int(sizeof(T)), 16);
@@ -25,143 +58,97 @@ struct ForwardShared {
   }
 };
 
-// ys [pixels][c] columns [begin, end) = ds w, w [c][c]
-template <class T>
-__device__ void pointwise(const Acc<T>* ds, int ld, int pixels, const Acc<T>* w, int c, int begin, int end, T* ys) {
-  if constexpr (sizeof(T) == 2)
-    if (on_tensor_cores<T>(c, end - begin)) {
-      int columns = (end - begin) / 8, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-      for (int tile = threadIdx.x / 32; tile < pixels / 16 * columns; tile += kWarps) {
-        int p0 = tile / columns * 16, o0 = begin + tile % columns * 8;
-        float acc[4] = {};
-        multiply_warp<T>(ds, ld, p0, c, w, c, o0, acc);
-#pragma unroll
-        for (int r = 0; r < 4; r++) ys[(p0 + g + r / 2 * 8) * c + o0 + 2 * t + r % 2] = narrow<T>(acc[r]);
-      }
-      return;
-    }
-  int groups = ceil_div(end - begin, 4), apart = pixels / 4;
-  for (int i = threadIdx.x; i < groups * apart; i += kThreads) {
-    int o = begin + i % groups * 4, p = i / groups, outputs = end - o;
-    Acc<T> acc[4][4] = {};
-    multiply(ds + p * ld, apart * ld, c, w + o, c, outputs, acc);
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        if (j < outputs) ys[(p + k * apart) * c + o + j] = narrow<T>(acc[k][j]);
-  }
-}
-
-// Moments are taken about this: a value amidst one channel of the tile's valid part, so that squares do not cancel.
-// Of 8 pixels spread over it, the mean of all but the extremes.
-template <class T>
-__device__ Acc<T> middle(const T* ys, int c, int tw, int vh, int vw) {
-  Acc<T> sum = 0, low = 0, high = 0;
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    Acc<T> value = widen(ys[((2 * j + 1) * vh / 16 * tw + (6 * j + 1) % 16 * vw / 16) * c]);
-    sum += value;
-    low = j ? min(low, value) : value;
-    high = j ? max(high, value) : value;
-  }
-  return (sum - low - high) / 6;
-}
-
+// A block's phases, each for channels [c0, c0 + count) or all.
 template <class T, int S>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
-    conv_forward_kernel(const __grid_constant__ ConvForward<T> a) {
-  RFDARTS_SHARED(shared);
+struct ForwardBlock {
   using A = Acc<T>;
-  const Tiling& t = a.tiling;
-  ForwardShared<T> at(t, a.c, a.reach, S);
-  T* xs = reinterpret_cast<T*>(shared);
-  A* ds = reinterpret_cast<A*>(shared + at.ds);
-  T* ys = reinterpret_cast<T*>(shared + at.ys);
-  A *sums = reinterpret_cast<A*>(shared + at.sums), *middles = reinterpret_cast<A*>(shared + at.middles);
-  int n, y0, x0;
-  t.place(blockIdx.x, n, y0, x0);
-  int vh = min(t.th, a.oh - y0), vw = min(t.tw, a.ow - x0), c = a.c;
+  using Branch = typename ConvForward<T>::Branch;
+  const ConvForward<T>& a;
+  unsigned char* shared;
 
-  for (int b = 0; b < a.branches; b++) {
-    const auto& branch = a.branch[b];
-    bool pools = branch.op == int(Op::MaxPool) || branch.op == int(Op::AvgPool);
-    int passes = branch.op == int(Op::Reduce) ? 2 : 1;
-    for (int pass = 0; pass < passes; pass++) {
-      for (int c0 = 0; c0 < c; c0 += t.ck) {
-        int count = min(t.ck, c - c0);
-        // branches of one source find it still in shared memory
-        if (t.ck < c || b == 0 || branch.x.data != a.branch[b - 1].x.data) {
-          __syncthreads();
-          if (a.wide)
-            load_tile<T, kWide<T>>(branch.x, a.norms, branch.norm, n, y0 * S - a.reach, x0 * S - a.reach, at.rows,
-                                   at.columns, a.h, a.w, c0, count, t.ck, at.pitch, xs);
-          else
-            load_tile<T, 1>(branch.x, a.norms, branch.norm, n, y0 * S - a.reach, x0 * S - a.reach, at.rows,
-                            at.columns, a.h, a.w, c0, count, t.ck, at.pitch, xs);
-          __syncthreads();
-        }
-        if (pools) {
-          for (int i = threadIdx.x; i < vh * vw * count; i += kThreads) {
-            int ch = i % count, q = i / count % vw, r = i / (count * vw);
-            Pooled<T, 1> pooled;
-            pooled.compute((y0 + r) * S, (x0 + q) * S, a.h, a.w, [&](int y, int x, A (&v)[1]) {
-              v[0] = widen(xs[(y - y0 * S + a.reach) * at.pitch + (x - x0 * S + a.reach) * t.ck + ch]);
-            });
-            bool max = branch.op == int(Op::MaxPool);
-            ys[(r * t.tw + q) * c + c0 + ch] = narrow<T>(max ? pooled.max[0] : pooled.avg[0]);
-          }
-        } else if (branch.op == int(Op::Reduce)) {
-          // FactorizedReduce: the second half of its outputs reads one pixel further
-          for (int i = threadIdx.x; i < at.pixels * count; i += kThreads) {
-            int ch = i % count, p = i / count;
-            int from = (p / t.tw * S + a.reach + pass) * at.pitch + (p % t.tw * S + a.reach + pass) * t.ck + ch;
-            ds[p * at.ld + c0 + ch] = relu(widen(xs[from]));
-          }
-        } else {
-          with_kernel(branch.kernel, branch.dilation, [&]<int K, int D>() {
-            depthwise<K, D, S>(xs, at.pitch, t.ck, a.reach, a.weights + branch.weight, c, c0, count, t.th, t.tw, ds,
-                               at.ld);
-          });
-        }
-      }
-      __syncthreads();
-      if (pools) continue;
-      bool reduces = branch.op == int(Op::Reduce);
-      int64_t taps = reduces ? int64_t(pass) * c : branch.kernel * branch.kernel;
-      int half = c / 2, begin = reduces && pass ? half : 0, end = reduces && !pass ? half : c;
-      pointwise<T>(ds, at.ld, at.pixels, a.weights + branch.weight + taps * c, c, begin, end, ys);
-      __syncthreads();
-    }
+  ForwardTile<T> tile{a.tiling, a.c, a.reach, S};
+  T *xs = reinterpret_cast<T*>(shared), *ys = reinterpret_cast<T*>(shared + tile.ys);
+  A *ds = reinterpret_cast<A*>(shared + tile.ds), *sums = reinterpret_cast<A*>(shared + tile.sums),
+    *middles = reinterpret_cast<A*>(shared + tile.middles);
+  Corner corner = a.tiling.corner(blockIdx.x);
+  // vh x vw pixels of the tile are valid
+  int c = a.c, vh = min(tile.th, a.oh - corner.y), vw = min(tile.tw, a.ow - corner.x);
 
-    if (branch.y) {
-      int row = vw * c;
-      for (int r = 0; r < vh; r++) {
-        T* to = branch.y + n * a.image + (int64_t(y0 + r) * a.ow + x0) * c;
-        const T* from = ys + r * t.tw * c;
-        if (a.wide)
-          for (int i = threadIdx.x * kWide<T>; i < row; i += kThreads * kWide<T>)
-            *reinterpret_cast<Pack<T, kWide<T>>*>(to + i) = *reinterpret_cast<const Pack<T, kWide<T>>*>(from + i);
-        else
-          for (int i = threadIdx.x; i < row; i += kThreads) to[i] = from[i];
+  // xs = x, or the BatchNorm `norm` of it; 0 outside the image
+  template <int V>
+  __device__ void load_input(const ImageView<T>& x, int norm, int c0, int count) const {
+    Lanes<V> lane(count);
+    const Norms<T>& norms = a.norms;
+    int y0 = corner.y * S - tile.reach, x0 = corner.x * S - tile.reach;
+    A scale[V], shift[V];
+    if (norm >= 0) {
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+        int ch = c0 + lane.channel + i;
+        scale[i] = norms.scale(norm, ch);
+        shift[i] = norms.beta[norm * norms.c + ch] - norms.mean(norm, ch) * scale[i];
       }
     }
-    if (!a.partial) continue;
-    int groups = max(1, kThreads / c), size = groups * c;
-    for (int i = threadIdx.x; i < size; i += kThreads) {
+    for (int p = lane.pixel; p < tile.rows * tile.columns; p += lane.step) {
+      int row = p / tile.columns, column = p % tile.columns;
+      A v[V] = {};
+      if (unsigned(y0 + row) < unsigned(a.h) && unsigned(x0 + column) < unsigned(a.w)) {
+        load<V>(x.at(corner.n, y0 + row, x0 + column) + c0 + lane.channel, v);
+        if (norm >= 0) {
+#pragma unroll
+          for (int i = 0; i < V; i++) v[i] = scale[i] * v[i] + shift[i];
+        }
+      }
+      store<V>(xs + row * tile.pitch + column * tile.ck + lane.channel, v);
+    }
+  }
+  // ys = a 3x3 pool of xs
+  __device__ void pool(bool max, int c0, int count) const {
+    for (int i = threadIdx.x; i < vh * vw * count; i += kThreads) {
+      int ch = i % count, q = i / count % vw, r = i / (count * vw);
+      Pooled<T, 1> pooled;
+      pooled.compute((corner.y + r) * S, (corner.x + q) * S, a.h, a.w, [&](int y, int x, A(&v)[1]) {
+        int row = y - corner.y * S + tile.reach, column = x - corner.x * S + tile.reach;
+        v[0] = widen(xs[row * tile.pitch + column * tile.ck + ch]);
+      });
+      ys[(r * tile.tw + q) * c + c0 + ch] = narrow<T>(max ? pooled.max[0] : pooled.avg[0]);
+    }
+  }
+  // ds = relu of the pixels that a convolution of FactorizedReduce reads: the second one's lie one further on
+  __device__ void reduce(int second, int c0, int count) const {
+    for (int i = threadIdx.x; i < tile.pixels * count; i += kThreads) {
+      int ch = i % count, p = i / count, ahead = tile.reach + second;
+      int from = (p / tile.tw * S + ahead) * tile.pitch + (p % tile.tw * S + ahead) * tile.ck + ch;
+      ds[p * tile.ld + c0 + ch] = relu(widen(xs[from]));
+    }
+  }
+  // y = ys
+  __device__ void store_outputs(T* y) const {
+    for (int r = 0; r < vh; r++) {
+      T* to = y + corner.n * a.image + (int64_t(corner.y + r) * a.ow + corner.x) * c;
+      const T* from = ys + r * tile.tw * c;
+      with_width<T>(a.wide, [&]<int V>() {
+        for (int i = threadIdx.x * V; i < vw * c; i += kThreads * V)
+          *reinterpret_cast<Pack<T, V>*>(to + i) = *reinterpret_cast<const Pack<T, V>*>(from + i);
+      });
+    }
+  }
+  // partial [2][tiles][c] = mean and squared deviations of ys. All threads meet once.
+  __device__ void moments(double* partial) const {
+    int groups = max(1, kThreads / c);
+    for (int i = threadIdx.x; i < groups * c; i += kThreads) {
       int ch = i % c;
-      A shift = middle(ys + ch, c, t.tw, vh, vw), sum = 0, square = 0;
+      A about = middle(ys + ch, c, tile.tw, vh, vw), sum = 0, square = 0;
       for (int p = i / c; p < vh * vw; p += groups) {
-        A off = widen(ys[(p / vw * t.tw + p % vw) * c + ch]) - shift;
+        A off = widen(ys[(p / vw * tile.tw + p % vw) * c + ch]) - about;
         sum += off;
         square += off * off;
       }
-      if (i < c) middles[ch] = shift;
+      if (i < c) middles[ch] = about;
       sums[2 * i] = sum;
       sums[2 * i + 1] = square;
     }
     __syncthreads();
-    double* out = a.partial + int64_t(b) * 2 * t.count * c;
     for (int ch = threadIdx.x; ch < c; ch += kThreads) {
       A sum = 0, square = 0;
       for (int g = 0; g < groups; g++) {
@@ -169,43 +156,58 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
         square += sums[2 * (g * c + ch) + 1];
       }
       A mean = sum / A(vh * vw);
-      out[int64_t(blockIdx.x) * c + ch] = double(middles[ch] + mean);
-      out[(int64_t(t.count) + blockIdx.x) * c + ch] = double(square - sum * mean);
+      partial[int64_t(blockIdx.x) * c + ch] = double(middles[ch] + mean);
+      partial[(int64_t(a.tiling.count) + blockIdx.x) * c + ch] = double(square - sum * mean);
     }
-    // the next branch overwrites ys only after the barrier that follows its depthwise part
-    if (b + 1 < a.branches && (a.branch[b + 1].op == int(Op::MaxPool) || a.branch[b + 1].op == int(Op::AvgPool)))
-      __syncthreads();
   }
-}
 
-// Chan's merge of the tiles' moments, in a fixed order. One block per target and kMergeChannels.
-constexpr int kMergeChannels = 8;
-template <int Channels>
-__global__ void __launch_bounds__(kThreads) merge_moments_kernel(const __grid_constant__ Moments a) {
-  RFDARTS_SHARED(shared);
-  double* room = reinterpret_cast<double*>(shared);
-  constexpr int lanes = kThreads / Channels;
-  int lane = threadIdx.x / Channels, k = threadIdx.x % Channels;
-  int ch = min(int(blockIdx.y) * Channels + k, a.c - 1);
-  auto target = a.target[blockIdx.x];
-  const double* mean_of = a.partial + int64_t(target.branch) * 2 * a.tiling.count * a.c + ch;
-  const double* deviation_of = mean_of + int64_t(a.tiling.count) * a.c;
-  double m = double(a.images) * a.h * a.w, mean = 0;
-  for (int pass = 0; pass < 2; pass++) {
-    double sum = 0;
-    for (int t = lane; t < a.tiling.count; t += lanes) {
-      int n, y, x;
-      a.tiling.place(t, n, y, x);
-      double pixels = min(a.tiling.th, a.h - y) * min(a.tiling.tw, a.w - x), tile = mean_of[int64_t(t) * a.c];
-      sum += pass == 0 ? pixels * tile : deviation_of[int64_t(t) * a.c] + pixels * (tile - mean) * (tile - mean);
+  // ys = the branch's outputs; branches of one source find it still in xs, if all its channels are there
+  __device__ void compute(const Branch& branch, bool in_xs) const {
+    bool pools = branch.pools(), reduces = branch.reduces();
+    const A* weights = a.conv_weights + branch.weight;
+    for (int pass = 0; pass < (reduces ? 2 : 1); pass++) {
+      for (int c0 = 0; c0 < c; c0 += tile.ck) {
+        int count = min(tile.ck, c - c0);
+        if (tile.ck < c || !in_xs) {
+          // nobody reads xs any more
+          __syncthreads();
+          with_width<T>(a.wide, [&]<int V>() { load_input<V>(branch.x, branch.norm, c0, count); });
+          // xs is complete
+          __syncthreads();
+        }
+        if (pools)
+          pool(branch.op == int(Op::MaxPool), c0, count);
+        else if (reduces)
+          reduce(pass, c0, count);
+        else
+          with_kernel(branch.kernel, branch.dilation,
+                      [&]<int K, int D>() { depthwise<K, D, S>(tile, xs, weights, c, c0, count, ds); });
+      }
+      // ds is complete, or ys of pools
+      __syncthreads();
+      if (pools) continue;
+      int64_t taps = reduces ? int64_t(pass) * c : branch.kernel * branch.kernel;
+      int half = c / 2, begin = reduces && pass ? half : 0, end = reduces && !pass ? half : c;
+      pointwise<T>(ds, tile.ld, tile.pixels, weights + taps * c, c, begin, end, ys);
+      // ys is complete
+      __syncthreads();
     }
-    __syncthreads();
-    room[threadIdx.x] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int l = 0; l < lanes; l++) sum += room[l * Channels + k];
-    if (pass == 0) mean = sum / m;
-    if (lane == 0) a.moments[(int64_t(pass) * a.norms + target.norm) * a.c + ch] = sum / m;
+  }
+};
+
+template <class T, int S>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    conv_forward_kernel(const __grid_constant__ ConvForward<T> a) {
+  RFDARTS_SHARED(shared);
+  ForwardBlock<T, S> block{a, shared};
+  for (int b = 0; b < a.branches; b++) {
+    const auto& branch = a.branch[b];
+    block.compute(branch, b > 0 && branch.x.data == a.branch[b - 1].x.data);
+    if (branch.y) block.store_outputs(branch.y);
+    if (!a.partial) continue;
+    block.moments(a.partial + int64_t(b) * 2 * a.tiling.count * a.c);
+    // convolutions overwrite ys and sums only after the barrier that follows their depthwise part; pools have none
+    if (b + 1 < a.branches && a.branch[b + 1].pools()) __syncthreads();
   }
 }
 

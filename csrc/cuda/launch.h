@@ -3,10 +3,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/cell.h"
 #include "cuda/conv_backward.h"
 #include "cuda/conv_forward.h"
-#include "cuda/node.h"
-#include "cuda/cell.h"
 
 namespace rfdarts::cuda {
 
@@ -19,16 +18,18 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
+inline void require(bool room, const char* what) {
+  if (!room) throw std::invalid_argument(std::string(what) + ": more than the CUDA kernels have room for");
+}
 
-template <class Params, class... Rest>
-void launch(void (*kernel)(const Params, Rest...), dim3 grid, int shared, cudaStream_t stream, const Params& params,
-            Rest... rest) {
+template <class Params>
+void launch(void (*kernel)(const Params), dim3 grid, int shared, cudaStream_t stream, const Params& params) {
   static_assert(sizeof(Params) <= 4000, "parameters exceed what a launch takes");
   if (shared > 48 << 10)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                shared),
           "shared memory");
-  RFDARTS_LAUNCH(kernel, grid, dim3(kThreads), shared, stream, params, rest...);
+  RFDARTS_LAUNCH(kernel, grid, dim3(kThreads), shared, stream, params);
   check(cudaGetLastError(), "launch");
 }
 
@@ -66,8 +67,8 @@ Tiling forward_tiling(int images, int h, int w, int c, int reach, int stride) {
   return choose_tiling(images, h, w, c < kThreads ? c : kThreads, [&](Tiling& t, int bytes) {
     int most = c > 32 ? 32 : c;
     if (t.th * t.tw / kStrip * most > kThreads) return false;
-    while (ForwardShared<T>(t, c, reach, stride).bytes > bytes && t.ck > 32) t.ck = round_up(t.ck / 2, 8);
-    return ForwardShared<T>(t, c, reach, stride).bytes <= bytes;
+    while (ForwardTile<T>(t, c, reach, stride).bytes > bytes && t.ck > 32) t.ck = round_up(t.ck / 2, 8);
+    return ForwardTile<T>(t, c, reach, stride).bytes <= bytes;
   });
 }
 
@@ -77,7 +78,7 @@ Tiling backward_tiling(int images, int h, int w, int c, int reach, int stride, b
     region = region_size(t.th, reach, stride) * region_size(t.tw, reach, stride);
     if (t.th * t.tw / kStrip * t.ck > kThreads) return false;
     if (ceil_div(region, 4) * ceil_div(t.ck, 4) > kItems * kThreads) return false;
-    return BackwardShared<T>(t, region, pools).bytes <= bytes;
+    return BackwardTile<T>(t, region, pools).bytes <= bytes;
   });
 }
 

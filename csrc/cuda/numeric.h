@@ -79,5 +79,6 @@ template <class I>
 __host__ __device__ constexpr I ceil_div(I a, I b) {
   return (a + b - 1) / b;
 }
+__host__ __device__ inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 }  // namespace rfdarts::cuda

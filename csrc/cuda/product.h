@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "cuda/tile.h"
+#include "cuda/pointwise.h"
 
 namespace rfdarts::cuda {
 

@@ -21,8 +21,8 @@ struct ReLUConvBN {
 
 // As cell_forward and cell_backward, they only launch kernels.
 void relu_conv_bn_forward(Storage storage, const ReLUConvBN& a, void* out, void* stream, const Allocate& allocate);
-// g dense; dx [images][h][w][ci] or null
-void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, const void* g, void* dx, void* grad_gamma,
+// g dense; grad_x [images][h][w][ci] or null
+void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, const void* g, void* grad_x, void* grad_gamma,
                            void* grad_beta, void* stream, const Allocate& allocate);
 
 }  // namespace rfdarts::cuda

@@ -74,14 +74,12 @@ void prepare(Thread& t, int, char* stack) {
 #else
 // slower, but any processor, and the sanitizer is told of every change of stacks
 ucontext_t home, contexts[kMaxThreads];
-#if defined(__SANITIZE_ADDRESS__)
 const void* home_stack;
 size_t home_size;
+#if defined(__SANITIZE_ADDRESS__)
 void before(void** save, const void* stack, size_t size) { __sanitizer_start_switch_fiber(save, stack, size); }
 void after(void* saved, const void** stack, size_t* size) { __sanitizer_finish_switch_fiber(saved, stack, size); }
 #else
-const void* home_stack;
-size_t home_size;
 void before(void**, const void*, size_t) {}
 void after(void*, const void**, size_t*) {}
 #endif
@@ -175,9 +173,9 @@ const std::string& recorded() { return log; }
 bool write_down(const char* function, dim3 grid, size_t shared) {
   if (!recording) return false;
   std::string name = function;
-  // ... [with Params = {...}; Args = ...]
+  // ... [with Params = ...; ...]
   name = name.substr(name.find("Params = "));
-  log += name.substr(0, name.find(';')) + " | " + std::to_string(grid.x * grid.y * grid.z) + " | " +
+  log += name.substr(0, name.find_first_of(";]")) + " | " + std::to_string(grid.x * grid.y * grid.z) + " | " +
          std::to_string(shared) + "\n";
   return true;
 }

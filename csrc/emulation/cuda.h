@@ -85,7 +85,7 @@ void run(dim3 grid, dim3 size, size_t shared, void (*body)(void*), void* context
 void shuffle(bool on);
 // from here on, launches are only written down
 void record(bool on);
-// parameters' type, blocks, bytes of shared memory: one launch a line
+// type of the parameters, blocks, bytes of shared memory: one launch a line
 const std::string& recorded();
 bool write_down(const char* function, dim3 grid, size_t shared);
 
@@ -126,10 +126,10 @@ void multiply_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
   }
 }
 
-template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 size, size_t shared, Args&&... args) {
+template <class Params>
+void launch(void (*kernel)(Params), dim3 grid, dim3 size, size_t shared, const Params& params) {
   if (write_down(__PRETTY_FUNCTION__, grid, shared)) return;
-  auto body = [&] { kernel(static_cast<Params>(args)...); };
+  auto body = [&] { kernel(params); };
   run(grid, size, shared, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
 }
 

@@ -6,6 +6,8 @@ import math
 import os
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,27 +20,28 @@ from .errors import DataError
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """The image file at `path`, decoded completely, as RGB. DataError naming the file if that fails."""
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             # odd metadata and palettes with transparency are common in photo collections and harmless
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                return image.convert("RGB")
+                yield image
     except _UNREADABLE as error:
         raise DataError(f"{os.fspath(path)}: expected a readable image, got {error}") from error
+
+
+def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """The image file at `path`, decoded completely, as RGB. DataError naming the file if that fails."""
+    with _opened(path) as image:
+        return image.convert("RGB")
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
     """DataError unless the file at `path` begins like an image; much cheaper than decoding it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path):
-                pass
-    except _UNREADABLE as error:
-        raise DataError(f"{os.fspath(path)}: expected a readable image, got {error}") from error
+    with _opened(path):
+        pass
 
 
 def random_resized_crop(

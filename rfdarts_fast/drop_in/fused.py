@@ -16,7 +16,7 @@ from rfdarts_fast.nn.supernet import cell_output
 
 
 class Fused:
-    """Base of the mixins below; a fused class has no name to import, so pickles name mixin and foreign class."""
+    """Base of the mixins below. A fused class has no name to import: pickles name mixin and foreign class."""
 
     def __reduce__(self) -> Any:
         mixin, foreign = type(self).__bases__

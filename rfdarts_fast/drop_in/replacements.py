@@ -34,7 +34,7 @@ _CELL_ATTRIBUTES = {"training", "reduction", "primitives", "_steps", "_multiplie
 
 @dataclass
 class FusedEdge:
-    """A mixed op as the kernels see it: the attributes of `rfdarts_fast.ops.EdgeModule`, and its ops' width."""
+    """A mixed op with the attributes of `rfdarts_fast.ops.EdgeModule`, and the channels of its primitives."""
 
     primitives: tuple[str, ...]
     stride: int
@@ -123,11 +123,10 @@ class Replacements:
             raise Unrecognised(f"its {edge.channels} channels are no multiple of its operations' {width}")
         edge.K = edge.channels // width
         key = (type(module), edge.primitives, edge.stride, edge.K, settings(module))
-        if key not in self._agreed:
-            x = _random(2, edge.channels, _PROBE_SIDE, _PROBE_SIDE)
-            weights = _weights([edge.primitives])[0]
-            self._agreed[key] = _agree(module, lambda copied: _fuse_edge(copied, edge), x, weights)
-        if not self._agreed[key]:
+        op_weights = _op_weights([edge])[0]
+        if not self._agrees(
+            key, module, lambda copied: _fuse_edge(copied, edge), _state(edge.channels), op_weights
+        ):
             raise Unrecognised(f"its forward is not the weighted sum of its operations with K={edge.K}")
         self.edges[path] = edge
 
@@ -164,12 +163,8 @@ class Replacements:
             return
         fused_class = FusedFactorizedReduce if ours is FactorizedReduce else FusedReLUConvBN
         key = (type(module), fused_class, settings(module))
-        if key not in self._agreed:
-            conv = _first_conv(module)
-            assert conv is not None
-            x = _random(2, conv.in_channels, _PROBE_SIDE, _PROBE_SIDE)
-            self._agreed[key] = _agree(module, lambda copied: fuse(copied, fused_class), x)
-        if self._agreed[key]:
+        conv: Any = _first_conv(module)
+        if self._agrees(key, module, lambda copied: fuse(copied, fused_class), _state(conv.in_channels)):
             self.preprocess[path] = fused_class
 
     def _unsupported_reason(self, cell: nn.Module, edges: Sequence[FusedEdge]) -> str:
@@ -207,16 +202,14 @@ class Replacements:
             if conv is None:
                 return False
             # a FactorizedReduce in front halves what comes from before the reduction
-            side = _PROBE_SIDE * conv.stride[0]
-            states.append(_random(2, conv.in_channels, side, side))
-        weights = _weights([edge.primitives for edge in edges])
+            states.append(_state(conv.in_channels, conv.stride[0]))
+        op_weights = _op_weights(edges)
         agree = True
         default = fourth[0].default if fourth else 0.0
         if default is inspect.Parameter.empty or default is None:
-            edge_weights = _random(len(edges)).abs()
-            agree = _agree(cell, fuse_all, *states, weights, edge_weights)
+            agree = _agree(cell, fuse_all, *states, op_weights, _random(len(edges)).abs())
         if default is not inspect.Parameter.empty:
-            agree = agree and _agree(cell, fuse_all, *states, weights)
+            agree = agree and _agree(cell, fuse_all, *states, op_weights)
         return agree
 
     def _examine_benchmark_cell(self, path: str, cell: nn.Module) -> None:
@@ -228,28 +221,28 @@ class Replacements:
         if list(lists) != list(expected) or getattr(cell, "edge2index", None) != expected:
             raise Unrecognised(f"expected edges {', '.join(expected)} in this order, got {', '.join(lists)}")
         edges = {key: _read_edge(candidates) for key, candidates in lists.items()}
-        width = next((edge.width for edge in edges.values() if edge.width), None)
-        if width is None or any(e.stride != 1 or e.width not in (None, width) for e in edges.values()):
-            raise Unrecognised("expected edges of stride 1 with equally many channels")
+        shapes = {(len(edge.primitives), edge.stride) for edge in edges.values()}
+        widths = {edge.width for edge in edges.values()} - {None}
+        if len(shapes) > 1 or shapes.pop()[1] != 1 or len(widths) != 1:
+            raise Unrecognised("expected edges of stride 1 with equally many operations and channels")
+        width: Any = widths.pop()
         for edge in edges.values():
             edge.channels = width
-        if not self._benchmark_cells_agree(cell, edges, "forward"):
+
+        def fuse_all(copied: nn.Module) -> None:
+            _fuse_benchmark_cell(copied, FusedNasBench201JointCell, edges)
+
+        key = (type(cell), *(edge.primitives for edge in edges.values()), settings(cell))
+        args = _state(width), _op_weights([*edges.values()])
+        if not self._agrees((*key, "forward"), cell, fuse_all, *args):
             raise Unrecognised("its forward is not the published one")
-        joint = self._benchmark_cells_agree(cell, edges, "forward_joint")
-        mixin = FusedNasBench201JointCell if joint else FusedNasBench201Cell
-        self.benchmark_cells[path] = (mixin, edges)
+        joint = self._agrees((*key, "joint"), cell, fuse_all, *args, method="forward_joint")
+        self.benchmark_cells[path] = (FusedNasBench201JointCell if joint else FusedNasBench201Cell, edges)
 
-    def _benchmark_cells_agree(self, cell: Any, edges: dict[str, FusedEdge], method: str) -> bool:
-        key = (type(cell), *(edge.primitives for edge in edges.values()), settings(cell), method)
+    def _agrees(self, key: Any, *args: Any, **options: Any) -> bool:
+        """`_agree`, tried once for modules of the same `key`."""
         if key not in self._agreed:
-
-            def fuse_all(copied: nn.Module) -> None:
-                _fuse_benchmark_cell(copied, FusedNasBench201JointCell, edges)
-
-            channels = next(iter(edges.values())).channels
-            x = _random(2, channels, _PROBE_SIDE, _PROBE_SIDE)
-            weights = _weights([edge.primitives for edge in edges.values()])
-            self._agreed[key] = _agree(cell, fuse_all, x, weights, method=method)
+            self._agreed[key] = _agree(*args, **options)
         return self._agreed[key]
 
 
@@ -313,14 +306,15 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def _weights(primitives: Sequence[Sequence[str]]) -> Tensor:
-    """Random weights [edges, primitives]; noise weighs nothing, as it would differ between two runs."""
-    weights = _random(len(primitives), len(primitives[0])).abs()
-    for row, names in zip(weights, primitives, strict=True):
-        for i, name in enumerate(names):
-            if name == "noise":
-                row[i] = 0.0
-    return weights
+def _state(channels: int, enlarged: int = 1) -> Tensor:
+    side = _PROBE_SIDE * enlarged
+    return _random(2, channels, side, side)
+
+
+def _op_weights(edges: Sequence[FusedEdge]) -> Tensor:
+    """Random op weights [edges, primitives]; noise weighs nothing, as it would differ between two runs."""
+    noise = torch.tensor([[name == "noise" for name in edge.primitives] for edge in edges])
+    return _random(*noise.shape).abs().masked_fill(noise, 0.0)
 
 
 def _first_conv(module: nn.Module) -> nn.Conv2d | None:

@@ -219,10 +219,6 @@ def _skip(c: int, stride: int, affine: bool, track: bool) -> nn.Module:
     return nn.Identity() if stride == 1 else FactorizedReduce(c, c, affine, track)
 
 
-def _max_pool(c: int, stride: int, affine: bool, track: bool) -> nn.Module:
-    return nn.MaxPool2d(3, stride, padding=1)
-
-
 def _average_pool(c: int, stride: int, affine: bool, track: bool) -> nn.Module:
     return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
 
@@ -231,7 +227,7 @@ for _primitive in (
     Primitive("none", lambda c, s, *_: Zero(s), parameter_free=True, recognise=class_named("Zero")),
     Primitive("noise", lambda c, s, *_: Noise(s), parameter_free=True, recognise=_standard_noise),
     Primitive("skip_connect", _skip, parameter_free=True, recognise=class_named("Identity")),
-    Primitive("max_pool_3x3", _max_pool, parameter_free=True, batch_norm=True),
+    Primitive("max_pool_3x3", lambda c, s, *_: nn.MaxPool2d(3, s, 1), parameter_free=True, batch_norm=True),
     Primitive("avg_pool_3x3", _average_pool, parameter_free=True, batch_norm=True),
     Primitive("sep_conv_3x3", lambda c, s, affine, track: SepConv(c, 3, s, affine, track)),
     Primitive("sep_conv_5x5", lambda c, s, affine, track: SepConv(c, 5, s, affine, track)),

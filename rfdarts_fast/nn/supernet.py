@@ -18,7 +18,7 @@ from rfdarts_fast.nn.primitives import (
     runs_only,
 )
 from rfdarts_fast.nn.stems import cifar_stem, imagenet_stem
-from rfdarts_fast.spaces import AnyGenotype, Space
+from rfdarts_fast.spaces import AnyGenotype, Space, derive
 
 ARCH_INIT_STD = 1e-3
 
@@ -177,7 +177,7 @@ class Supernet(nn.Module):
             op_weights, edge_weights = self.cell_weights(cell)
             weights = op_weights if edge_weights is None else op_weights * edge_weights[:, None]
             term_weights[cell] = weights.tolist()
-        return self.space.derive(term_weights)
+        return derive(self.space, term_weights)
 
 
 class SearchNetwork(Supernet):
@@ -240,7 +240,7 @@ class SearchNetwork(Supernet):
     def _run_cells(
         self, s0: Tensor, s1: Tensor, cell_weights: dict[str, tuple[Tensor, Tensor | None]]
     ) -> Tensor:
-        """The output of the last cell, from the stem's; all preprocessing of a state shares one read of it."""
+        """The last cell's output, from the stem's; all preprocessing of a state shares one read of it."""
         cells: list[Any] = [*self.cells]
         weights = [cell_weights["reduce" if cell.reduction else "normal"] for cell in cells]
         if not all(runs_only(cell, SearchCell) for cell in cells):

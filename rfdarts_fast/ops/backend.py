@@ -69,4 +69,4 @@ def fall_back(reason: str, expected: bool = False) -> None:
         raise BackendError(f"backend: {use_backend.name} cannot run: {reason}")
     if not expected and reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"mixed ops run on the slow PyTorch reference: {reason}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"mixed ops run on the slow PyTorch reference: {reason}", RuntimeWarning, stacklevel=5)

@@ -1,7 +1,7 @@
 """A planned cell and a ReLU-conv-BN layer as functions of their tensors, in plain PyTorch.
 
-Kernels have a first derivative. Where a graph of it is asked for (`create_graph=True`: Hessian-vector products,
-RobustDARTS's dominant eigenvalue), it is taken of these instead, so that it can be differentiated again.
+Kernels have a first derivative. Where a graph of it is asked for (`create_graph=True`: Hessian-vector
+products, RobustDARTS's dominant eigenvalue), it is taken of these instead, to be differentiated again.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Search spaces, genotypes and the rules from one to the other. Imports nothing else of the package."""
 
+from rfdarts_fast.spaces.derive import derive
 from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Genotype
 from rfdarts_fast.spaces.space import (
     DARTS,
@@ -27,6 +28,7 @@ __all__ = [
     "Family",
     "Genotype",
     "Space",
+    "derive",
     "get_space",
     "parse",
     "register_space",

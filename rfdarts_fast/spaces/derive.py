@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rfdarts_fast.spaces.genotype import CellGenotype, Gene, Genotype
+from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Gene, Genotype
 
 if TYPE_CHECKING:
     from rfdarts_fast.spaces.space import Space
 
 # [edges][primitives], in the space's order
 TermWeights = Sequence[Sequence[float]]
+
+
+def derive(space: Space, term_weights: Mapping[str, TermWeights]) -> AnyGenotype:
+    """The strongest genotype, by the rule of the space's family.
+
+    Args:
+        term_weights: cell type -> weights [edges][primitives] of that cell's edges, in the space's order: the
+            softmax of the alphas, in PC-DARTS multiplied by the edge's weight (alpha x beta).
+    """
+    return space.family.rule(space, term_weights)
 
 
 def two_strongest_edges(space: Space, term_weights: Mapping[str, TermWeights]) -> Genotype:

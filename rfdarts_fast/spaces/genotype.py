@@ -64,14 +64,6 @@ class Genotype:
         """The primitives of all genes, normal cell first."""
         return tuple(op for op, _ in self.normal + self.reduce)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "normal": [list(gene) for gene in self.normal],
-            "normal_concat": list(self.normal_concat),
-            "reduce": [list(gene) for gene in self.reduce],
-            "reduce_concat": list(self.reduce_concat),
-        }
-
     def __str__(self) -> str:
         """The literal that quark0/darts prints and reads."""
         return (
@@ -96,9 +88,6 @@ class CellGenotype:
 
     def ops(self) -> tuple[str, ...]:
         return self.edges
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"edges": list(self.edges)}
 
     def __str__(self) -> str:
         """The cell string of the benchmark, `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`."""

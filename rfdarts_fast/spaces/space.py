@@ -24,7 +24,7 @@ class Family:
         inputs: states that enter a cell.
         cells: its cell types.
         genotype: the form of its results; the derived network follows from it (`retrain/run.py`).
-        derive: the rule, (space, cell type -> term weights `[edges][primitives]`) -> genotype.
+        rule: derives a genotype; see `derive`.
         nodes: states that a cell computes, where the family fixes it.
     """
 
@@ -32,7 +32,7 @@ class Family:
     inputs: int
     cells: tuple[str, ...]
     genotype: type[AnyGenotype]
-    derive: Callable[[Space, Mapping[str, TermWeights]], AnyGenotype]
+    rule: Callable[[Space, Mapping[str, TermWeights]], AnyGenotype]
     nodes: int | None = None
 
 
@@ -109,15 +109,6 @@ class Space:
         return tuple(
             dict.fromkeys(name for edges in self.cells.values() for names in edges for name in names)
         )
-
-    def derive(self, term_weights: Mapping[str, TermWeights]) -> AnyGenotype:
-        """The strongest genotype, by the rule of the family.
-
-        Args:
-            term_weights: cell type -> weights `[edges][primitives]` of its edges, in the order of the space:
-                the softmax of the alphas, in PC-DARTS multiplied by the edge's weight (alpha x beta).
-        """
-        return self.family.derive(self, term_weights)
 
 
 SPACES: dict[str, Space] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Gene, Genotype
@@ -16,7 +16,7 @@ _MOST_STATES = 1000
 
 def to_json(genotype: AnyGenotype) -> str:
     """JSON text that `parse` reads back; the published literal is kept beside the fields for readers."""
-    return json.dumps({**genotype.to_dict(), "text": str(genotype)}, indent=2)
+    return json.dumps({**asdict(genotype), "text": str(genotype)}, indent=2)
 
 
 def parse(text: str) -> AnyGenotype:

@@ -49,12 +49,12 @@ def test_digits_at_their_own_size_are_those_of_scikit_learn_without_overlap():
     source = load("digits", image_size=8)
     original = torch.from_numpy(load_digits().images)
     # grey values 0..16 come back exactly
-    found = torch.cat([source.train.images, source.test.images])[:, 1].double().mul(16 / 255).round()
+    loaded = torch.cat([source.train.images, source.test.images])[:, 1].double().mul(16 / 255).round()
 
     def rows(images):
         return sorted(map(tuple, images.flatten(1).tolist()))
 
-    assert rows(found) == rows(original)
+    assert rows(loaded) == rows(original)
     # all 1,797 images are different, so equal multisets also mean that none is in both parts
     assert len(set(rows(original))) == 1797
 
@@ -294,14 +294,14 @@ def write_cifar(root, classes, train_files, meta):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_through_torchvision(name, tmp_path, monkeypatch):
     datasets = pytest.importorskip("torchvision.datasets", reason="torchvision not installed")
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    cifar = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     # the checksums are those of the real files
-    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(cifar, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    folder = tmp_path / kind.base_folder
+    folder = tmp_path / cifar.base_folder
     folder.mkdir()
-    train_files = [file for file, _ in kind.train_list]
-    meta = kind.meta["filename"], kind.meta["key"]
+    train_files = [file for file, _ in cifar.train_list]
+    meta = cifar.meta["filename"], cifar.meta["key"]
     written = write_cifar(folder, 10 if name == "cifar10" else 100, train_files, meta)
     source = load(name, root=tmp_path)
     assert len(source.train) == 4 * len(train_files) and len(source.test) == 4

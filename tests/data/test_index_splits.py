@@ -55,8 +55,8 @@ def test_parts_are_disjoint_and_hold_their_share_of_every_class(counts, fraction
         assert len(together) == len(labels)
     for part, fraction in zip(parts, fractions, strict=True):
         assert part.dtype == torch.int64 and part.tolist() == sorted(part.tolist())
-        found = labels[part].bincount(minlength=len(counts))
-        assert (found - fraction * torch.tensor(counts)).abs().max() <= 1
+        counted = labels[part].bincount(minlength=len(counts))
+        assert (counted - fraction * torch.tensor(counts)).abs().max() <= 1
 
 
 def test_the_imagenet_search_of_pc_darts():

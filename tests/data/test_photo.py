@@ -51,8 +51,8 @@ def test_random_crops_have_areas_uniform_in_the_range():
 def test_random_crops_have_ratios_log_uniform_in_the_range():
     widths, heights = boxes((0.25, 0.25), (1 / 2, 2))
     expected = torch.linspace(-1, 1, 5)
-    found = (widths / heights).log2().quantile(torch.linspace(0, 1, 5))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.12)
+    quantiles = (widths / heights).log2().quantile(torch.linspace(0, 1, 5))
+    torch.testing.assert_close(quantiles, expected, rtol=0, atol=0.12)
 
 
 def test_random_crops_reach_every_border():

@@ -71,23 +71,23 @@ def gradients(network, x, y):
     arch = network.arch_parameters()
     logits = network(x)
     loss = nn.functional.cross_entropy(logits, y)
-    found = torch.autograd.grad(loss, [*arch, *named.values()], allow_unused=True, materialize_grads=True)
-    return logits.detach(), found[: len(arch)], dict(zip(named, found[len(arch) :], strict=True))
+    grads = torch.autograd.grad(loss, [*arch, *named.values()], allow_unused=True, materialize_grads=True)
+    return logits.detach(), grads[: len(arch)], dict(zip(named, grads[len(arch) :], strict=True))
 
 
-def assert_equal_in_double(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+def assert_equal_in_double(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-8)
 
 
 def assert_as_accurate(draws):
     """Errors within a few times those of the foreign network: a BatchNorm over few pixels amplifies rounding.
 
-    draws: (found, theirs, truth) for each of several batches, compared in the median: gradients of either
+    draws: (ours, theirs, truth) for each of several batches, compared in the median: gradients of either
     jump where rounding takes a value across a ReLU's kink, or changes which value of a window is the largest.
     """
     rows = []
-    for found, theirs, truth in draws:
-        triples = zip(found, theirs, truth, strict=True)
+    for ours, theirs, truth in draws:
+        triples = zip(ours, theirs, truth, strict=True)
         rows.append([[(ours - t).norm(), (its - t).norm(), t.norm()] for ours, its, t in triples])
     for error, theirs, norm in torch.tensor(rows).median(dim=0).values.tolist():
         allowed = 10 * theirs + 1e-5 * (1 + norm)

@@ -258,10 +258,10 @@ class Network(nn.Module):
             s0 = self.stem0(input)
             s1 = self.stem1(s0)
         for cell in self.cells:
-            kind = "reduce" if cell.reduction else "normal"
-            args = [getattr(self, f"alphas_{kind}").softmax(-1)]
+            cell_type = "reduce" if cell.reduction else "normal"
+            args = [getattr(self, f"alphas_{cell_type}").softmax(-1)]
             if self._k > 1:
-                args.append(self._edge_weights(getattr(self, f"betas_{kind}")))
+                args.append(self._edge_weights(getattr(self, f"betas_{cell_type}")))
             s0, s1 = s1, cell(s0, s1, *args)
         return self.classifier(self.global_pooling(s1).flatten(1))
 

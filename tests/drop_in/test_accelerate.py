@@ -50,8 +50,8 @@ def images(name):
 
 
 def arch(network):
-    found = network.arch_parameters
-    return [found] if isinstance(found, nn.Parameter) else found()
+    alphas = network.arch_parameters
+    return [alphas] if isinstance(alphas, nn.Parameter) else alphas()
 
 
 def to_double(network):
@@ -63,13 +63,13 @@ def to_double(network):
 
 def outputs(network, x, y):
     """Logits and alpha gradients in both modes, after one more training pass."""
-    found = []
+    collected = []
     for training in (True, True, False):
         network.train(training)
         logits = network(x)
         loss = nn.functional.cross_entropy(logits, y)
-        found += [logits.detach(), *torch.autograd.grad(loss, arch(network))]
-    return found
+        collected += [logits.detach(), *torch.autograd.grad(loss, arch(network))]
+    return collected
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -81,8 +81,8 @@ def test_computes_the_same(name):
     ours = copy.deepcopy(original)
     report = rfdarts_fast.accelerate(ours)
     assert report.replaced and not report.left
-    expected, found = outputs(original, x, y), outputs(ours, x, y)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    expected, actual = outputs(original, x, y), outputs(ours, x, y)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
     cell = FusedNasBench201Cell if name == "NAS-Bench-201" else FusedCell
     cells = [m for m in ours.modules() if isinstance(m, cell)]
     assert len(cells) == (2 if name == "NAS-Bench-201" else 3)
@@ -130,9 +130,9 @@ def test_equals_the_drop_in_network():
     rfdarts_fast.accelerate(theirs)
     copy_arch(theirs, ours)
     x, y = batch("pc_darts")
-    expected, found = gradients(ours, x, y), gradients(theirs, x, y)
-    assert found[2].keys() == expected[2].keys()
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    expected, actual = gradients(ours, x, y), gradients(theirs, x, y)
+    assert actual[2].keys() == expected[2].keys()
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_random_features_can_be_left_alone():

@@ -60,9 +60,9 @@ def test_second_order_with_random_features():
     before = frozen_tensors(ours)
     optimizer = sgd(ours)
     complete_momentum(optimizer)
-    found = search(ours, PublishedArchitect(ours), optimizer, True)
+    actual = search(ours, PublishedArchitect(ours), optimizer, True)
     expected = search(reference, TrainableArchitect(reference), sgd(reference), True)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-7)
     # without the momentum the gradients are visibly others
     _, other = pair("darts", 4, 3, nodes=2)
     other.load_state_dict(start)

@@ -56,7 +56,7 @@ def test_architect_is_the_published_one(example):
     """Second order with momentum and weight decay, in place instead of in a copy."""
     networks = pair("darts", 4, 3, nodes=2)[1], pair("darts", 4, 3, nodes=2)[1]
     networks[1].load_state_dict(networks[0].state_dict())
-    found = []
+    states = []
     # drawn beforehand, as a network that is built on the way draws too
     batches = [(batch("darts"), batch("darts")) for _ in range(2)]
     for network, published in zip(networks, (True, False), strict=True):
@@ -71,5 +71,5 @@ def test_architect_is_the_published_one(example):
             optimizer.zero_grad()
             network._loss(*train).backward()
             optimizer.step()
-        found.append([*network.state_dict().values()])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)
+        states.append([*network.state_dict().values()])
+    torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-8)

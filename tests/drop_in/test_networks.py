@@ -68,13 +68,13 @@ def test_equals_published_network(name, C, layers, K, dtype):
             logits, arch, weights = gradients(theirs, x, y)
             our_logits, our_arch, our_weights = gradients(ours, x, y)
             assert our_weights.keys() == weights.keys()
-            expected, found = [*arch, *weights.values()], [*our_arch, *our_weights.values()]
+            expected, actual = [*arch, *weights.values()], [*our_arch, *our_weights.values()]
             if dtype is F64:
-                assert_equal_in_double([our_logits, *found], [logits, *expected])
+                assert_equal_in_double([our_logits, *actual], [logits, *expected])
             else:
                 true_logits, true_arch, true_weights = gradients(truth, x.double(), y)
                 assert_as_accurate([([our_logits], [logits], [true_logits])])
-                draws.append((found, expected, [*true_arch, *true_weights.values()]))
+                draws.append((actual, expected, [*true_arch, *true_weights.values()]))
         if draws:
             assert_as_accurate(draws)
 
@@ -172,11 +172,11 @@ def test_cell(module, K, reduction, reduction_prev):
 
 def published_genotype(network):
     """The published rule, written out again."""
-    found = []
-    for kind in ("normal", "reduce"):
-        weights = getattr(network, f"alphas_{kind}").softmax(-1)
+    cells = []
+    for cell_type in ("normal", "reduce"):
+        weights = getattr(network, f"alphas_{cell_type}").softmax(-1)
         if hasattr(network, "betas_normal"):
-            weights = weights * network._edge_weights(getattr(network, f"betas_{kind}"))[:, None]
+            weights = weights * network._edge_weights(getattr(network, f"betas_{cell_type}"))[:, None]
         genes, start = [], 0
         for i in range(network._steps):
             rows = weights[start : start + 2 + i].tolist()
@@ -184,8 +184,8 @@ def published_genotype(network):
                 best = max(range(1, 8), key=lambda k: rows[j][k])
                 genes.append((forks.PRIMITIVES[best], j))
             start += 2 + i
-        found.append(genes)
-    return found
+        cells.append(genes)
+    return cells
 
 
 @pytest.mark.parametrize("name", MODULES)

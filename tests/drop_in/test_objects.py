@@ -57,10 +57,10 @@ def test_other_dtypes(dtype, random_features):
     assert logits.dtype == dtype
     tolerance = {torch.float64: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}[dtype]
     torch.testing.assert_close(logits.float(), expected, rtol=tolerance, atol=tolerance)
-    found = torch.autograd.grad(nn.functional.cross_entropy(logits, y), ours.arch_parameters())
-    assert all(g.isfinite().all() for g in found)
+    after = torch.autograd.grad(nn.functional.cross_entropy(logits, y), ours.arch_parameters())
+    assert all(g.isfinite().all() for g in after)
     if dtype is torch.float64:
-        torch.testing.assert_close([g.float() for g in found], list(grads), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close([g.float() for g in after], list(grads), rtol=1e-3, atol=1e-5)
     step(ours, dtype)
 
 
@@ -72,8 +72,8 @@ def test_channels_last():
     ours.to(memory_format=torch.channels_last)
     logits = ours(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    found = torch.autograd.grad(nn.functional.cross_entropy(logits, y), ours.arch_parameters())
-    torch.testing.assert_close(found, grads, rtol=1e-3, atol=1e-5)
+    after = torch.autograd.grad(nn.functional.cross_entropy(logits, y), ours.arch_parameters())
+    torch.testing.assert_close(after, grads, rtol=1e-3, atol=1e-5)
 
 
 def test_autocast():

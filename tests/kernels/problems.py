@@ -40,7 +40,7 @@ class Problem:
                 part.requires_grad_(False)
             elif isinstance(part, nn.BatchNorm2d):
                 if part.track_running_stats:
-                    part.running_mean.normal_()
+                    part.running_mean.normal_(std=0.1 if train else 1)
                     part.running_var.uniform_(0.5, 2)
                 if part.affine:
                     nn.init.uniform_(part.weight, -1.5, 1.5)
@@ -210,42 +210,3 @@ class LayerProblem(Problem):
     def trained(self, module):
         used = nn.ModuleList(part for part, grad in zip(module, self.grads, strict=True) if grad is not None)
         return super().trained(used)
-
-
-def last(x: Tensor) -> Tensor:
-    """x in channels_last order."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def view_of_wider(x: Tensor, first: int, rows: int = 1, memory_format=torch.channels_last) -> Tensor:
-    """x as channels from `first` on, every `rows`-th row and all columns but the outer ones of a tensor of NaNs."""
-    n, c, h, w = x.shape
-    wide = x.new_full((n, first + c + 8, rows * h + 2, w + 3), torch.nan).contiguous(memory_format=memory_format)
-    wide[:, first : first + c, 1 : 1 + rows * h : rows, 1 : 1 + w] = x
-    return wide[:, first : first + c, 1 : 1 + rows * h : rows, 1 : 1 + w]
-
-
-# inputs in other layouts; views whose channels are aligned to vectors, and not
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channels_last": last,
-    "view": lambda x: view_of_wider(x, 3, memory_format=torch.contiguous_format),
-    "view, channels_last": lambda x: view_of_wider(x, 8),
-    "view, channels_last, not aligned": lambda x: view_of_wider(x, 3),
-    "every other row": lambda x: view_of_wider(x, 3, 2, torch.contiguous_format),
-    "every other row, channels_last": lambda x: view_of_wider(x, 8, 2),
-}
-
-
-def not_aligned(x: Tensor) -> Tensor:
-    """x in channels_last order, one number away from what vectors are aligned to."""
-    n, c, h, w = x.shape
-    flat = torch.cat([x.new_zeros(1), last(x).permute(0, 2, 3, 1).flatten()])
-    return flat[1:].view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-# gradients of ones in other layouts
-GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channels_last": last,
-    "expanded": lambda grad: grad.new_ones(()).expand_as(grad),
-    "not aligned": not_aligned,
-}

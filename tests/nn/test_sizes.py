@@ -84,9 +84,9 @@ def multiply_adds(network, size):
     ids=SUPERNETS.keys(),
 )
 def test_supernet_has_the_published_size(space, options, affine, parameters, scalars, norms, madds):
-    kind = NasBench201SearchNetwork if space == "nasbench201" else SearchNetwork
+    supernet = NasBench201SearchNetwork if space == "nasbench201" else SearchNetwork
     with torch.device("meta"):
-        network = kind(get_space(space), affine=affine, **options)
+        network = supernet(get_space(space), affine=affine, **options)
     assert count(network) == parameters
     assert affine_scalars(network) == scalars
     assert norms is None or len(batch_norms(network)) == norms

@@ -42,9 +42,9 @@ def test_each_cell_type_uses_its_own_weights():
     for i, cell in enumerate(network.cells):
         cell.register_forward_pre_hook(lambda _, args, i=i: inputs.__setitem__(i, args[2]))
     network(images)
-    kinds = ["normal", "reduce", "reduce"]
-    for i, kind in enumerate(kinds):
-        torch.testing.assert_close(inputs[i], getattr(network, f"alphas_{kind}").softmax(dim=-1))
+    cell_types = ["normal", "reduce", "reduce"]
+    for i, cell_type in enumerate(cell_types):
+        torch.testing.assert_close(inputs[i], getattr(network, f"alphas_{cell_type}").softmax(dim=-1))
 
 
 class OtherCell(SearchCell):

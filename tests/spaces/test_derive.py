@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfdarts_fast.nn import NasBench201SearchNetwork, SearchNetwork
-from rfdarts_fast.spaces import DARTS, NASBENCH201_PRIMITIVES, SPACES, get_space
+from rfdarts_fast.spaces import DARTS, NASBENCH201_PRIMITIVES, SPACES, derive, get_space
 
 FAMILY = [name for name, space in SPACES.items() if space.family is DARTS]
 # few values, so that edges and primitives tie
@@ -79,7 +79,7 @@ def test_darts_rule(name, data):
     space = get_space(name)
     columns = len(space.cells["normal"][0])
     alphas = {cell: np.array(data.draw(tables(14, columns))) for cell in ("normal", "reduce")}
-    genotype = space.derive({cell: table.tolist() for cell, table in alphas.items()})
+    genotype = derive(space, {cell: table.tolist() for cell, table in alphas.items()})
     assert list(genotype.normal) == quark0_parse(alphas["normal"], space.cells["normal"])
     assert list(genotype.reduce) == quark0_parse(alphas["reduce"], space.cells["reduce"])
     assert genotype.normal_concat == genotype.reduce_concat == (2, 3, 4, 5)

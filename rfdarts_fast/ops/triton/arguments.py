@@ -116,7 +116,7 @@ class EdgeRow(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Rows from `first` to `last`; the table of spans has rows of the table of terms."""
+    """Rows from `first` to `last` of a table; in the table of spans, of the table of terms."""
 
     first: int
     last: int
@@ -198,8 +198,9 @@ def block_of(axis: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def pixel_of(rows, H, W):
     """Image, y and x of rows."""
+    n = rows // (H * W)
     rest = rows % (H * W)
-    return rows // (H * W), rest // W, rest % W
+    return n, rest // W, rest % W
 
 
 @triton.jit
@@ -210,7 +211,7 @@ def rows_of(part, parts, M):
 
 
 @triton.jit
-def image_size(sizes):
+def slot_size(sizes):
     """Elements of one branch output."""
     return tl.cast(sizes.M, tl.int64) * sizes.C
 
@@ -258,7 +259,7 @@ def state_of(states, source, sizes, INPUTS: tl.constexpr, STRIDE: tl.constexpr, 
 
 @triton.jit
 def load_bypass(
-    states, source, rows, exist, cols, sizes,
+    states, source, rows, exist, pixel, cols, sizes,
     INPUTS: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """[rows, channels, K]: at [.., c, lane] channel lane * C + c of a state, 2x2 max-pooled where its edge
@@ -270,10 +271,10 @@ def load_bypass(
     if STRIDE == 1:
         value = tl.load(x.data + rows[:, None, None] * x.row + channel, mask=mask, other=0.0).to(ACC)
     else:
-        at = window_pixel(source, rows, sizes, 0, INPUTS)
+        at = window_row(source, rows, pixel, sizes, 0, INPUTS)
         value = tl.load(x.data + at[:, None, None] * x.row + channel, mask=mask, other=0.0).to(ACC)
         for q in tl.static_range(1, 4):
-            at = window_pixel(source, rows, sizes, q, INPUTS)
+            at = window_row(source, rows, pixel, sizes, q, INPUTS)
             other = tl.load(x.data + at[:, None, None] * x.row + channel, mask=mask, other=0.0).to(ACC)
             # a NaN has to come through
             value = tl.where((other > value) | (other != other), other, value)
@@ -281,8 +282,8 @@ def load_bypass(
 
 
 @triton.jit
-def window_pixel(source, rows, sizes, q: tl.constexpr, INPUTS: tl.constexpr):
+def window_row(source, rows, pixel, sizes, q: tl.constexpr, INPUTS: tl.constexpr):
     """In a reduction cell, the row of pixel q of the 2x2 window in an input; a node has the output's size."""
-    n, oy, ox = pixel_of(rows, sizes.OH, sizes.OW)
+    n, oy, ox = pixel
     in_window = (n * (2 * sizes.OH) + 2 * oy + q // 2) * (2 * sizes.OW) + 2 * ox + q % 2
     return tl.where(source < INPUTS, in_window, rows)

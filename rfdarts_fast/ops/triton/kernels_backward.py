@@ -15,13 +15,13 @@ from rfdarts_fast.ops.triton.arguments import (
     block_of,
     edge_at,
     group_at,
-    image_size,
     load_bypass,
     load_norm,
     load_norm_backward,
     load_row,
     pixel_of,
     rows_of,
+    slot_size,
     span_at,
     state_of,
     term_at,
@@ -40,7 +40,7 @@ def sums_kernel(
     index, part, cols = tl.program_id(0), tl.program_id(1), block_of(2, BC)
     term = term_at(terms.table, terms.first + index)
     mean = load_row(norms.mean, term.norm, C, cols, 0.0, ACC)
-    y += term.slot * image_size(sizes)
+    y += term.slot * slot_size(sizes)
     start, stop = rows_of(part, parts, M)
     sum_g = tl.zeros((BC,), ACC)
     sum_gy = tl.zeros((BC,), ACC)
@@ -65,7 +65,7 @@ def edge_sums_kernel(
 ):  # fmt: skip
     """partial [channel blocks, parts, edges, 2]: sums of g x over the identity, and over bypassed channels,
     of each edge into a node; g [M, C * K] in the node's order of channels."""
-    M, C, _, _ = sizes
+    M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // (BC * K)
     index, part, cols = tl.program_id(0), tl.program_id(1), block_of(2, BC)
     edge = edge_at(edges.table, edges.first + index)
@@ -85,7 +85,8 @@ def edge_sums_kernel(
             lanes = tl.arange(0, K)[None, None, :]
             mask = exist[:, None, None] & (cols < C)[None, :, None] & (lanes > 0)
             around = tl.load(g + at[:, :, None] + lanes, mask=mask, other=0.0)
-            value = load_bypass(states, edge.source, rows, exist, cols, sizes, INPUTS, STRIDE, K, ACC)
+            pixel = pixel_of(rows, OH, OW)
+            value = load_bypass(states, edge.source, rows, exist, pixel, cols, sizes, INPUTS, STRIDE, K, ACC)
             bypassed += tl.sum(tl.sum(around.to(ACC) * value, 2), 0)
     block = tl.program_id(2) * parts.count + part
     target = partial + (block * tl.num_programs(0) + index) * 2
@@ -155,7 +156,7 @@ def branch_gradient_kernel(
     rows, cols = block_of(0, BM), block_of(1, BC)
     mask = (rows < M)[:, None] & (cols < C)[None, :]
     at = rows[:, None] * C + cols[None, :]
-    size = image_size(sizes)
+    size = slot_size(sizes)
     span = span_at(spans.table, spans.first + tl.program_id(2))
     total = tl.zeros((BM, BC), ACC)
     for place in range(span.first, span.last):
@@ -208,7 +209,7 @@ def inner_gradient_kernel(
     M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // BC
     branch, part, cols = tl.program_id(0), tl.program_id(1), block_of(2, BC)
-    size = image_size(sizes)
+    size = slot_size(sizes)
     term = term_at(terms.table, terms.first + branch)
     mean, scale, shift = load_norm(norms, term.norm, C, cols, ACC)
     start, stop = rows_of(part, parts, M)
@@ -243,7 +244,7 @@ def pools_backward(
     _, C, OH, OW = sizes
     average = pools.grads
     if MAX:
-        average = pools.grads + image_size(sizes)
+        average = pools.grads + slot_size(sizes)
     # a window at a time: all nine at once would not fit into the registers
     for i in range(3):
         for j in range(3):
@@ -276,7 +277,7 @@ def reduces_backward(total, grads, exist, n, iy, ix, cols, sizes, REDUCES: tl.co
     read = (exist & (iy % 2 == ix % 2))[:, None] & (cols < C)[None, :]
     at = ((n * OH + iy // 2) * OW + ix // 2) * (2 * C) + (iy % 2) * C
     for branch in range(REDUCES):
-        place = grads + branch * 2 * image_size(sizes) + at[:, None] + cols[None, :]
+        place = grads + branch * 2 * slot_size(sizes) + at[:, None] + cols[None, :]
         total += tl.load(place, mask=read, other=0.0).to(ACC)
     return total
 
@@ -288,7 +289,7 @@ def identities_backward(total, g, edges, weights, rows, cols, sizes, ACC: tl.con
     for place in range(edges.first, edges.last):
         edge = edge_at(edges.table, place)
         weight = term_weight(weights, edge.index, edge.identity, ACC)
-        at = edge.node * image_size(sizes) + rows[:, None] * C + cols[None, :]
+        at = edge.node * slot_size(sizes) + rows[:, None] * C + cols[None, :]
         taken = (rows < tl.where(edge.identity >= 0, M, 0))[:, None] & (cols < C)[None, :]
         total += weight * tl.load(g + at, mask=taken, other=0.0).to(ACC)
     return total
@@ -308,19 +309,21 @@ def input_gradient_kernel(
     """
     M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // BC
-    rows, cols = block_of(0, BM), block_of(1, BC)
-    exist = rows < M * (STRIDE * STRIDE)
+    rows = block_of(0, BM)
     n, iy, ix = pixel_of(rows, OH * STRIDE, OW * STRIDE)
+    exist = rows < M * (STRIDE * STRIDE)
+    cols = block_of(1, BC)
     mask = exist[:, None] & (cols < C)[None, :]
+    size = slot_size(sizes)
     total = tl.zeros((BM, BC), ACC)
     for k in tl.static_range(len(KERNELS)):
         group = group_at(depthwise.groups.table, depthwise.groups.first + k)
+        weights_of_group = depthwise.weights + group.weight
         for branch in range(group.first, group.last):
-            own_weights = depthwise.weights + group.weight
-            own_weights += (branch - group.first) * (KERNELS[k][0] * KERNELS[k][0]) * C
             total = depthwise_backward(
-                total, depthwise.grads + branch * image_size(sizes), own_weights, exist, n, iy, ix, cols,
-                sizes, KERNELS[k][0], KERNELS[k][1], STRIDE, ACC,
+                total, depthwise.grads + branch * size,
+                weights_of_group + (branch - group.first) * (KERNELS[k][0] * KERNELS[k][0]) * C,
+                exist, n, iy, ix, cols, sizes, KERNELS[k][0], KERNELS[k][1], STRIDE, ACC,
             )  # fmt: skip
     if REDUCES > 0:
         total = reduces_backward(total, reduce_grads, exist, n, iy, ix, cols, sizes, REDUCES, ACC)
@@ -347,9 +350,10 @@ def bypass_backward_kernel(
     their order of channels. With stride 2 it goes to the first maximum of each 2x2 window."""
     M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // (BC * K)
-    rows, cols = block_of(0, BM), block_of(1, BC)
-    exist = rows < M * (STRIDE * STRIDE)
+    rows = block_of(0, BM)
     n, iy, ix = pixel_of(rows, OH * STRIDE, OW * STRIDE)
+    exist = rows < M * (STRIDE * STRIDE)
+    cols = block_of(1, BC)
     lanes = tl.arange(0, K)[None, None, :]
     mask = exist[:, None, None] & (cols < C)[None, :, None] & (lanes > 0)
     channel = lanes * C + cols[None, :, None]
@@ -366,7 +370,7 @@ def bypass_backward_kernel(
     for place in range(edges.first, edges.last):
         edge = edge_at(edges.table, place)
         weight = tl.load(weights.edge_weights + edge.index).to(ACC)
-        source = g + edge.node * (image_size(sizes) * K) + at[:, None, None] * (C * K)
+        source = g + edge.node * (slot_size(sizes) * K) + at[:, None, None] * (C * K)
         source += cols[None, :, None] * K + lanes
         total += weight * tl.load(source, mask=reached, other=0.0).to(ACC)
     at = (n * outside.n + iy * outside.h + ix * outside.w)[:, None, None]

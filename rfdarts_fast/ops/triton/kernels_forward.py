@@ -7,11 +7,11 @@ from rfdarts_fast.ops.triton.arguments import (
     block_of,
     divide,
     edge_at,
-    image_size,
     load_bypass,
     load_norm,
     pixel_of,
     rows_of,
+    slot_size,
     state_of,
     term_at,
     term_weight,
@@ -34,9 +34,10 @@ def depthwise_kernel(
     M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // (NB * BC)
     PAD: tl.constexpr = DILATION * (KERNEL - 1) // 2
-    rows, cols, group = block_of(0, BM), block_of(1, BC), tl.program_id(2)
-    exist = rows < M
+    rows = block_of(0, BM)
     n, oy, ox = pixel_of(rows, OH, OW)
+    exist = rows < M
+    cols, group = block_of(1, BC), tl.program_id(2)
     branch = tl.arange(0, NB)
     own = (branch < branches)[:, None] & (cols < C)[None, :]
     if NORM:
@@ -68,7 +69,8 @@ def depthwise_kernel(
             total += value[:, None, :] * weight[None, :, :]
         corner += DILATION * IW * x.row
         kernels += KERNEL * C
-    target = out + (group * branches + branch)[None, :, None] * image_size(sizes)
+    size = slot_size(sizes)
+    target = out + (group * branches + branch)[None, :, None] * size
     target += rows[:, None, None] * C + cols[None, None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=exist[:, None, None] & own[None, :, :])
 
@@ -82,9 +84,10 @@ def pools_kernel(
     uint8 [M, C]: which of the nine is the maximum, the first of equals."""
     M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // BC
-    rows, cols = block_of(0, BM), block_of(1, BC)
-    exist = rows < M
+    rows = block_of(0, BM)
     n, oy, ox = pixel_of(rows, OH, OW)
+    exist = rows < M
+    cols = block_of(1, BC)
     largest = tl.full((BM, BC), float("-inf"), ACC)
     place = tl.zeros((BM, BC), tl.int32)
     total = tl.zeros((BM, BC), ACC)
@@ -110,7 +113,7 @@ def pools_kernel(
     if MAX:
         tl.store(y + at, largest.to(y.dtype.element_ty), mask=mask)
         tl.store(argmax + at, place.to(tl.uint8), mask=mask)
-        y += image_size(sizes)
+        y += slot_size(sizes)
     if AVERAGE:
         average = divide(total, tl.maximum(count, 1).to(ACC)[:, None], ACC)
         tl.store(y + at, average.to(y.dtype.element_ty), mask=mask)
@@ -188,7 +191,7 @@ def node_kernel(
 ):  # fmt: skip
     """out: a node's state, the sum over its incoming edges of their weighted, normalised branches, identities
     and, with partial channels, bypassed channels, written in their shuffled places."""
-    M, C, _, _ = sizes
+    M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // (BC * K)
     rows, cols = block_of(0, BM), block_of(1, BC)
     exist = rows < M
@@ -199,9 +202,10 @@ def node_kernel(
         term = term_at(terms.table, place)
         weight = term_weight(weights, term.edge, term.primitive, ACC)
         mean, scale, shift = load_norm(norms, term.norm, C, cols, ACC)
-        value = tl.load(y + term.slot * image_size(sizes) + at, mask=mask, other=0.0).to(ACC)
+        value = tl.load(y + term.slot * slot_size(sizes) + at, mask=mask, other=0.0).to(ACC)
         total += weight * ((value - mean[None, :]) * scale[None, :] + shift[None, :])
     if K > 1:
+        pixel = pixel_of(rows, OH, OW)
         bypass = tl.zeros((BM, BC, K), ACC)
     for place in range(edges.first, edges.last):
         edge = edge_at(edges.table, place)
@@ -211,7 +215,7 @@ def node_kernel(
         total += term_weight(weights, edge.index, edge.identity, ACC) * value
         if K > 1:
             bypass += tl.load(weights.edge_weights + edge.index).to(ACC) * load_bypass(
-                states, edge.source, rows, exist, cols, sizes, INPUTS, STRIDE, K, ACC
+                states, edge.source, rows, exist, pixel, cols, sizes, INPUTS, STRIDE, K, ACC
             )
     if K == 1:
         target = out.data + rows[:, None] * out.row + cols[None, :]

@@ -36,7 +36,7 @@ class Placed(NamedTuple):
         return self.edge_index, self.primitive
 
     @property
-    def depthwise(self) -> tuple[int, int]:
+    def kernel_and_dilation(self) -> tuple[int, int]:
         return self.branch.kernel, self.branch.dilation
 
     def term(self, slot: int) -> TermRow:
@@ -178,7 +178,7 @@ class Layout:
     def _source(self, plan: CellPlan, state: int, branches: list[Placed]) -> Source:
         def of(op: Op) -> list[Placed]:
             # a stable sort: edges stay in order
-            return sorted((b for b in leaving if b.branch.op is op), key=lambda b: b.depthwise)
+            return sorted((b for b in leaving if b.branch.op is op), key=lambda b: b.kernel_and_dilation)
 
         leaving = [b for b in branches if b.edge.source == state]
         separable, dilated, reduces = of(Op.SEP_CONV), of(Op.DIL_CONV), of(Op.REDUCE)
@@ -245,7 +245,7 @@ def _groups(halves: Sequence[list[Placed]], channels: int) -> list[DepthwiseGrou
     groups = []
     first = weight = 0
     for branches in halves:
-        for (kernel, dilation), members in groupby(branches, lambda b: b.depthwise):
+        for (kernel, dilation), members in groupby(branches, lambda b: b.kernel_and_dilation):
             last = first + len([*members])
             groups.append(DepthwiseGroup(kernel, dilation, first, last, weight))
             weight += (last - first) * kernel**2 * channels

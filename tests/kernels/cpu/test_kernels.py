@@ -17,7 +17,7 @@ ENGINES = [("Float", isa) for isa in ("baseline", "avx2", "avx512") if kernels.h
     ("Double", "baseline")
 ]
 # C that fills vectors, divides them, and neither; images smaller than a kernel's reach
-SHAPES = [(8, 8, 16), (7, 5, 4), (5, 3, 5), (1, 1, 1), (9, 16, 8), (3, 17, 32), (4, 4, 24), (11, 2, 2)]
+SHAPES = [(8, 8, 16), (7, 5, 4), (5, 3, 5), (1, 1, 1), (9, 16, 8), (3, 17, 32), (4, 4, 24), (11, 2, 2), (9, 19, 64)]
 CONVS = [(3, 1, 1), (5, 1, 1), (3, 2, 1), (5, 2, 1), (3, 1, 2), (5, 1, 2), (3, 2, 2), (5, 2, 2)]
 
 engines = pytest.mark.parametrize(("kind", "isa"), ENGINES)
@@ -70,9 +70,10 @@ def test_convolution(kind, isa, shape, conv):
     run.close(mean, truth.mean((0, 1)))
     run.close(deviation, ((truth - truth.mean((0, 1))) ** 2).sum((0, 1)))
 
-    g, coef = run.random(*y.shape), run.random(4, c)
-    dx = run.kernels.conv_backward(g, y, coef, depthwise, pointwise, dilation, stride, h, w)
-    d = coef[0] * g + coef[1] * (y - coef[2]) + coef[3]
+    g, coefficients = run.random(*y.shape), run.random(4, c)
+    dx = run.kernels.conv_backward(g, y, coefficients, depthwise, pointwise, dilation, stride, h, w)
+    scale, slope, mean, shift = coefficients
+    d = scale * g + slope * (y - mean) + shift
     leaf = torch.zeros(1, c, h, w, dtype=torch.float64, requires_grad=True)
     (truth,) = torch.autograd.grad(separable(leaf, depthwise, pointwise, dilation, stride), leaf, tensor(d))
     run.close(dx, 2 * image(truth))

@@ -1,22 +1,30 @@
 """The host's part of the CUDA backend: shapes, dtypes and devices; reasons; steps that can be recorded."""
 
-from unittest.mock import Mock
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from rfdarts_fast.ops import use_backend
-from rfdarts_fast.ops.compiled import cpu, cuda
+from rfdarts_fast.ops import ReLUConvBNLayer, backends, contract, reference, use_backend
+from rfdarts_fast.ops.compiled import cuda
+from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.search.architect import gradients
 from rfdarts_fast.spaces import get_space
 from tests.asked import Asked
-from tests.kernels.cuda.emulated import make_edges
+from tests.kernels.oracles import Kernels
+from tests.kernels.problems import CellProblem, LayerProblem
 
-needs_schemas = pytest.mark.skipif(not cpu.status()["built"], reason="needs the compiled ops' schemas")
+CUDA = Kernels(backends()["cuda"], "cuda")
+needs_schemas = pytest.mark.skipif(
+    not backends()["cpu"].status()["built"], reason="needs the compiled ops' schemas"
+)
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """The kernels may be called on fake tensors."""
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
 
 
 def without_data(module):
@@ -40,21 +48,19 @@ def backward(outputs):
 
 @needs_schemas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("concatenate", [False, True])
+@pytest.mark.parametrize("concat", [False, True])
 @pytest.mark.parametrize("memory", ["fast", "recompute"])
-def test_host_side_on_a_device_that_is_not_there(dtype, concatenate, memory):
-    modules = make_edges(channels=8, K=2, stride=2)
-    norms = sum(isinstance(part, torch.nn.BatchNorm2d) for part in modules.modules())
+def test_cells_on_a_device_that_is_not_there(with_gpu, dtype, concat, memory):
+    module = CellProblem(dtype=torch.float32, channels=8, K=2, stride=2).module.float()
+    norms = sum(isinstance(part, torch.nn.BatchNorm2d) for part in module.modules())
     with FakeTensorMode(), torch.device("cuda"):
-        edges = list(without_data(modules))
+        edges = list(without_data(module))
         # in the layout that needs no copy
         inputs = [
             torch.empty(2, 6, 10, 8, dtype=dtype).permute(0, 3, 1, 2).requires_grad_() for _ in range(2)
         ]
-        weights, edge_weights = torch.empty(5, 8), torch.empty(5)
-        assert cuda.unsupported(edges, inputs) is None
-        nodes = cuda.mixed_cell(edges, inputs, weights, edge_weights, memory=memory, concatenate=concatenate)
-        assert [tuple(x.shape) for x in nodes] == ([(2, 16, 3, 5)] if concatenate else 2 * [(2, 8, 3, 5)])
+        nodes = CUDA.cell(edges, inputs, torch.empty(5, 8), torch.empty(5), memory=memory, concat=concat)
+        assert [tuple(x.shape) for x in nodes] == ([(2, 16, 3, 5)] if concat else 2 * [(2, 8, 3, 5)])
         assert all(x.device.type == "cuda" and x.dtype == dtype for x in nodes)
         grads = backward(nodes)
         gamma = (norms, 4), torch.float32
@@ -68,42 +74,66 @@ def test_host_side_on_a_device_that_is_not_there(dtype, concatenate, memory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("memory", ["fast", "recompute"])
-def test_host_side_of_the_preprocessing(monkeypatch, dtype, reduce, memory):
+def test_layers_on_a_device_that_is_not_there(with_gpu, dtype, reduce, memory):
     module = FactorizedReduce(16, 8) if reduce else ReLUConvBN(16, 8, 1)
-    monkeypatch.setattr(cuda, "missing", lambda: None)
     freeze_random_features(module)
     side = (3, 5) if reduce else (6, 10)
-    with FakeTensorMode(), torch.device("cuda"), use_backend("native", memory):
+    with FakeTensorMode(), torch.device("cuda"), use_backend("cuda", memory):
         x = torch.empty(2, 6, 10, 16, dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
         out = without_data(module)(x)
         assert (tuple(out.shape), out.dtype, out.device.type) == ((2, 8, *side), dtype, "cuda")
-        dx, gamma, beta = backward([out])
-        assert (tuple(dx.shape), dx.dtype, dx.stride()) == ((2, 16, 6, 10), dtype, x.stride())
+        grad_x, gamma, beta = backward([out])
+        assert (tuple(grad_x.shape), grad_x.dtype, grad_x.stride()) == ((2, 16, 6, 10), dtype, x.stride())
         assert [(tuple(x.shape), x.dtype) for x in (gamma, beta)] == 2 * [((8,), torch.float32)]
-        assert all(x.device.type == "cuda" for x in (dx, gamma, beta))
+        assert all(x.device.type == "cuda" for x in (grad_x, gamma, beta))
 
 
-def test_why_not_names_the_reason():
-    edges = list(make_edges(channels=6, K=3))
+def reason(problem, *inputs):
+    """The reason against a cell on any machine."""
+    return cuda.unsupported_anywhere(CUDA.call(list(problem.module), inputs, *problem.weights.values()))
+
+
+def test_reasons_against_a_cell():
+    problem = CellProblem((2, 4, 4), torch.float32, channels=6, K=3)
+    problem.module.float()
     x = torch.empty(2, 6, 4, 4)
-    assert cuda.why_not(edges, [x, x]) == "inputs that are not all on one CUDA device"
-    assert cuda.unsupported(edges, [x, x]) == "no kernels for K=3"
-    assert "dtype" in cuda.unsupported(edges, [x.to(torch.int32)] * 2)
-    wide = list(make_edges(channels=512, nodes=1, inputs=1))
-    assert "512" in cuda.unsupported(wide, [torch.empty(1, 512, 2, 2)])
+    call = CUDA.call(list(problem.module), [x, x], *problem.weights.values())
+    assert CUDA.backend.unsupported_cell(call) == "inputs that are not all on one CUDA device"
+    assert reason(problem, x, x) == "no kernels for K=3"
+    assert "dtype" in reason(problem, x.to(torch.int32), x.to(torch.int32))
+    wide = CellProblem((1, 2, 2), channels=512, nodes=1, inputs=1)
+    assert "512" in reason(wide, *wide.inputs)
 
 
-def test_a_step_never_asks_for_a_value(emulation, monkeypatch):
+def test_reasons_against_a_layer():
+    problem = LayerProblem()
+    [module], [x] = problem.module, problem.inputs
+    layer = module.layer()
+    assert CUDA.backend.unsupported_layer(x, layer) == "no CUDA kernels for device cpu"
+    assert cuda.unsupported_layer_anywhere(x, layer) is None
+    assert "dtype" in cuda.unsupported_layer_anywhere(x.to(torch.int32), layer)
+    assert "devices" in cuda.unsupported_layer_anywhere(x.to("meta"), layer)
+    assert "different dtypes" in cuda.unsupported_layer_anywhere(x.bfloat16(), layer)
+    layer.convs[0].requires_grad_(True)
+    assert "trained" in cuda.unsupported_layer_anywhere(x, layer)
+    convs = (torch.nn.Conv2d(6, c, 1, 2, bias=False).double().requires_grad_(False) for c in (1, 3))
+    uneven = ReLUConvBNLayer(tuple(convs), layer.norm)
+    assert "halves" in cuda.unsupported_layer_anywhere(x, uneven)
+    with pytest.raises(ValueError, match="even height"):
+        reference.relu_conv_bn(x[:, :, 1:], *uneven)
+
+
+def test_a_step_never_asks_for_a_value(emulated_kernels, monkeypatch):
     """Or it could not be recorded in a CUDA graph."""
-    monkeypatch.setattr(cpu, "why_not", cuda.unsupported)
-    monkeypatch.setattr(cpu, "why_not_conv", cuda.unsupported_conv)
-    preprocess = Mock(side_effect=cuda.relu_conv_bns)
-    monkeypatch.setattr(cpu, "relu_conv_bns", preprocess)
+    backend, layers = emulated_kernels.backend, []
+    monkeypatch.setattr(contract, "_backends", {backend.name: backend})
+    relu_conv_bns = backend.relu_conv_bns
+    monkeypatch.setattr(backend, "relu_conv_bns", lambda x, some, memory: layers.extend(some) or relu_conv_bns(x, some, memory))
     network = SearchNetwork(get_space("darts"), C=4, layers=3, K=2, edge_norm=True)
     freeze_random_features(network)
     images, labels, meter = torch.randn(2, 3, 8, 8), torch.tensor([1, 3]), Meter(torch.device("cpu"))
     parameters = [*network.arch_parameters(), *(p for p in network.parameters() if p.requires_grad)]
-    with use_backend("native"), Asked() as asked:
+    with use_backend(backend.name), Asked() as asked:
         logits = network(images)
         loss = torch.nn.functional.cross_entropy(logits, labels)
         grads = gradients(loss, parameters)
@@ -114,4 +144,4 @@ def test_a_step_never_asks_for_a_value(emulation, monkeypatch):
     assert asked.found == []
     assert loss.isfinite()
     # two in every cell
-    assert sum(len(call.args[1]) for call in preprocess.call_args_list) == 6
+    assert len(layers) == 6

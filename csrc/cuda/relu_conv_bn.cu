@@ -1,8 +1,8 @@
 // ReLU, frozen 1x1 convolution, BatchNorm as sequences of launches: forward three, backward three.
 #include "cuda/relu_conv_bn.h"
 
-#include "cuda/cell_parts.h"
-#include "cuda/conv_bn_backward.h"
+#include "cuda/cell_context.h"
+#include "cuda/relu_conv_bn_backward.h"
 
 namespace rfdarts::cuda {
 namespace {
@@ -13,7 +13,7 @@ constexpr int kMaxParts = 2048, kMaxSums = 512;
 constexpr int kWeightsGoal = 40 << 10;
 
 template <class T>
-struct RunConvNorm {
+struct ReLUConvBNPass {
   const ReLUConvBN& a;
   cudaStream_t stream;
   const Allocate& allocate;
@@ -42,17 +42,17 @@ struct RunConvNorm {
     if (all_weights && int64_t(k) * most * int(sizeof(typename P::Factor)) <= kWeightsGoal) s.wk = k;
     return s;
   }
-  void lay_out(ConvNormLayout<T>& p) const {
-    p.x = images<T>(a.x);
+  void lay_out(ReLUConvBNLayout<T>& p) const {
+    p.x = view<T>(a.x);
     p.oh = int(a.oh()), p.ow = int(a.ow()), p.pixels = pixels, p.ci = ci, p.co = co, p.passes = passes;
     p.wide = ci % kWide<T> == 0 && aligned(p.x, kWide<T>);
-    p.weights = static_cast<const Acc<T>*>(a.conv_weights);
+    p.conv_weights = static_cast<const Acc<T>*>(a.conv_weights);
   }
   dim3 channel_grid(int64_t blocks) const { return dim3(unsigned(blocks), ceil_div(co, kChannels)); }
 
   template <bool TensorCores, int Columns>
   void convolve() const {
-    ConvNormForward<T> p{};
+    ReLUConvBNForward<T> p{};
     lay_out(p);
     int half = co / passes;
     p.shape = shape<TensorCores, Columns>(ci, half, true);
@@ -63,19 +63,20 @@ struct RunConvNorm {
     p.partial = a.training ? take<double>(int64_t(2) * blocks * co) : nullptr;
     dim3 grid(blocks, passes * ceil_div(half, Columns));
     int shared = ProductShared<T, TensorCores>(p.shape).bytes;
-    launch(conv_norm_forward_kernel<T, TensorCores, Columns>, grid, shared, stream, p);
+    launch(relu_conv_bn_forward_kernel<T, TensorCores, Columns>, grid, shared, stream, p);
     if (!a.training) return;
     // all pixels as one row, a block's as one tile
-    Moments m{Tiling(1, p.rounds * p.shape.pixels, 0, 1, 1, pixels), 1, 1, pixels, co, 1, p.partial, a.moments, 1, {}};
+    MergeMoments m{Tiling(1, p.rounds * p.shape.pixels, 0, 1, 1, pixels), 1, 1, pixels, co, 1, p.partial, a.moments, 1,
+                   {}};
     dim3 merges(1, ceil_div(co, kMergeChannels));
     launch(merge_moments_kernel<kMergeChannels>, merges, kThreads * int(sizeof(double)), stream, m);
   }
   template <int V>
   void normalize(T* out) const {
-    ConvNormAffine<T> p{norms, pixels, y(), out};
+    ReLUConvBNAffine<T> p{norms, pixels, y(), out};
     int64_t items = ceil_div<int64_t>(int64_t(pixels) * std::min(co, kChannels), V * kThreads);
     int shared = 3 * kChannels * int(sizeof(Acc<T>));
-    launch(conv_norm_affine_kernel<T, V>, channel_grid(std::min<int64_t>(items, kMaxParts)), shared, stream, p);
+    launch(relu_conv_bn_affine_kernel<T, V>, channel_grid(std::min<int64_t>(items, kMaxParts)), shared, stream, p);
   }
   void forward(T* out) const {
     int half = co / passes;
@@ -91,35 +92,32 @@ struct RunConvNorm {
   }
 
   template <int V>
-  void sum(const T* g, Acc<T>* grad_gamma, Acc<T>* grad_beta, Acc<T>* coef) const {
-    ConvNormSums<T> p{norms, pixels, std::max(128, ceil_div(pixels, kMaxSums)), g, y(), nullptr};
+  void sum(const T* g, const NormOutputs<T>& outputs) const {
+    ReLUConvBNSums<T> p{norms, pixels, std::max(128, ceil_div(pixels, kMaxSums)), g, y(), nullptr};
     int blocks = ceil_div(pixels, p.chunk);
     p.partial = take<double>(int64_t(2) * blocks * co);
-    launch(conv_norm_sums_kernel<T, V>, channel_grid(blocks), 2 * kThreads * V * int(sizeof(Acc<T>)), stream, p);
-    InnerFinish<T> f{};
-    f.norms = norms, f.partial = p.partial, f.blocks = blocks, f.channels = std::min(co, kMergeChannels);
-    f.m = double(pixels), f.training = a.training;
-    f.grad_gamma = grad_gamma, f.grad_beta = grad_beta, f.coef = coef;
-    dim3 grid(1, ceil_div(co, f.channels));
-    launch(inner_finish_kernel<T>, grid, kThreads * int(sizeof(double)), stream, f);
+    launch(relu_conv_bn_sums_kernel<T, V>, channel_grid(blocks), 2 * kThreads * V * int(sizeof(Acc<T>)), stream, p);
+    NormGradients<T> f{outputs, p.partial, blocks, std::min(co, kMergeChannels), {}};
+    launch(norm_gradients_kernel<T>, dim3(1, ceil_div(co, f.channels)), kThreads * int(sizeof(double)), stream, f);
   }
   template <bool TensorCores>
-  void spread(const T* g, const Acc<T>* coef, T* dx) const {
-    ConvNormBackward<T> p{};
+  void spread(const T* g, const Acc<T>* coefficients, T* grad_x) const {
+    ReLUConvBNBackward<T> p{};
     lay_out(p);
     p.shape = shape<TensorCores, kFewColumns>(co / passes, ci, false);
-    p.wide_y = wide_y(g), p.g = g, p.y = y(), p.coef = coef, p.dx = dx;
-    launch(conv_norm_backward_kernel<T, TensorCores>, dim3(ceil_div(pixels, p.shape.pixels)),
+    p.wide_y = wide_y(g), p.g = g, p.y = y(), p.coefficients = coefficients, p.grad_x = grad_x;
+    launch(relu_conv_bn_backward_kernel<T, TensorCores>, dim3(ceil_div(pixels, p.shape.pixels)),
            ProductShared<T, TensorCores>(p.shape).bytes, stream, p);
   }
-  void backward(const T* g, T* dx, Acc<T>* grad_gamma, Acc<T>* grad_beta) const {
-    Acc<T>* coef = take<Acc<T>>(int64_t(4) * co);
-    wide_y(g) ? sum<kWide<T>>(g, grad_gamma, grad_beta, coef) : sum<1>(g, grad_gamma, grad_beta, coef);
-    if (!dx) return;
+  void backward(const T* g, T* grad_x, Acc<T>* grad_gamma, Acc<T>* grad_beta) const {
+    Acc<T>* coefficients = take<Acc<T>>(int64_t(4) * co);
+    NormOutputs<T> outputs{norms, double(pixels), a.training, grad_gamma, grad_beta, coefficients};
+    wide_y(g) ? sum<kWide<T>>(g, outputs) : sum<1>(g, outputs);
+    if (!grad_x) return;
     if constexpr (sizeof(T) == 2)
-      tensor_cores(co / passes, ci) ? spread<true>(g, coef, dx) : spread<false>(g, coef, dx);
+      tensor_cores(co / passes, ci) ? spread<true>(g, coefficients, grad_x) : spread<false>(g, coefficients, grad_x);
     else
-      spread<false>(g, coef, dx);
+      spread<false>(g, coefficients, grad_x);
   }
 };
 
@@ -133,16 +131,16 @@ void check_size(const ReLUConvBN& a) {
 void relu_conv_bn_forward(Storage storage, const ReLUConvBN& a, void* out, void* stream, const Allocate& allocate) {
   check_size(a);
   with_storage(storage, [&]<class T>() {
-    RunConvNorm<T>{a, static_cast<cudaStream_t>(stream), allocate}.forward(static_cast<T*>(out));
+    ReLUConvBNPass<T>{a, static_cast<cudaStream_t>(stream), allocate}.forward(static_cast<T*>(out));
   });
 }
-void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, const void* g, void* dx, void* grad_gamma,
+void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, const void* g, void* grad_x, void* grad_gamma,
                         void* grad_beta, void* stream, const Allocate& allocate) {
   check_size(a);
   with_storage(storage, [&]<class T>() {
     auto parameters = [](void* p) { return static_cast<Acc<T>*>(p); };
-    RunConvNorm<T>{a, static_cast<cudaStream_t>(stream), allocate}.backward(
-        static_cast<const T*>(g), static_cast<T*>(dx), parameters(grad_gamma), parameters(grad_beta));
+    ReLUConvBNPass<T>{a, static_cast<cudaStream_t>(stream), allocate}.backward(
+        static_cast<const T*>(g), static_cast<T*>(grad_x), parameters(grad_gamma), parameters(grad_beta));
   });
 }
 

@@ -1,23 +1,24 @@
 // ReLU, 1x1 convolution and its statistics from one pass over x; then the BatchNorm. FactorizedReduce: two
 // convolutions ("passes"), one for each half of the outputs, of every other pixel, the second one pixel further on.
 #pragma once
-#include "cuda/conv_forward.h"
+#include "cuda/batch_norm.h"
+#include "cuda/moments.h"
 #include "cuda/product.h"
 
 namespace rfdarts::cuda {
 
 // Where things lie: x and, dense, y. Pixels are those of y, of all images.
 template <class T>
-struct ConvNormLayout {
+struct ReLUConvBNLayout {
   ProductShape shape;
-  Images<T> x;
+  ImageView<T> x;
   int oh, ow, pixels, ci, co, passes;
   bool wide;  // 16-byte accesses are aligned
-  const Acc<T>* weights;
+  const Acc<T>* conv_weights;
 
   // of y's channels, those of one convolution
   __host__ __device__ int half() const { return co / passes; }
-  __device__ const Acc<T>* transposed() const { return weights + int64_t(passes) * ci * co; }
+  __device__ const Acc<T>* transposed() const { return conv_weights + int64_t(passes) * ci * co; }
   // where the pixel of x that a convolution reads for pixel p lies
   __device__ int64_t place(int p, int pass) const {
     int row = p / ow, n = row / oh;
@@ -27,7 +28,7 @@ struct ConvNormLayout {
 };
 
 template <class T>
-struct ConvNormForward : ConvNormLayout<T> {
+struct ReLUConvBNForward : ReLUConvBNLayout<T> {
   int rounds;  // tiles of a block, next to each other
   bool wide_y;
   T* y;
@@ -40,27 +41,75 @@ template <class T, int V, int Ahead, class F>
 __device__ void load_relu(const T* x, const int64_t* places, int pixels, int c0, int count, F* ds, int ld) {
   Lanes<V> lane(count);
   for (int p = lane.pixel; p < pixels; p += Ahead * lane.step) {
-    Pack<T, V> found[Ahead];
+    Pack<T, V> loaded[Ahead];
 #pragma unroll
     for (int j = 0; j < Ahead; j++) {
       int64_t place = p + j * lane.step < pixels ? places[p + j * lane.step] : -1;
-      found[j] = place < 0 ? Pack<T, V>{} : *reinterpret_cast<const Pack<T, V>*>(x + place + c0 + lane.channel);
+      loaded[j] = place < 0 ? Pack<T, V>{} : *reinterpret_cast<const Pack<T, V>*>(x + place + c0 + lane.channel);
     }
 #pragma unroll
     for (int j = 0; j < Ahead; j++) {
       if (p + j * lane.step >= pixels) break;
       Acc<T> v[V];
 #pragma unroll
-      for (int i = 0; i < V; i++) v[i] = relu(widen(found[j].v[i]));
+      for (int i = 0; i < V; i++) v[i] = relu(widen(loaded[j].v[i]));
       store<V>(ds + (p + j * lane.step) * ld + lane.channel, v);
     }
   }
 }
 
+// y = ys [pixels][ld] for `count` channels from o0 on
+template <class T>
+__device__ void store_outputs(const ReLUConvBNForward<T>& a, int begin, int valid, int o0, int count, const T* ys,
+                              int ld) {
+  T* to = a.y + int64_t(begin) * a.co + o0;
+  with_width<T>(a.wide_y, [&]<int V>() {
+    int vectors = count / V;
+    for (int i = threadIdx.x; i < valid * vectors; i += kThreads)
+      *reinterpret_cast<Pack<T, V>*>(to + int64_t(i / vectors) * a.co + i % vectors * V) =
+          *reinterpret_cast<const Pack<T, V>*>(ys + i / vectors * ld + i % vectors * V);
+  });
+}
+
+// One thread's share of a block's moments: some pixels of one channel, about a value amidst the first tile.
+template <class T>
+struct MomentShare {
+  int parts, ch, part;
+  Acc<T> about = 0, sum = 0, square = 0;
+
+  __device__ explicit MomentShare(int count)
+      : parts(kThreads / count), ch(threadIdx.x % count), part(threadIdx.x / count) {}
+  __device__ void add(const T* ys, int ld, int pixels, int valid, bool first) {
+    if (part >= parts) return;
+    // where other tiles lie far from the first, so does their mean, and squares cancel by no more than `rounds`
+    if (first) about = middle(ys + ch, ld, pixels, 1, valid);
+    for (int p = part; p < valid; p += parts) {
+      Acc<T> off = widen(ys[p * ld + ch]) - about;
+      sum += off;
+      square += off * off;
+    }
+  }
+  // partial [2][blocks][co] = the block's mean and squared deviations. All threads meet once.
+  __device__ void write(Acc<T>* sums, int count, int pixels, int co, int o0, double* partial) const {
+    sums[2 * threadIdx.x] = sum;
+    sums[2 * threadIdx.x + 1] = square;
+    __syncthreads();
+    if (int(threadIdx.x) >= count) return;
+    double total = 0, squares = 0;
+    for (int i = 0; i < parts; i++) {
+      total += double(sums[2 * (i * count + ch)]);
+      squares += double(sums[2 * (i * count + ch) + 1]);
+    }
+    double mean = total / pixels;
+    partial[int64_t(blockIdx.x) * co + o0 + ch] = double(about) + mean;
+    partial[(int64_t(gridDim.x) + blockIdx.x) * co + o0 + ch] = squares - total * mean;
+  }
+};
+
 // Blocks: groups of tiles x groups of columns, those of the second convolution after those of the first.
 template <class T, bool TensorCores, int Columns>
 __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
-    conv_norm_forward_kernel(const __grid_constant__ ConvNormForward<T> a) {
+    relu_conv_bn_forward_kernel(const __grid_constant__ ReLUConvBNForward<T> a) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   using F = typename ProductShared<T, TensorCores>::Factor;
@@ -71,75 +120,43 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
   F *ds = reinterpret_cast<F*>(shared), *ws = reinterpret_cast<F*>(shared + at.ws);
   T* ys = reinterpret_cast<T*>(shared + at.ys);
   int64_t* places = reinterpret_cast<int64_t*>(shared + at.places);
-  A* sums = reinterpret_cast<A*>(shared + at.sums);
   int groups = int(gridDim.y) / a.passes, pass = int(blockIdx.y) / groups;
   int within = int(blockIdx.y) % groups * Columns, count = min(Columns, a.half() - within);
   int o0 = pass * a.half() + within, i0 = pass * a.ci, inputs = a.passes * a.ci;
-  // a thread keeps its channel for the statistics
-  int parts = kThreads / count, ch = threadIdx.x % count, part = threadIdx.x / count;
-  A shift = 0, sum = 0, square = 0;
-  int first = int(blockIdx.x) * a.rounds * s.pixels, all = min(a.rounds * s.pixels, a.pixels - first);
+  MomentShare<T> moments(count);
+  int first = int(blockIdx.x) * a.rounds * s.pixels, total = min(a.rounds * s.pixels, a.pixels - first);
 
-  for (int done = 0; done < all; done += s.pixels) {
-    int begin = first + done, valid = min(s.pixels, all - done);
+  for (int done = 0; done < total; done += s.pixels) {
+    int begin = first + done, valid = min(s.pixels, total - done);
     for (int p = threadIdx.x; p < s.pixels; p += kThreads) places[p] = p < valid ? a.place(begin + p, pass) : -1;
     Product<T, TensorCores, Columns> product(s);
     for (int c0 = 0; c0 < a.ci; c0 += s.ck) {
       int k = min(s.ck, a.ci - c0);
       // the places are known, and nobody needs what this overwrites
       __syncthreads();
-      if (a.wide)
-        load_relu<T, kWide<T>, kAhead>(a.x.data, places, s.pixels, c0, k, ds, at.ldd);
-      else
-        load_relu<T, 1, kAhead>(a.x.data, places, s.pixels, c0, k, ds, at.ldd);
+      with_width<T>(a.wide,
+                    [&]<int V>() { load_relu<T, V, kAhead>(a.x.data, places, s.pixels, c0, k, ds, at.ldd); });
       // weights that all fit stay
       if (c0 % s.wk == 0 && (done == 0 || s.wk < a.ci))
-        stage_weights<TensorCores>(a.weights + int64_t(i0 + c0) * a.co + o0, a.co,
+        stage_weights<TensorCores>(a.conv_weights + int64_t(i0 + c0) * a.co + o0, a.co,
                                    a.transposed() + int64_t(o0) * inputs + i0 + c0, inputs,
                                    min(s.wk, a.ci - c0), count, s.columns, ws, at.ldw);
+      // ds and ws are complete
       __syncthreads();
       int skipped = c0 % s.wk * (TensorCores ? 1 : at.ldw);
       product.add(ds, at.ldd, ws + skipped, at.ldw, k, count);
     }
     product.put(ys, at.ldy, count);
+    // ys is complete; the next tile's first barrier keeps it until all have read it
     __syncthreads();
-    T* to = a.y + int64_t(begin) * a.co + o0;
-    if (a.wide_y) {
-      constexpr int V = kWide<T>;
-      int vectors = count / V;
-      for (int i = threadIdx.x; i < valid * vectors; i += kThreads)
-        *reinterpret_cast<Pack<T, V>*>(to + int64_t(i / vectors) * a.co + i % vectors * V) =
-            *reinterpret_cast<const Pack<T, V>*>(ys + i / vectors * at.ldy + i % vectors * V);
-    } else {
-      for (int i = threadIdx.x; i < valid * count; i += kThreads)
-        to[int64_t(i / count) * a.co + i % count] = ys[i / count * at.ldy + i % count];
-    }
-    if (!a.partial || part >= parts) continue;
-    // of the first tile: where others lie far from it, so does their mean, and squares cancel by no more than `rounds`
-    if (done == 0) shift = middle(ys + ch, at.ldy, s.pixels, 1, valid);
-    for (int p = part; p < valid; p += parts) {
-      A off = widen(ys[p * at.ldy + ch]) - shift;
-      sum += off;
-      square += off * off;
-    }
+    store_outputs(a, begin, valid, o0, count, ys, at.ldy);
+    if (a.partial) moments.add(ys, at.ldy, s.pixels, valid, done == 0);
   }
-  if (!a.partial) return;
-  sums[2 * threadIdx.x] = sum;
-  sums[2 * threadIdx.x + 1] = square;
-  __syncthreads();
-  if (int(threadIdx.x) >= count) return;
-  double total = 0, squares = 0;
-  for (int i = 0; i < parts; i++) {
-    total += double(sums[2 * (i * count + ch)]);
-    squares += double(sums[2 * (i * count + ch) + 1]);
-  }
-  double mean = total / all;
-  a.partial[int64_t(blockIdx.x) * a.co + o0 + ch] = double(shift) + mean;
-  a.partial[(int64_t(gridDim.x) + blockIdx.x) * a.co + o0 + ch] = squares - total * mean;
+  if (a.partial) moments.write(reinterpret_cast<A*>(shared + at.sums), count, total, a.co, o0, a.partial);
 }
 
 template <class T>
-struct ConvNormAffine {
+struct ReLUConvBNAffine {
   Norms<T> norms;
   int pixels;
   const T* y;
@@ -152,22 +169,22 @@ constexpr int kChannels = 64;
 // Blocks: pixels x groups of kChannels. Shared memory: [3][kChannels].
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    conv_norm_affine_kernel(const __grid_constant__ ConvNormAffine<T> a) {
+    relu_conv_bn_affine_kernel(const __grid_constant__ ReLUConvBNAffine<T> a) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
-  A *scales = reinterpret_cast<A*>(shared), *centres = scales + kChannels, *betas = centres + kChannels;
+  A *scales = reinterpret_cast<A*>(shared), *means = scales + kChannels, *betas = means + kChannels;
   int c = a.norms.c, c0 = int(blockIdx.y) * kChannels, count = min(kChannels, c - c0);
   // roots are slow: one thread each
   for (int i = threadIdx.x; i < count; i += kThreads) {
     scales[i] = a.norms.scale(0, c0 + i);
-    centres[i] = a.norms.centre(0, c0 + i);
+    means[i] = a.norms.mean(0, c0 + i);
     betas[i] = a.norms.beta[c0 + i];
   }
   __syncthreads();
   Lanes<V> lane(count);
-  A scale[V], centre[V], beta[V];
+  A scale[V], mean[V], beta[V];
   load<V>(scales + lane.channel, scale);
-  load<V>(centres + lane.channel, centre);
+  load<V>(means + lane.channel, mean);
   load<V>(betas + lane.channel, beta);
   int apart = int(gridDim.x) * lane.step;
   for (int64_t p = int64_t(blockIdx.x) * lane.step + lane.pixel; p < a.pixels; p += apart) {
@@ -175,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     A value[V];
     load<V>(a.y + at, value);
 #pragma unroll
-    for (int i = 0; i < V; i++) value[i] = scale[i] * (value[i] - centre[i]) + beta[i];
+    for (int i = 0; i < V; i++) value[i] = scale[i] * (value[i] - mean[i]) + beta[i];
     store<V>(a.out + at, value);
   }
 }

@@ -1,0 +1,204 @@
+// The gradient of a state: from every edge that leaves it, and from outside the cell.
+#pragma once
+#include "cpu/cell_backward.h"
+
+namespace rfdarts {
+
+template <class T, class S>
+struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
+  using P = Phase<T, S, BackwardContext<T, S>>;
+  using P::cell, P::cm, P::k, P::period, P::run;
+
+  struct Term {
+    const Branch* branch;
+    int node;
+  };
+  // The gradient at a pool's output, of all edges together, for they share its statistics: scale g of each, then
+  // slope (pool - mean) and shift.
+  struct PoolTerms {
+    Coefficients<T> scale, mean, shift;
+  };
+  int s;
+  const Source& source = cell.sources[s];
+  int64_t edges = source.edges.size();
+  Frame frame = k.frame(this->run.output_size(), source.stride);
+  BatchView<T> outside;  // the gradient from outside the cell
+  T* dx;
+  std::vector<Term> convs;
+  int64_t work = 0;
+  // per edge: gradients at its node, of the mixed op's channels and, where channels bypass it, of all
+  std::vector<const T*> mixed_grads, node_grads;
+  std::vector<T> edge_weights;
+  // per edge, the weight of its identity
+  Coefficients<T> identity{edges, cm, period};
+  bool has_identity = false;
+  PoolTerms max = pool_terms(Op::MaxPool), avg = pool_terms(Op::AvgPool);
+  Coefficients<T> zeros{edges, cm, period};
+  double* dots = nullptr;  // [images][edges]: each edge's gradient with what bypassed it; null: not wanted
+
+  // dx: [images][h][w][channels], dense
+  StateBackward(BackwardContext<T, S>& run, int s, T* dx) : P{run}, s(s), outside(run.state_grad[s]), dx(dx) {
+    if (run.wants_dots()) dots = run.take_sums(cell.images * edges);
+    for (int64_t j = 0; j < edges; j++) {
+      int e = source.edges[j], node = cell.edges[e].node;
+      mixed_grads.push_back(run.mixed_grad[node]);
+      if (cell.K > 1) node_grads.push_back(run.node_grad[node]);
+      edge_weights.push_back(T(run.edge_weight(e)));
+      for (int p = 0; p < cell.primitives; p++) {
+        const Branch& b = cell.edges[e].branches[p];
+        if (b.convolves()) convs.push_back({&b, node}), work += run.work(b);
+        if (b.op == Op::Identity) identity.set(j, run.term_weight(e, p)), has_identity = true;
+      }
+    }
+  }
+  PoolTerms pool_terms(Op op) const {
+    PoolTerms t{{edges + 1, cm, period}, {edges + 1, cm, period}, {1, cm, period}};
+    std::vector<double> slope(cm, 0.0), shift(cm, 0.0);
+    for (int64_t j = 0; j < edges; j++)
+      for (const Branch& b : cell.edges[source.edges[j]].branches) {
+        if (b.op != op) continue;
+        const Coefficients<T>& norm = this->run.coefficients[b.norm];
+        for (int64_t c = 0; c < cm; c++) {
+          t.scale.set(j, c, norm.row(kScale)[c]);
+          t.mean.set(edges, c, norm.row(kMean)[c]);
+          slope[c] += norm.row(kSlope)[c];
+          shift[c] += norm.row(kShift)[c];
+        }
+      }
+    for (int64_t c = 0; c < cm; c++) t.scale.set(edges, c, slope[c]), t.shift.set(0, c, shift[c]);
+    return t;
+  }
+
+  // of one thread; sum: of gradients at the mixed op's channels, behind the ReLU; at_output: see add_bypass
+  struct Room {
+    T *framed, *dx, *sum, *scratch, *d_max, *d_avg, *at_output;
+    typename CellContext<T, S>::PoolRoom pools;
+    std::vector<const T*> streams, node_grads;
+    FetchQueue rest;
+    Room(Scratch& room, const StateBackward& state) : pools(room, state.run, state.source.w) {
+      const Source& source = state.source;
+      int64_t cm = state.cm, ow = state.cell.ow, channels = state.cell.channels, count = source.h * source.w * cm;
+      bool pooled_bypass = state.cell.K > 1 && source.stride == 2;
+      framed = room.take<T>(state.frame.size, true);
+      dx = room.take<T>(count);
+      sum = room.take<T>(count);
+      scratch = room.take<T>(std::max({ScratchSize<T>::conv_backward(ow, cm), ScratchSize<T>::reduce_backward(ow, cm),
+                                       source.pools ? ScratchSize<T>::pool_backward(source.w, cm) : 0,
+                                       ScratchSize<T>::bypass_backward(source.w, channels)}));
+      d_max = room.take<T>(source.pools ? state.run.mixed_size : 0);
+      d_avg = room.take<T>(source.pools ? state.run.mixed_size : 0);
+      at_output = room.take<T>(pooled_bypass ? state.run.full_size : 0);
+    }
+  };
+
+  // `queue`: what follows the convolutions; returned with what they read themselves in between
+  void fetch(int64_t n, int64_t next, Room& room, FetchQueue& queue) const {
+    room.rest.clear();
+    room.rest.add(outside[n], source.h * source.w, cell.channels);
+    if (dots) room.rest.add(run.bypass[s][n], cell.pixels(), cell.channels);
+    for (const T* g : node_grads) room.rest.add(g + n * run.full_size, run.full_size * sizeof(T));
+    room.rest.append(queue);
+    queue.clear();
+    int node = -1;
+    auto add = [&](const Term& t, int64_t n) {
+      const Branch& b = *t.branch;
+      bool sep = b.op == Op::SepConv;
+      queue.add(run.branch_output(sep ? b.inner_output : b.output, n), run.mixed_size * sizeof(S));
+      if (sep)
+        queue.add(run.branch_output(b.output, n), run.mixed_size * sizeof(S));
+      else if (t.node != node)
+        queue.add(run.mixed_grad[node = t.node] + n * run.mixed_size, run.mixed_size * sizeof(T));
+    };
+    int64_t count = convs.size();
+    for (int64_t i = 0; i < count; i++) {
+      if (i + 1 < count) add(convs[i + 1], n);
+      queue.add_share(room.rest, i, count);
+    }
+    if (next >= 0 && count) add(convs[0], next);
+  }
+  void image(int64_t n, Room& room, FetchQueue& queue) const {
+    const T* x = run.mixed_image(s, n);
+    add_convs(n, room, queue.over(work));
+    add_identities(n, room);
+    if (source.pools) add_pools(x, n, room);
+    k.relu_backward_add(room.dx, x, room.sum, source.h * source.w * cm, cm);
+    add_bypass(n, room);
+  }
+  // room.dx: before the convolutions' ReLU
+  void add_convs(int64_t n, Room& room, Ahead ahead) const {
+    Size size = run.source_size(s);
+    // the first of them writes what the others add to
+    bool add = convs.empty() || convs[0].branch->op == Op::Reduce;
+    if (add) std::fill_n(room.dx, size.h * size.w * cm, T(0));
+    for (const Term& t : convs) {
+      const Branch& b = *t.branch;
+      const T* g = run.mixed_grad[t.node] + n * run.mixed_size;
+      S* y = run.branch_output(b.output, n);
+      if (b.op == Op::Reduce) {
+        const T* pw_t = run.data.conv_weights + b.weight + 2 * cm * cm;
+        k.reduce_backward(run.norm_backward(b.norm, g, y), size, pw_t, room.dx, room.scratch, ahead);
+      } else if (b.op == Op::SepConv) {
+        // second_convs_backward put the gradient in the place of the outer branch output
+        NormBackward<T, S, S> norm{y, run.branch_output(b.inner_output, n), run.coefficients[b.inner_norm].row(0)};
+        k.conv_backward_stored(norm, size, run.conv(b, false, source.stride), frame, room.framed, add, room.dx,
+                               room.scratch, ahead);
+      } else {
+        k.conv_backward(run.norm_backward(b.norm, g, y), size, run.conv(b, false, source.stride), frame, room.framed,
+                        add, room.dx, room.scratch, ahead);
+      }
+      add = true;
+    }
+  }
+  // room.sum: of the identities' gradients
+  void add_identities(int64_t n, Room& room) const {
+    int64_t count = source.h * source.w * cm;
+    if (!has_identity) {
+      std::fill_n(room.sum, count, T(0));
+      return;
+    }
+    room.streams.clear();
+    for (const T* g : mixed_grads) room.streams.push_back(g + n * run.mixed_size);
+    k.sum_states(room.sum, true, edges, room.streams.data(), identity.row(0), zeros.row(0), nullptr, count, period);
+  }
+  void add_pools(const T* x, int64_t n, Room& room) const {
+    run.each_pool_rows(s, x, room.pools, [&](int64_t at, int64_t count, const T* max_rows, const T* avg_rows) {
+      room.streams.clear();
+      for (const T* g : mixed_grads) room.streams.push_back(g + n * run.mixed_size + at);
+      room.streams.push_back(max_rows);
+      k.sum_states(room.d_max + at, true, edges + 1, room.streams.data(), max.scale.row(0), max.mean.row(0),
+                   max.shift.row(0), count, period);
+      room.streams.back() = avg_rows;
+      k.sum_states(room.d_avg + at, true, edges + 1, room.streams.data(), avg.scale.row(0), avg.mean.row(0),
+                   avg.shift.row(0), count, period);
+    });
+    Size size = run.source_size(s);
+    k.divide_by_window(room.d_avg, size, source.stride);
+    k.pool_backward(x, room.d_max, room.d_avg, size, source.stride, room.sum, room.scratch);
+  }
+  // dx: room.sum, what bypassed the mixed ops, and what comes from outside
+  void add_bypass(int64_t n, Room& room) const {
+    Size size{source.h, source.w, cell.channels};
+    room.node_grads.clear();
+    for (const T* g : node_grads) room.node_grads.push_back(g + n * run.full_size);
+    BypassBackward<T> a{};
+    a.mixed = room.sum, a.outer = outside[n];
+    a.edges = node_grads.size(), a.g = room.node_grads.data(), a.edge_weights = edge_weights.data();
+    if (dots) a.x = run.bypass[s][n], a.dots = dots + n * edges;
+    a.dx = dx + n * size.h * size.w * size.c;
+    if (a.edges == 0 || source.stride == 1) return k.bypass_backward(a, size, cell.K, room.scratch);
+    // the maxima of 2x2 pixels bypassed: their gradients are summed at the size of the output
+    BypassBackward<T> pooled = a;
+    pooled.mixed = nullptr, pooled.outer = {}, pooled.dx = room.at_output;
+    k.bypass_backward(pooled, {cell.oh, cell.ow, cell.channels}, cell.K, room.scratch);
+    a.edges = 0, a.x = {};
+    k.bypass_backward(a, size, cell.K, room.scratch);
+    k.half_pool_backward(run.states[s][n], room.at_output, size, a.dx);
+  }
+  void finish() const {
+    if (!dots) return;
+    for (int64_t n = 0; n < cell.images; n++)
+      for (int64_t j = 0; j < edges; j++) run.grad_edge_weights[source.edges[j]] += dots[n * edges + j];
+  }
+};
+
+}  // namespace rfdarts

@@ -1,0 +1,165 @@
+// A cell backward as a sequence of launches, from the last state to the first: per node its sums, its gradients, and
+// its separable convolutions' second halves; per state the gradient from all edges that leave it.
+#pragma once
+#include "cuda/cell_context.h"
+#include "cuda/node_backward.h"
+#include "cuda/second_convs_backward.h"
+#include "cuda/state_backward.h"
+
+namespace rfdarts::cuda {
+
+template <class T>
+struct BackwardPass : CellContext<T> {
+  using Context = CellContext<T>;
+  using Context::c, Context::cell, Context::cm, Context::edge_weights, Context::n, Context::norms, Context::oh,
+      Context::op_weights, Context::ow, Context::stream;
+  const CellBackward& back;
+  Acc<T>*grad_op_weights, *grad_edge_weights;
+  NormOutputs<T> outputs;
+  // gradients of states, whole; of nodes, the mixed op's channels only; at the inner BatchNorms' outputs
+  std::vector<ImageView<T>> state_grad, mixed_grad;
+  std::vector<T*> grad_z;
+
+  BackwardPass(const Cell& cell, const CellBackward& back, cudaStream_t stream, const Allocate& allocate)
+      : Context(cell, back.forward, stream, allocate), back(back), state_grad(cell.states()), mixed_grad(cell.nodes),
+        grad_z(cell.outputs) {
+    for (int i = 0; i < cell.nodes; i++) state_grad[cell.inputs + i] = view<T>(back.grad_nodes[i]);
+    auto params = [](void* p) { return static_cast<Acc<T>*>(p); };
+    grad_op_weights = params(back.grad_op_weights), grad_edge_weights = params(back.grad_edge_weights);
+    outputs = {norms, double(cell.images * cell.pixels()), cell.training, params(back.grad_gamma),
+               params(back.grad_beta), this->template take<Acc<T>>(int64_t(cell.norms) * 4 * cm)};
+    zero(grad_op_weights, int64_t(cell.edges.size()) * cell.primitives);
+    zero(outputs.grad_gamma, int64_t(cell.norms) * cm);
+    zero(outputs.grad_beta, int64_t(cell.norms) * cm);
+    if (grad_edge_weights) zero(grad_edge_weights, cell.edges.size());
+  }
+  template <class U>
+  void zero(U* p, int64_t count) {
+    check(cudaMemsetAsync(p, 0, count * sizeof(U), stream), "memset");
+  }
+
+  void node(int i) {
+    int64_t pixels = cell.images * cell.pixels();
+    ImageView<T>& g = state_grad[cell.inputs + i];
+    if (!g.data) {
+      T* none = this->template take<T>(pixels * c);
+      zero(none, pixels * c);
+      g = Context::dense(none, oh, ow, c);
+    }
+    NodeBackward<T> p{};
+    p.node = this->node_of(i);
+    p.g = mixed_grad[i] = g, p.K = int(cell.K);
+    if (p.K > 1) {
+      p.mixed_g = this->template take<T>(pixels * cm);
+      mixed_grad[i] = Context::dense(p.mixed_g, oh, ow, cm);
+    }
+    p.chunk = std::clamp(8192 / cm, 16, 512);
+    int blocks = int(ceil_div<int64_t>(pixels, p.chunk)), rows = p.node.rows() + 1 + (p.K > 1 ? p.node.incoming : 0);
+    p.partial = this->template take<double>(int64_t(rows) * blocks * cm);
+    constexpr int v = kWide<T> < 4 ? kWide<T> : 4;
+    auto kernel = this->aligned_node(p.node, v) ? node_backward_kernel<T, v> : node_backward_kernel<T, 1>;
+    launch(kernel, dim3(blocks), p.chunk * cm * int(sizeof(Acc<T>)), stream, p);
+    NodeGradients<T> f{p.node, outputs, p.partial, blocks, p.K, grad_op_weights, grad_edge_weights};
+    launch(node_gradients_kernel<T>, dim3(p.node.incoming), kThreads * sizeof(double), stream, f);
+  }
+
+  void lay_out(ConvBackward<T>& p, int h, int w, int stride, int reach, bool pools) {
+    p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
+    p.conv_weights = this->conv_weights, p.norms = norms;
+    p.tiling = backward_tiling<T>(n, h, w, cm, reach, stride, pools, p.region);
+  }
+  BackwardBranch<T> branch(const Branch& b, const ImageView<T>& g, int output, int norm, int64_t weight) const {
+    return {g, this->branch_output(output), outputs.coefficients + int64_t(norm) * 4 * cm, weight, int16_t(b.op),
+            int8_t(b.kernel), int8_t(b.dilation)};
+  }
+
+  void second_convs(int i) {
+    SecondConvsBackward<T> p{};
+    NormGradients<T> f{};
+    int first = cell.first_edge(i), reach = 0;
+    for (int e = first; e < first + cell.incoming(i); e++)
+      for (const Branch& b : cell.edges[e].branches) {
+        if (b.op != Op::SepConv) continue;
+        require(p.branches < kMaxBranches / 2, "separable convolutions of a node");
+        grad_z[b.output] = this->template take<T>(cell.images * cell.image_size());
+        f.norm[p.branches] = b.inner_norm;
+        p.branch[p.branches++] = {branch(b, mixed_grad[i], b.output, b.norm, this->second_weight(b)),
+                                  this->branch_output(b.inner_output), grad_z[b.output], b.inner_norm};
+        reach = std::max(reach, this->reach(b));
+      }
+    if (!p.branches) return;
+    p.wide = this->wide(mixed_grad[i]);
+    lay_out(p, oh, ow, 1, reach, false);
+    p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
+    int shared = BackwardTile<T>(p.tiling, p.region, false).bytes;
+    launch(second_convs_backward_kernel<T>, dim3(p.tiling.count, p.branches), shared, stream, p);
+    f.outputs = outputs, f.partial = p.partial, f.blocks = p.tiling.count, f.channels = std::min(cm, kThreads);
+    dim3 grid(p.branches, ceil_div(cm, f.channels));
+    launch(norm_gradients_kernel<T>, grid, kThreads * sizeof(double), stream, f);
+  }
+
+  // adds an edge that leaves the state; returns how far its convolutions reach
+  int add_edge(StateBackward<T>& p, int e) const {
+    const Edge& edge = cell.edges[e];
+    require(p.leaving < kMaxIncoming, "edges that leave a state");
+    auto& leaving = p.edge[p.leaving++];
+    leaving = {mixed_grad[edge.node], e, -1, -1, -1};
+    p.wide = p.wide && this->wide(leaving.g);
+    int reach = 0;
+    for (int k = 0; k < cell.primitives; k++) {
+      const Branch& b = edge.branches[k];
+      if (b.op == Op::MaxPool) leaving.max_norm = b.norm;
+      if (b.op == Op::AvgPool) leaving.avg_norm = b.norm;
+      if (b.op == Op::Identity) leaving.identity_op = e * cell.primitives + k;
+      if (!b.convolves()) continue;
+      require(p.branches < kMaxBranches, "branches of a state");
+      p.branch[p.branches++] = b.op == Op::SepConv
+                                   ? branch(b, this->mixed(grad_z[b.output]), b.inner_output, b.inner_norm, b.weight)
+                                   : branch(b, leaving.g, b.output, b.norm, b.weight);
+      if (b.op != Op::Reduce) reach = std::max(reach, this->reach(b));
+    }
+    return reach;
+  }
+  // The gradient of state s, from every edge that leaves it and from outside the cell.
+  void state(int s, T* grad_x) {
+    const Source& source = cell.sources[s];
+    StateBackward<T> p{};
+    p.x = this->states[s], p.outer = state_grad[s], p.grad_x = grad_x, p.channels = c;
+    p.op_weights = op_weights, p.edge_weights = edge_weights;
+    p.coefficients = outputs.coefficients, p.pools = source.pools;
+    p.wide = cm % kWide<T> == 0;
+    int reach = 0;
+    for (int e : source.edges) reach = std::max(reach, add_edge(p, e));
+    lay_out(p, int(source.h), int(source.w), source.stride, reach, p.pools);
+    int shared = BackwardTile<T>(p.tiling, p.region, p.pools).bytes;
+    auto kernel = source.stride == 1 ? state_backward_kernel<T, 1> : state_backward_kernel<T, 2>;
+    launch(kernel, dim3(p.tiling.count), shared, stream, p);
+    if (cell.K > 1) bypass(s, grad_x);
+  }
+  void bypass(int s, T* grad_x) {
+    const Source& source = cell.sources[s];
+    BypassBackward<T> p{this->states[s], state_grad[s], grad_x, edge_weights, n, int(source.h), int(source.w), oh, ow,
+                        cm, c, source.stride, 0, {}};
+    for (int e : source.edges) p.edge[p.leaving++] = {state_grad[cell.inputs + cell.edges[e].node], e};
+    launch(bypass_backward_kernel<T>, this->grid(cell.images * source.h * source.w * (c - cm)), 0, stream, p);
+  }
+};
+
+template <class T>
+void CellRun<T>::backward(const Cell& cell, const CellBackward& back, cudaStream_t stream, const Allocate& allocate) {
+  BackwardPass<T> pass(cell, back, stream, allocate);
+  for (int i = cell.nodes - 1; i >= 0; i--) {
+    int s = cell.inputs + i;
+    if (!cell.sources[s].edges.empty()) {
+      T* whole = pass.template take<T>(cell.images * cell.pixels() * cell.channels);
+      pass.state(s, whole);
+      pass.state_grad[s] = pass.dense(whole, pass.oh, pass.ow, pass.c);
+    }
+    pass.node(i);
+    pass.second_convs(i);
+  }
+  for (int s = 0; s < cell.inputs; s++)
+    if (back.grad_inputs[s]) pass.state(s, static_cast<T*>(back.grad_inputs[s]));
+}
+
+}  // namespace rfdarts::cuda

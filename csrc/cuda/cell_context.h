@@ -1,0 +1,111 @@
+// What a cell's forward and backward share on the host.
+#pragma once
+#include <algorithm>
+
+#include "cuda/launch.h"
+#include "cuda/node.h"
+
+namespace rfdarts::cuda {
+
+// A cell's ops for states stored as T: launches on a stream, in cell_forward.h and cell_backward.h.
+template <class T>
+struct CellRun {
+  static void forward(const Cell&, const CellForward&, cudaStream_t, const Allocate&);
+  static void branch_outputs(const Cell&, const CellForward&, cudaStream_t, const Allocate&);
+  static void backward(const Cell&, const CellBackward&, cudaStream_t, const Allocate&);
+};
+
+template <class T>
+ImageView<T> view(const States& s) {
+  return {static_cast<const T*>(s.data), s.image, int(s.row), int(s.pixel)};
+}
+// vectors of V elements are aligned at every pixel
+template <class T>
+bool aligned(const ImageView<T>& x, int v) {
+  return reinterpret_cast<uintptr_t>(x.data) % (v * sizeof(T)) == 0 && x.image % v == 0 && x.row % v == 0 &&
+         x.pixel % v == 0;
+}
+
+template <class T>
+struct CellContext {
+  const Cell& cell;
+  const CellForward& data;
+  cudaStream_t stream;
+  const Allocate& allocate;
+  int n = int(cell.images), c = int(cell.channels), cm = int(cell.mixed_channels), oh = int(cell.oh), ow = int(cell.ow);
+  std::vector<ImageView<T>> states;
+  Norms<T> norms;
+  const Acc<T>*conv_weights, *op_weights, *edge_weights;
+
+  CellContext(const Cell& cell, const CellForward& data, cudaStream_t stream, const Allocate& allocate)
+      : cell(cell), data(data), stream(stream), allocate(allocate) {
+    for (const States& s : data.inputs) states.push_back(view<T>(s));
+    for (const States& s : data.nodes) states.push_back(view<T>(s));
+    auto params = [](const void* p) { return static_cast<const Acc<T>*>(p); };
+    norms = {params(data.gamma), params(data.beta), data.moments, data.moments + int64_t(cell.norms) * cm,
+             Acc<T>(cell.eps), cm};
+    conv_weights = params(data.conv_weights), op_weights = params(data.op_weights);
+    edge_weights = params(data.edge_weights);
+  }
+  static ImageView<T> dense(const T* data, int h, int w, int channels) {
+    return {data, int64_t(h) * w * channels, w * channels, channels};
+  }
+  T* branch_output(int i) const { return static_cast<T*>(data.branch_outputs) + i * cell.images * cell.image_size(); }
+  // images as far apart as those of a branch output
+  ImageView<T> mixed(const T* data) const { return {data, cell.image_size(), ow * cm, cm}; }
+  template <class U>
+  U* take(int64_t count) const {
+    return static_cast<U*>(allocate(count * int64_t(sizeof(U))));
+  }
+  // loads of 16 bytes along the mixed channels of x
+  bool wide(const ImageView<T>& x) const { return cm % kWide<T> == 0 && aligned(x, kWide<T>); }
+  int reach(const Branch& b) const { return b.op == Op::Reduce ? 1 : (b.kernel - 1) * b.dilation / 2; }
+  // the second half of a separable convolution lies behind the first one's weights
+  int64_t second_weight(const Branch& b) const { return b.weight + int64_t(b.kernel) * b.kernel * cm + 2ll * cm * cm; }
+  dim3 grid(int64_t items) const { return dim3(unsigned(std::min(ceil_div<int64_t>(items, kThreads), kMaxBlocks))); }
+
+  Node<T> node_of(int i) const {
+    Node<T> p{};
+    p.images = n, p.oh = oh, p.ow = ow, p.cm = cm;
+    p.norms = norms, p.op_weights = op_weights, p.edge_weights = edge_weights;
+    p.incoming = cell.incoming(i);
+    require(p.incoming <= kMaxIncoming, "edges of a node");
+    // f(j, branch, its term) for the branches of every incoming edge j
+    auto each_branch = [&](auto&& f) {
+      for (int j = 0; j < p.incoming; j++)
+        for (int k = 0, e = cell.first_edge(i) + j; k < cell.primitives; k++) {
+          const Branch& b = cell.edges[e].branches[k];
+          f(j, b, typename Node<T>::Term{b.norm, e * cell.primitives + k, e});
+        }
+    };
+    each_branch([&](int, const Branch& b, const auto& term) {
+      if (!b.convolves() && b.op != Op::Noise) return;
+      require(p.streams < kMaxBranches, "branches of a node");
+      p.term[p.streams] = term;
+      if (b.convolves())
+        p.stream[p.streams++] = {branch_output(b.output), cell.image_size()};
+      else
+        p.stream[p.streams++] = {static_cast<const T*>(data.noise[b.noise]), cell.pixels() * cm};
+    });
+    for (int j = 0; j < p.incoming; j++) {
+      const Source& source = cell.sources[j];
+      p.in[j] = {states[j], int(source.h), int(source.w), source.stride, cell.first_edge(i) + j, false, false, false};
+    }
+    for (int row = p.streams; row < p.rows(); row++) p.term[row] = {-1, -1, -1};
+    each_branch([&](int j, const Branch& b, const auto& term) {
+      auto *terms = p.term + p.streams + 3 * j;
+      if (b.op == Op::MaxPool) terms[0] = term, p.in[j].max = true;
+      if (b.op == Op::AvgPool) terms[1] = term, p.in[j].avg = true;
+      if (b.op == Op::Identity) terms[2] = term, p.in[j].identity = true;
+    });
+    return p;
+  }
+  // vectors of V are aligned in all that enters a node
+  bool aligned_node(const Node<T>& p, int v) const {
+    bool all = cm % v == 0;
+    for (int j = 0; j < p.incoming; j++) all = all && aligned(p.in[j].x, v);
+    return all;
+  }
+};
+
+}  // namespace rfdarts::cuda

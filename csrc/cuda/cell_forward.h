@@ -1,0 +1,130 @@
+// A cell forward as a sequence of launches: per state its first and second convolutions, each with the merge of their
+// statistics; per node one pass.
+#pragma once
+#include "cuda/cell_context.h"
+#include "cuda/node_forward.h"
+
+namespace rfdarts::cuda {
+
+template <class T>
+struct ForwardPass : CellContext<T> {
+  using Context = CellContext<T>;
+  using Context::cell, Context::cm, Context::data, Context::n, Context::norms, Context::oh, Context::ow,
+      Context::stream;
+  using Context::Context;
+
+  // The branches of one launch, and the BatchNorms that take the statistics of each.
+  struct Convs {
+    ConvForward<T> p{};
+    std::vector<std::vector<int>> norms;
+
+    void add(const typename ConvForward<T>::Branch& branch, int reach, std::vector<int> norms_behind) {
+      require(p.branches < kMaxBranches, "branches of a state");
+      p.branch[p.branches++] = branch;
+      p.reach = std::max(p.reach, reach);
+      norms.push_back(std::move(norms_behind));
+    }
+  };
+
+  void launch_convs(Convs& convs, int h, int w, int stride) {
+    ConvForward<T>& p = convs.p;
+    if (!p.branches) return;
+    p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
+    p.conv_weights = this->conv_weights, p.norms = norms;
+    p.tiling = forward_tiling<T>(n, oh, ow, cm, p.reach, stride);
+    p.wide = true;
+    for (int b = 0; b < p.branches; b++) p.wide = p.wide && this->wide(p.branch[b].x);
+    if (cell.training) p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
+    int shared = ForwardTile<T>(p.tiling, cm, p.reach, stride).bytes;
+    auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
+    launch(kernel, dim3(p.tiling.count), shared, stream, p);
+    if (cell.training) merge_moments(convs);
+  }
+  void merge_moments(const Convs& convs) {
+    MergeMoments m{convs.p.tiling, n, oh, ow, cm, cell.norms, convs.p.partial, data.moments, 0, {}};
+    for (int b = 0; b < convs.p.branches; b++)
+      for (int norm : convs.norms[b]) {
+        require(m.count < 2 * kMaxBranches, "BatchNorms behind a state");
+        m.target[m.count++] = {int16_t(b), int16_t(norm)};
+      }
+    dim3 grid(m.count, ceil_div(cm, kMergeChannels));
+    launch(merge_moments_kernel<kMergeChannels>, grid, kThreads * sizeof(double), stream, m);
+  }
+
+  void first_convs(int s) {
+    const Source& source = cell.sources[s];
+    Convs convs;
+    std::vector<int> max_norms, avg_norms;
+    for (int e : source.edges)
+      for (const Branch& b : cell.edges[e].branches) {
+        if (b.pools()) (b.op == Op::MaxPool ? max_norms : avg_norms).push_back(b.norm);
+        if (!b.convolves()) continue;
+        bool sep = b.op == Op::SepConv;
+        convs.add({this->states[s], this->branch_output(sep ? b.inner_output : b.output), b.weight, -1, int16_t(b.op),
+                   int8_t(b.kernel), int8_t(b.dilation)},
+                  this->reach(b), {sep ? b.inner_norm : b.norm});
+      }
+    // pools are computed for their statistics alone
+    auto add_pool = [&](Op op, const std::vector<int>& norms) {
+      if (cell.training && !norms.empty())
+        convs.add({this->states[s], nullptr, 0, -1, int16_t(op), 3, 1}, 1, norms);
+    };
+    add_pool(Op::MaxPool, max_norms);
+    add_pool(Op::AvgPool, avg_norms);
+    launch_convs(convs, int(source.h), int(source.w), source.stride);
+  }
+  void second_convs(int s) {
+    Convs convs;
+    for (int e : cell.sources[s].edges)
+      for (const Branch& b : cell.edges[e].branches)
+        if (b.op == Op::SepConv)
+          convs.add({this->mixed(this->branch_output(b.inner_output)), this->branch_output(b.output),
+                     this->second_weight(b), b.inner_norm, int16_t(b.op), int8_t(b.kernel), int8_t(b.dilation)},
+                    this->reach(b), {b.norm});
+    launch_convs(convs, oh, ow, 1);
+  }
+  void convs(int s) {
+    if (cell.sources[s].edges.empty()) return;
+    first_convs(s);
+    second_convs(s);
+  }
+
+  template <int K, int V>
+  void launch_node(const NodeForward<T>& p) {
+    int shared = (2 * p.node.rows() + 1) * cm * int(sizeof(Acc<T>));
+    launch(node_forward_kernel<T, K, V>, this->grid(cell.images * cell.pixels() * cm / V), shared, stream, p);
+  }
+  void node(int i) {
+    NodeForward<T> p{this->node_of(i), this->states[cell.inputs + i]};
+    // more than 16 accumulators a group of channels would cost registers, not save loads
+    constexpr int narrow = kWide<T> < 4 ? kWide<T> : 4;
+    auto with = [&]<int K>() {
+      constexpr int v = K == 1 ? kWide<T> : narrow;
+      this->aligned_node(p.node, v) && aligned(p.out, v) ? launch_node<K, v>(p) : launch_node<K, 1>(p);
+    };
+    switch (cell.K) {
+      case 1: return with.template operator()<1>();
+      case 2: return with.template operator()<2>();
+      case 4: return with.template operator()<4>();
+      case 8: return with.template operator()<8>();
+    }
+    throw std::invalid_argument("K: the CUDA kernels know 1, 2, 4 and 8");
+  }
+};
+
+template <class T>
+void CellRun<T>::forward(const Cell& cell, const CellForward& data, cudaStream_t stream, const Allocate& allocate) {
+  ForwardPass<T> pass(cell, data, stream, allocate);
+  for (int s = 0; s < cell.states(); s++) {
+    if (s >= cell.inputs) pass.node(s - cell.inputs);
+    pass.convs(s);
+  }
+}
+template <class T>
+void CellRun<T>::branch_outputs(const Cell& cell, const CellForward& data, cudaStream_t stream,
+                                const Allocate& allocate) {
+  ForwardPass<T> pass(cell, data, stream, allocate);
+  for (int s = 0; s < cell.states(); s++) pass.convs(s);
+}
+
+}  // namespace rfdarts::cuda
