@@ -18,9 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from rfdarts_fast.ops import backends
 from rfdarts_fast.ops.triton import tuning
-from tests.kernels.cuda.emulated import Case
-from tests.kernels.triton.call import mixed_cell
+from tests.kernels.oracles import Kernels
+from tests.kernels.problems import CellProblem
 
 # the first one has all kernels, the third the branches of a whole cell
 CELLS = (
@@ -30,6 +31,16 @@ CELLS = (
     {"channels": 64, "K": 2, "nodes": 1},
 )
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class LaunchedKernels(Kernels):
+    """The host's side of cells, whose launches lead elsewhere."""
+
+    def cell(self, *arguments, **options):
+        return self.backend.mixed_cell(self.call(*arguments, **options))
+
+
+LAUNCHED = LaunchedKernels(backends()["triton"])
 
 
 class AbsentGPU:
@@ -60,8 +71,7 @@ def launches(dtype, cells):
 
     tuning.launch = record
     for options in cells:
-        parameters = torch.float64 if dtype == torch.float64 else torch.float32
-        Case((2, 8, 8), dtype, **options).run(mixed_cell, dtype, parameters)
+        CellProblem((2, 8, 8), dtype, **options).run(LAUNCHED)
     return recorded
 
 
