@@ -1,4 +1,4 @@
-"""Tiles, parts of sums, autotuning, 16-bit types; the cells of all backends are in tests/kernels/test_cells.py."""
+"""Tiles, parts of sums, tuning, 16-bit types; cells of all backends are in tests/kernels/test_cells.py."""
 
 import dataclasses
 import importlib
