@@ -22,12 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rfdarts_fast.ops.compiled.plan import Plan, plan_of
-from tests.kernels.cuda.convs import ConvCase
 
-from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from rfdarts_fast.ops.compiled import cpu
-from tests.kernels.cuda import emulated
+from tests.kernels import emulation
+from tests.kernels.problems import CellProblem, LayerProblem
 
 BANDWIDTH = 3.0e12
 MULTIPLY_ADDS = 132 * 128 * 1.98e9
@@ -39,7 +36,7 @@ LAUNCH = 2e-6
 # name of the parameters, in lower case -> kernel: those of x_y_kernel are an XY
 KERNELS = {
     name.removesuffix("_kernel").replace("_", ""): name
-    for path in sorted((emulated.CSRC / "cuda").iterdir())
+    for path in sorted((emulation.CSRC / "cuda").iterdir())
     for name in re.findall(r"(\w+_kernel)\(const __grid_constant__", path.read_text())
 }
 # kernel -> the one that adds up what its blocks leave
@@ -75,7 +72,7 @@ PREPROCESSING = [
 
 def registers(nvcc: str) -> dict[str, int]:
     """Kernel -> registers for bfloat16 on sm_90, the most of its variants."""
-    csrc = emulated.CSRC
+    csrc = emulation.CSRC
     found: dict[str, int] = defaultdict(int)
     for source in ("cell_bf16.cu", "cell.cu", "relu_conv_bn.cu"):
         with tempfile.TemporaryDirectory() as folder:
@@ -94,42 +91,38 @@ def registers(nvcc: str) -> dict[str, int]:
 
 
 def launches(
-    name: str, K: int, channels: int, side: int, stride: int, batch: int
+    kernels: emulation.EmulatedKernels, K: int, channels: int, side: int, stride: int, batch: int
 ) -> list[tuple[str, int, int]]:
     """(kernel, blocks, bytes of shared memory) of a forward and backward, in order."""
-    edges = list(emulated.make_edges("darts", channels, stride, K, nodes=4))
-    plan = plan_of(edges, 2)
-    assert isinstance(plan, Plan)
-    # never touched, so these take no memory
-    shape = batch, channels, side, side
-    inputs = [
-        torch.empty(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last) for _ in range(2)
-    ]
-    inputs = [x.requires_grad_() for x in inputs]
-    weights = torch.rand(len(edges), 8, requires_grad=True)
-    edge_weights = torch.rand(len(edges), requires_grad=True) if K > 1 else None
-    return recorded(lambda: cpu.mixed_cell(edges, inputs, weights, edge_weights))
+    problem = CellProblem((1, 2, 2), torch.bfloat16, channels=channels, K=K, stride=stride, nodes=4)
+    edges, _, weights = problem.leaves(kernels)
+    return recorded(
+        lambda: kernels.cell(list(edges), [empty(batch, channels, side) for _ in range(2)], *weights)
+    )
 
 
 def preprocessing_launches(
-    name: str, c_in: int, c_out: int, side: int, stride: int, batch: int
+    kernels: emulation.EmulatedKernels, c_in: int, c_out: int, side: int, stride: int, batch: int
 ) -> list[tuple[str, int, int]]:
     """As `launches`, of a cell's preprocessing."""
-    module = FactorizedReduce(c_in, c_out) if stride == 2 else ReLUConvBN(c_in, c_out, 1)
-    convs, norm = ConvCase.parts(module)
-    for conv in convs:
-        conv.requires_grad_(False)
-    x = torch.empty(batch, c_in, side, side, dtype=torch.bfloat16, memory_format=torch.channels_last)
-    return recorded(lambda: [cpu.relu_conv_bn(x.requires_grad_(), convs, norm)])
+    problem = LayerProblem((1, 2, 2), torch.bfloat16, channels=(c_in, c_out), reduce=stride == 2)
+    [layer], _, _ = problem.leaves(kernels)
+    return recorded(lambda: kernels.layers(empty(batch, c_in, side), [layer.layer()]))
+
+
+def empty(batch: int, channels: int, side: int) -> torch.Tensor:
+    """A state that is never touched, so it takes no memory."""
+    shape = batch, channels, side, side
+    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
 
 
 def recorded(forward: Callable[[], list[torch.Tensor]]) -> list[tuple[str, int, int]]:
-    emulation = torch.ops.rfdarts_emulated
-    emulation.record(True)
+    ops = torch.ops.rfdarts_emulated
+    ops.record(True)
     nodes = forward()
     torch.autograd.backward(nodes, [torch.empty_like(node) for node in nodes])
-    text = emulation.recorded()
-    emulation.record(False)
+    text = ops.recorded()
+    ops.record(False)
     launched = []
     for line in text.splitlines():
         params, blocks, shared = line.split(" | ")
@@ -299,9 +292,10 @@ def print_table(launched: list[tuple[str, int, int]], needs: Needs, used: dict[s
 
 
 def main() -> None:
-    nvcc = emulated.find_nvcc()
+    nvcc = emulation.find_nvcc()
     used = registers(str(nvcc)) if nvcc else {}
-    with tempfile.TemporaryDirectory() as folder, emulated.Emulation(emulated.build(Path(folder))):
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = emulation.EmulatedKernels(emulation.build(Path(folder)))
         print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
         print(__doc__.split("\n\n")[2].strip() if __doc__ else "")
         print()
@@ -309,13 +303,13 @@ def main() -> None:
         for cell in CELLS:
             name, K, channels, side, stride, batch = cell
             print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
-            print_table(launches(*cell), cell_needs(K, channels, side, stride, batch), used)
+            print_table(launches(kernels, *cell[1:]), cell_needs(K, channels, side, stride, batch), used)
         for case in PREPROCESSING:
             name, c_in, c_out, side, stride, batch = case
             size = f"{side}x{side}, stride {stride}, batch {batch}"
             print(f"\n## Preprocessing, {name}: {c_in} -> {c_out}, {size}\n")
             needs = preprocessing_needs(c_in, c_out, side, stride, batch)
-            print_table(preprocessing_launches(*case), needs, used)
+            print_table(preprocessing_launches(kernels, *case[1:]), needs, used)
 
 
 if __name__ == "__main__":

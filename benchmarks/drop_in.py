@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rfdarts_fast import nn as rfnn
 from rfdarts_fast.drop_in import darts, pc_darts
 from rfdarts_fast.ops import use_backend
-from rfdarts_fast.ops.compiled import cpu
+from rfdarts_fast.ops import backends
 from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.spaces import get_space
 
@@ -93,9 +93,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    engine = cpu.status()
+    kernels = backends()["cpu"].status()
     machine = environment()
-    print(f"{machine} engine {engine}")
+    print(f"{machine} kernels {kernels}")
     figures = {}
     for method, module in (("RF-DARTS", darts), ("RF-PCDARTS", pc_darts)):
         times = measure(variants(module, args), args.rounds)
@@ -111,7 +111,7 @@ def main() -> None:
         figures[method] = times
     if args.out:
         options = {name: value for name, value in vars(args).items() if name != "out"}
-        record = {"machine": machine, "engine": engine, **options, "seconds": figures}
+        record = {"machine": machine, "kernels": kernels, **options, "seconds": figures}
         args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_steps import NETWORKS, kernel_times, largest_batch, roofs, time_steps
+from rfdarts_fast.ops import backends
 from rfdarts_fast.runs.environment import environment, version_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +33,15 @@ LEAST |= {"largest": 45, "triton": 60}
 # and none of these takes more
 MOST = {"tests": 150, "memcheck": 75, "racecheck": 75, "compile": 150, "triton": 150}
 COMPILED = ("RF-PCDARTS", "RF-DARTS")
-# of the tests of the Triton engine, those that compile least
-TRITON_TESTS = ("tests/kernels/triton/test_cells.py", "-k", "same_dtype or tuned")
+TESTS = (
+    "tests/kernels/test_cells.py",
+    "tests/kernels/test_layers.py",
+    "tests/kernels/cuda/test_gpu.py",
+    "-k",
+    "gpu",
+)
+# of Triton's, those that compile least
+TRITON_TESTS = ("tests/kernels/triton/test_kernels.py", "-k", "as_good or tuned")
 
 
 def begin(command: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -93,20 +101,21 @@ def sanitize(tool: str, seconds: float) -> dict[str, Any] | str:
 
 def small_case() -> None:
     """For compute-sanitizer: both strides, partial channels, tensor cores, preprocessing; with gradients."""
-    from tests.kernels.cuda.convs import ConvCase
-    from tests.kernels.cuda.emulated import Case
+    from tests.kernels.oracles import GPUKernels
+    from tests.kernels.problems import CellProblem, LayerProblem
 
+    kernels = GPUKernels(backends()["cuda"], "cuda")
     for options in ({"channels": 16, "nodes": 1}, {"channels": 32, "nodes": 1, "stride": 2, "K": 4}):
         for dtype in (torch.float32, torch.bfloat16):
-            Case((1, 10, 18), dtype, **options).kernels()
+            CellProblem((1, 10, 18), dtype, **options).run(kernels)
     for reduce in (False, True):
         for dtype in (torch.float32, torch.bfloat16):
-            ConvCase((2, 10, 18), dtype, (80, 96), reduce).kernels()
+            LayerProblem((2, 10, 18), dtype, channels=(80, 96), reduce=reduce).run(kernels)
 
 
-def compiled(name: str, quick: bool, device: str, mode: str, engine: str = "compile") -> list[str]:
+def compiled(name: str, quick: bool, device: str, mode: str, variant: str = "compile") -> list[str]:
     """What times a compiled step, in a process of its own: one that takes too long can be stopped."""
-    command = module("benchmarks.gpu_steps", name, "2" if quick else "256", engine)
+    command = module("benchmarks.gpu_steps", name, "2" if quick else "256", variant)
     return [*command, "--mode", mode, "--device", device, *(["--quick"] if quick else [])]
 
 
@@ -178,7 +187,7 @@ def main() -> None:
     if device == "cuda":
         # compiling takes minutes: it fills its cache while nothing is timed
         warming = [] if options.only else [begin(command) for command in steps.values()]
-        stage("tests", lambda most: run(module("pytest", "-q", "tests/kernels/cuda/test_gpu.py"), most))
+        stage("tests", lambda most: run(module("pytest", "-q", *TESTS), most))
         for tool in ("memcheck", "racecheck"):
             stage(tool, lambda most, tool=tool: sanitize(tool, most))
         for process in warming:

@@ -5,14 +5,14 @@ pytest benchmarks/test_kernels.py --benchmark-enable --benchmark-group-by=param:
 
 import pytest
 import torch
-from torch import nn
 
-from rfdarts_fast.nn.supernet import MixedOp
-from rfdarts_fast.ops import reference
-from rfdarts_fast.ops.compiled import cpu
-from rfdarts_fast.spaces import DARTS_PRIMITIVES
+from rfdarts_fast.ops import backends
+from tests.kernels.oracles import CPUKernels, Oracle
+from tests.kernels.problems import CellProblem, LayerProblem
+from tests.kernels.views import channels_last
 
-pytestmark = pytest.mark.skipif(not cpu.status()["built"], reason="the kernels were not built")
+CPU = CPUKernels(backends()["cpu"])
+pytestmark = pytest.mark.skipif(not CPU.backend.status()["built"], reason="the kernels were not built")
 
 # channels, size, K: the three resolutions of RF-DARTS and RF-PCDARTS with 16 initial channels
 SHAPES = {
@@ -23,57 +23,53 @@ SHAPES = {
     "32x16 K=4": (32, 16, 4),
     "64x8 K=4": (64, 8, 4),
 }
-ENGINES = {"reference": reference.mixed_cell, "native": cpu.mixed_cell}
+BACKENDS = {"reference": Oracle(), "cpu": CPU}
 BATCH = 64
 
 
-def _node(channels, size, K, inputs, stride):
-    edges = nn.ModuleList(MixedOp(DARTS_PRIMITIVES, channels, stride, K) for _ in range(inputs))
-    for module in edges.modules():
-        if isinstance(module, nn.Conv2d):
-            module.requires_grad_(False)
-    edges = edges.to(memory_format=torch.channels_last)
-    x = [
-        torch.randn(BATCH, channels, size * stride, size * stride)
-        .contiguous(memory_format=torch.channels_last)
-        .requires_grad_()
-        for _ in range(inputs)
-    ]
-    return list(edges), x, torch.rand(inputs, len(DARTS_PRIMITIVES)).softmax(-1).requires_grad_()
+def leaves(problem):
+    """The modules, inputs and weights, in float32 and channels_last."""
+    module, inputs, weights = problem.leaves(CPU)
+    inputs = [channels_last(x.detach()).requires_grad_() for x in inputs]
+    return module.to(memory_format=torch.channels_last), inputs, weights
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+def node(channels, size, K, inputs, stride):
+    shape = BATCH, size * stride, size * stride
+    options = dict(channels=channels, stride=stride, K=K, inputs=inputs, nodes=1, edge_weights=False)
+    return leaves(CellProblem(shape, torch.float32, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_mixed_op_forward(benchmark, engine, shape, stride):
-    edges, x, mix = _node(*SHAPES[shape], 1, stride)
+def test_mixed_op_forward(benchmark, backend, shape, stride):
+    edges, x, weights = node(*SHAPES[shape], 1, stride)
     with torch.no_grad():
-        benchmark(ENGINES[engine], edges, x, mix)
+        benchmark(BACKENDS[backend].cell, list(edges), x, *weights)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_node_forward_backward(benchmark, engine, shape):
+def test_node_forward_backward(benchmark, backend, shape):
     """A node with two inputs: forward, and backward to everything that is trained."""
-    edges, x, mix = _node(*SHAPES[shape], 2, 1)
+    edges, x, weights = node(*SHAPES[shape], 2, 1)
     gradient = torch.randn_like(x[0])
 
     def step():
-        ENGINES[engine](edges, x, mix)[0].backward(gradient)
+        BACKENDS[backend].cell(list(edges), x, *weights)[0].backward(gradient)
 
     benchmark(step)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["torch", "native"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(64, 16, 32), (128, 32, 16), (256, 64, 8)], ids=str)
-def test_preprocessing(benchmark, shape, fused):
+def test_preprocessing(benchmark, backend, shape):
     c_in, c_out, size = shape
-    conv = nn.Conv2d(c_in, c_out, 1, bias=False).requires_grad_(False).to(memory_format=torch.channels_last)
-    norm = nn.BatchNorm2d(c_out)
-    x = torch.randn(BATCH, c_in, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    [module], [x], _ = leaves(LayerProblem((BATCH, size, size), torch.float32, channels=(c_in, c_out)))
 
     def step():
-        out = cpu.relu_conv_bn(x, (conv,), norm) if fused else norm(conv(x.relu()))
+        [out] = BACKENDS[backend].layers(x, [module.layer()])
         out.sum().backward()
 
     benchmark(step)

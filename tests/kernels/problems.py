@@ -57,7 +57,9 @@ class Problem:
         """The parameters that get a gradient, by name."""
         return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
-    def leaves(self, backend, dtype: torch.dtype | None = None) -> tuple[nn.ModuleList, list[Tensor], list[Tensor]]:
+    def leaves(
+        self, backend, dtype: torch.dtype | None = None
+    ) -> tuple[nn.ModuleList, list[Tensor], list[Tensor]]:
         """Copies of the modules, inputs and weights on a backend's device; the same input twice is one leaf."""
         dtype = dtype or self.dtype
         parameters = backend.parameter_dtype(dtype)

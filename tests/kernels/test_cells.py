@@ -60,7 +60,9 @@ EMULATED_2["S1"] = dict(primitives=SPACES["s1"].cells["reduce"], nodes=4)
 ODD = [(1, 7, 5), (3, 1, 3), (2, 5, 1), (5, 3, 7), (2, 18, 10)]
 EVEN = [(1, 2, 6), (3, 10, 2), (2, 14, 34)]
 EMULATED = {name: dict(shapes=ODD, **options) for name, options in EMULATED.items()}
-EMULATED |= {f"{name}, stride 2": dict(shapes=EVEN, stride=2, **options) for name, options in EMULATED_2.items()}
+EMULATED |= {
+    f"{name}, stride 2": dict(shapes=EVEN, stride=2, **options) for name, options in EMULATED_2.items()
+}
 EMULATED |= {
     f"evaluated, stride {stride}": dict(shapes=[(2, 6, 10)], train=False, K=2, channels=8, stride=stride)
     for stride in (1, 2)
@@ -101,9 +103,7 @@ TRITON = {
     "K=2": dict(K=2, channels=6, shapes=[(3, 5, 3)], nodes=2),
     "K=4": dict(K=4, channels=20, shapes=[(1, 5, 7)]),
     "K=8": dict(K=8, channels=8, shapes=[(2, 3, 3)], primitives=("skip_connect", "sep_conv_3x3")),
-    "K=2, stride 2": dict(
-        K=2, stride=2, shapes=[(2, 6, 10)], nodes=2, inputs=2, primitives=FEW[1:4]
-    ),
+    "K=2, stride 2": dict(K=2, stride=2, shapes=[(2, 6, 10)], nodes=2, inputs=2, primitives=FEW[1:4]),
     "K=4, stride 2": dict(K=4, channels=8, stride=2, shapes=[(3, 2, 6)], nodes=2),
     "not affine": dict(affine=False),
     "no running statistics": dict(track=False),
@@ -164,12 +164,18 @@ def far_out(cells, places, **changes):
     }
 
 
-FAR_OUT_CPU = {name: CPU[name] for name in ("cell", "cell, stride 2", "four channels", "K=4", "K=4, stride 2")}
+FAR_OUT_CPU = {
+    name: CPU[name] for name in ("cell", "cell, stride 2", "four channels", "K=4", "K=4, stride 2")
+}
 FAR_OUT_EMULATED = {name: EMULATED_ROUNDED[name] for name in ("stride 1", "stride 2", "K=4")}
 
 
 @over(
-    ("cpu", (F32,), far_out(FAR_OUT_CPU, ("first pixel", "lower half", "all pixels"), nodes=1, shapes=[(2, 32, 32)])),
+    (
+        "cpu",
+        (F32,),
+        far_out(FAR_OUT_CPU, ("first pixel", "lower half", "all pixels"), nodes=1, shapes=[(2, 32, 32)]),
+    ),
     ("emulated", (F32,), far_out(FAR_OUT_EMULATED, FAR_OUT)),
 )
 def test_pixels_far_out(backend, dtype, options):
@@ -287,7 +293,9 @@ def test_branch_outputs_kept_in_bfloat16(backend, dtype, options):
     """In the median of draws: rounding takes values across a ReLU's kink."""
     options = dict(options)
     rows = []
-    for problem in [CellProblem((4, 8, 8), dtype, edge_weights=True, **options) for _ in range(options.pop("draws"))]:
+    for problem in [
+        CellProblem((4, 8, 8), dtype, edge_weights=True, **options) for _ in range(options.pop("draws"))
+    ]:
         exact, rounded = problem.run(backend), problem.run(backend, memory="bfloat16")
         gaps, sizes = errors(rounded, exact), size_of(exact)
         rows.append({name: (gaps[name][-1] / sizes[name][-1]).item() for name in gaps})
@@ -320,7 +328,10 @@ def test_gradcheck(backend, dtype, options):
     norms = [part for part in edges.modules() if isinstance(part, nn.BatchNorm2d)]
 
     def cell(*leaves):
-        inputs, (op_weights, edge_weights, *parameters) = leaves[: -2 - 2 * len(norms)], leaves[-2 - 2 * len(norms) :]
+        inputs, (op_weights, edge_weights, *parameters) = (
+            leaves[: -2 - 2 * len(norms)],
+            leaves[-2 - 2 * len(norms) :],
+        )
         for norm, gamma, beta in zip(norms, parameters[::2], parameters[1::2], strict=True):
             norm._parameters.update(weight=gamma, bias=beta)
         return tuple(backend.cell(list(edges), inputs, op_weights, edge_weights))
@@ -358,7 +369,9 @@ def test_frozen_weights_that_change_are_packed_again(backend):
     for conv in edges.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.normal_(conv.weight)
-    found, expected = (problem.compute(each, edges, inputs, *weights) for each in (backend, Oracle(backend.device)))
+    found, expected = (
+        problem.compute(each, edges, inputs, *weights) for each in (backend, Oracle(backend.device))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -402,6 +415,11 @@ def test_opcheck(backend):
     problem = small(backend, F32, channels=8, K=2, stride=2)
     # on CUDA the nodes are views of the concatenation, which no schema can say of a list
     problem.run(Kernels(recorded.backend, backend.device), memory="recompute", concat=backend.name == "cpu")
-    assert recorded.calls.keys() == {"cell_forward", "cell_branch_outputs", "cell_backward", "update_running_stats"}
+    assert recorded.calls.keys() == {
+        "cell_forward",
+        "cell_branch_outputs",
+        "cell_backward",
+        "update_running_stats",
+    }
     for op, arguments, options in recorded.calls.values():
         library.opcheck(op, arguments, options, test_utils=("test_schema", "test_faketensor"))

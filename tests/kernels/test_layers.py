@@ -52,7 +52,11 @@ GPU = grid(
 
 @over(
     ("cpu", (F64, F32), CPU),
-    ("cpu", (F32,), {"past the caches, images begin amidst a vector": dict(shapes=[(400, 15, 15)], channels=(3, 4))}),
+    (
+        "cpu",
+        (F32,),
+        {"past the caches, images begin amidst a vector": dict(shapes=[(400, 15, 15)], channels=(3, 4))},
+    ),
     ("emulated", (F64,), EMULATED),
     ("emulated", (F32, BF16, F16), EMULATED_ROUNDED),
     ("gpu", (F64, F32, BF16, F16), GPU),
@@ -141,7 +145,9 @@ def test_inputs_in_any_layout(backend, dtype, options):
 def test_one_image_for_the_whole_batch(backend, dtype, options):
     problem = LayerProblem(dtype=dtype, channels=(16, 32), **options)
     problem.inputs[0][1] = problem.inputs[0][0]
-    found, expected = (problem.run(backend, view=view) for view in (lambda x: x[:1].expand_as(x), torch.clone))
+    found, expected = (
+        problem.run(backend, view=view) for view in (lambda x: x[:1].expand_as(x), torch.clone)
+    )
     [grads] = expected.pop("gradient of input 0")
     [grad] = found.pop("gradient of input 0")
     assert torch.equal(grad[0], grads.sum(0))
@@ -205,6 +211,10 @@ def test_opcheck(backend, reduce):
     problem = LayerProblem(dtype=F32, channels=(8, 4, 6), reduce=reduce)
     for view in (torch.clone, torch.Tensor.detach):
         problem.run(kernels, view=view)
-        assert recorded.calls.keys() == {"relu_conv_bn_forward", "relu_conv_bn_backward", "update_running_stats"}
+        assert recorded.calls.keys() == {
+            "relu_conv_bn_forward",
+            "relu_conv_bn_backward",
+            "update_running_stats",
+        }
         for op, arguments, options in recorded.calls.values():
             library.opcheck(op, arguments, options, test_utils=("test_schema", "test_faketensor"))

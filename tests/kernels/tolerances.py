@@ -36,7 +36,9 @@ def assert_as_good_as_torch(
     ]
     of_norm, of_largest = backend.floors(dtype)
     for _ in backend.schedules():
-        ours = [errors(each.run(backend, **options), truth) for each, truth in zip(problems, truths, strict=True)]
+        ours = [
+            errors(each.run(backend, **options), truth) for each, truth in zip(problems, truths, strict=True)
+        ]
         for name in truths[0]:
             if name.startswith("gradient") and not gradients:
                 continue

@@ -13,7 +13,9 @@ def wider(first: int, rows: int = 1, memory_format: torch.memory_format = torch.
 
     def view(x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        wide = x.new_full((n, first + c + 8, rows * h + 2, w + 3), torch.nan).contiguous(memory_format=memory_format)
+        wide = x.new_full((n, first + c + 8, rows * h + 2, w + 3), torch.nan).contiguous(
+            memory_format=memory_format
+        )
         place = (slice(None), slice(first, first + c), slice(1, 1 + rows * h, rows), slice(1, 1 + w))
         wide[place] = x
         return wide[place]

@@ -97,7 +97,9 @@ def test_edge_weight_gradients_of_wide_rows():
     squares = torch.zeros(2, dtype=torch.float64)
     for seed in range(10):
         torch.manual_seed(seed)
-        problem = CellProblem((1, 1, 56), torch.float32, nodes=1, channels=800, K=8, primitives=("sep_conv_3x3",))
+        problem = CellProblem(
+            (1, 1, 56), torch.float32, nodes=1, channels=800, K=8, primitives=("sep_conv_3x3",)
+        )
         truth = problem.run(TRUTH, torch.float64)
         for i, backend in enumerate((CPU, TRUTH)):
             squares[i] += errors(problem.run(backend), truth)["gradient of edge_weights"][-1].square()

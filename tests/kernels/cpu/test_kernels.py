@@ -13,14 +13,24 @@ except ImportError as error:
     pytest.skip(f"the kernels by themselves were not built ({error})", allow_module_level=True)
 
 # float64 has one set of kernels
-ENGINES = [("Float", isa) for isa in ("baseline", "avx2", "avx512") if kernels.has(isa)] + [
+CODES = [("Float", isa) for isa in ("baseline", "avx2", "avx512") if kernels.has(isa)] + [
     ("Double", "baseline")
 ]
 # C that fills vectors, divides them, and neither; images smaller than a kernel's reach
-SHAPES = [(8, 8, 16), (7, 5, 4), (5, 3, 5), (1, 1, 1), (9, 16, 8), (3, 17, 32), (4, 4, 24), (11, 2, 2), (9, 19, 64)]
+SHAPES = [
+    (8, 8, 16),
+    (7, 5, 4),
+    (5, 3, 5),
+    (1, 1, 1),
+    (9, 16, 8),
+    (3, 17, 32),
+    (4, 4, 24),
+    (11, 2, 2),
+    (9, 19, 64),
+]
 CONVS = [(3, 1, 1), (5, 1, 1), (3, 2, 1), (5, 2, 1), (3, 1, 2), (5, 1, 2), (3, 2, 2), (5, 2, 2)]
 
-engines = pytest.mark.parametrize(("kind", "isa"), ENGINES)
+codes = pytest.mark.parametrize(("kind", "isa"), CODES)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -58,7 +68,7 @@ def separable(x, depthwise, pointwise, dilation, stride):
     return F.conv2d(F.conv2d(x, taps, None, stride, padding, dilation, c), mix)
 
 
-@engines
+@codes
 @shapes
 @pytest.mark.parametrize("conv", CONVS, ids=str)
 def test_convolution(kind, isa, shape, conv):
@@ -79,7 +89,7 @@ def test_convolution(kind, isa, shape, conv):
     run.close(dx, 2 * image(truth))
 
 
-@engines
+@codes
 @shapes
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("values", ["random", "ties", "constant"])
@@ -99,7 +109,7 @@ def test_pools(kind, isa, shape, stride, values):
     run.close(run.kernels.pool_backward(x, d_max, d_avg, stride), image(truth))
 
 
-@engines
+@codes
 def test_a_nan_passes_the_pools(kind, isa):
     run = Run(kind, isa)
     for row, column in ((0, 0), (2, 3), (4, 6)):
@@ -113,7 +123,7 @@ def test_a_nan_passes_the_pools(kind, isa):
         assert np.isnan(run.kernels.pool_backward(x, d, np.zeros_like(d))).any((0, 1)).all()
 
 
-@engines
+@codes
 @shapes
 def test_moments_do_not_cancel(kind, isa, shape):
     run = Run(kind, isa)
@@ -130,7 +140,7 @@ def test_moments_do_not_cancel(kind, isa, shape):
             )
 
 
-@engines
+@codes
 @pytest.mark.parametrize("K", [2, 4, 8])
 @pytest.mark.parametrize("mixed", [1, 2, 3, 4, 8, 16])
 def test_channel_shuffle(kind, isa, K, mixed):

@@ -128,7 +128,11 @@ def test_a_step_never_asks_for_a_value(emulated_kernels, monkeypatch):
     backend, layers = emulated_kernels.backend, []
     monkeypatch.setattr(contract, "_backends", {backend.name: backend})
     relu_conv_bns = backend.relu_conv_bns
-    monkeypatch.setattr(backend, "relu_conv_bns", lambda x, some, memory: layers.extend(some) or relu_conv_bns(x, some, memory))
+    monkeypatch.setattr(
+        backend,
+        "relu_conv_bns",
+        lambda x, some, memory: layers.extend(some) or relu_conv_bns(x, some, memory),
+    )
     network = SearchNetwork(get_space("darts"), C=4, layers=3, K=2, edge_norm=True)
     freeze_random_features(network)
     images, labels, meter = torch.randn(2, 3, 8, 8), torch.tensor([1, 3]), Meter(torch.device("cpu"))

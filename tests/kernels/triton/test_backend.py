@@ -109,7 +109,10 @@ def test_edges_of_different_strides_are_refused():
 
 @on("triton")
 def test_layers_are_those_of_the_reference(backend):
-    module, x = FactorizedReduce(4, 6).requires_grad_(False).to(DEVICE), torch.randn(2, 4, 6, 6, device=DEVICE)
+    module, x = (
+        FactorizedReduce(4, 6).requires_grad_(False).to(DEVICE),
+        torch.randn(2, 4, 6, 6, device=DEVICE),
+    )
     with use_backend("triton"):
         found = module(x)
     with use_backend("reference"):

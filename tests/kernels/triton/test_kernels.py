@@ -28,9 +28,7 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("options", [dict(K=2, channels=8), dict(stride=2)], ids=str)
 @on("triton")
 def test_many_tiles_and_parts(backend, small_tiles, options):
-    assert_as_good_as_torch(
-        backend, CellProblem((2, 10, 10), primitives=THREE, inputs=1, nodes=1, **options)
-    )
+    assert_as_good_as_torch(backend, CellProblem((2, 10, 10), primitives=THREE, inputs=1, nodes=1, **options))
 
 
 @on("triton")
@@ -57,9 +55,7 @@ def test_results_do_not_depend_on_the_order_of_programs(backend, small_tiles, mo
 def test_no_index_overflows(backend, monkeypatch):
     builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
     monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
-    assert_as_good_as_torch(
-        backend, CellProblem((2, 4, 6), primitives=SIX, K=2, stride=2, inputs=1, nodes=1)
-    )
+    assert_as_good_as_torch(backend, CellProblem((2, 4, 6), primitives=SIX, K=2, stride=2, inputs=1, nodes=1))
 
 
 @over(
