@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rfdarts_fast.ops.compiled.plan import Plan, plan_of
-from tests.kernels.cuda.convs import ConvCase
 
-from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from rfdarts_fast.ops.compiled import cpu
-from tests.kernels.cuda import emulated
+from tests.kernels import emulation
+from tests.kernels.emulation import EmulatedKernels
+from tests.kernels.problems import CellProblem, LayerProblem
 
 BANDWIDTH = 3.0e12
 MULTIPLY_ADDS = 132 * 128 * 1.98e9
@@ -39,7 +37,7 @@ LAUNCH = 2e-6
 # name of the parameters, in lower case -> kernel: those of x_y_kernel are an XY
 KERNELS = {
     name.removesuffix("_kernel").replace("_", ""): name
-    for path in sorted((emulated.CSRC / "cuda").iterdir())
+    for path in sorted((emulation.CSRC / "cuda").iterdir())
     for name in re.findall(r"(\w+_kernel)\(const __grid_constant__", path.read_text())
 }
 # kernel -> the one that adds up what its blocks leave
@@ -75,7 +73,7 @@ PREPROCESSING = [
 
 def registers(nvcc: str) -> dict[str, int]:
     """Kernel -> registers for bfloat16 on sm_90, the most of its variants."""
-    csrc = emulated.CSRC
+    csrc = emulation.CSRC
     found: dict[str, int] = defaultdict(int)
     for source in ("cell_bf16.cu", "cell.cu", "relu_conv_bn.cu"):
         with tempfile.TemporaryDirectory() as folder:
@@ -93,43 +91,42 @@ def registers(nvcc: str) -> dict[str, int]:
     return found
 
 
-def launches(
-    name: str, K: int, channels: int, side: int, stride: int, batch: int
-) -> list[tuple[str, int, int]]:
-    """(kernel, blocks, bytes of shared memory) of a forward and backward, in order."""
-    edges = list(emulated.make_edges("darts", channels, stride, K, nodes=4))
-    plan = plan_of(edges, 2)
-    assert isinstance(plan, Plan)
-    # never touched, so these take no memory
-    shape = batch, channels, side, side
-    inputs = [
-        torch.empty(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last) for _ in range(2)
-    ]
-    inputs = [x.requires_grad_() for x in inputs]
-    weights = torch.rand(len(edges), 8, requires_grad=True)
-    edge_weights = torch.rand(len(edges), requires_grad=True) if K > 1 else None
-    return recorded(lambda: cpu.mixed_cell(edges, inputs, weights, edge_weights))
+# kernel, blocks, bytes of shared memory
+Launched = list[tuple[str, int, int]]
+
+
+def cell_launches(
+    kernels: EmulatedKernels, K: int, channels: int, side: int, stride: int, batch: int
+) -> Launched:
+    """Of a forward and backward, in order."""
+    problem = CellProblem((1, 2, 2), torch.bfloat16, channels=channels, stride=stride, K=K, nodes=4)
+    edges, _, weights = problem.leaves(kernels)
+    inputs = [untouched(batch, channels, side) for _ in range(2)]
+    return recorded(kernels, lambda: kernels.cell(list(edges), inputs, *weights))
 
 
 def preprocessing_launches(
-    name: str, c_in: int, c_out: int, side: int, stride: int, batch: int
-) -> list[tuple[str, int, int]]:
-    """As `launches`, of a cell's preprocessing."""
-    module = FactorizedReduce(c_in, c_out) if stride == 2 else ReLUConvBN(c_in, c_out, 1)
-    convs, norm = ConvCase.parts(module)
-    for conv in convs:
-        conv.requires_grad_(False)
-    x = torch.empty(batch, c_in, side, side, dtype=torch.bfloat16, memory_format=torch.channels_last)
-    return recorded(lambda: [cpu.relu_conv_bn(x.requires_grad_(), convs, norm)])
+    kernels: EmulatedKernels, c_in: int, c_out: int, side: int, stride: int, batch: int
+) -> Launched:
+    """As `cell_launches`, of a cell's preprocessing."""
+    problem = LayerProblem((1, 2, 2), torch.bfloat16, channels=(c_in, c_out), reduce=stride == 2)
+    [layer], _, _ = problem.leaves(kernels)
+    return recorded(kernels, lambda: kernels.layers(untouched(batch, c_in, side), [layer.layer()]))
 
 
-def recorded(forward: Callable[[], list[torch.Tensor]]) -> list[tuple[str, int, int]]:
-    emulation = torch.ops.rfdarts_emulated
-    emulation.record(True)
-    nodes = forward()
-    torch.autograd.backward(nodes, [torch.empty_like(node) for node in nodes])
-    text = emulation.recorded()
-    emulation.record(False)
+def untouched(batch: int, channels: int, side: int) -> torch.Tensor:
+    """A tensor that takes no memory, as nothing writes it."""
+    shape = batch, channels, side, side
+    x = torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    return x.requires_grad_()
+
+
+def recorded(kernels: EmulatedKernels, forward: Callable[[], list[torch.Tensor]]) -> Launched:
+    kernels.ops.record(True)
+    outputs = forward()
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    text = kernels.ops.recorded()
+    kernels.ops.record(False)
     launched = []
     for line in text.splitlines():
         params, blocks, shared = line.split(" | ")
@@ -269,7 +266,7 @@ def preprocessing_needs(c_in: int, c_out: int, side: int, stride: int, batch: in
     )
 
 
-def print_table(launched: list[tuple[str, int, int]], needs: Needs, used: dict[str, int]) -> None:
+def print_table(launched: Launched, needs: Needs, used: dict[str, int]) -> None:
     blocks, shared = defaultdict(list), defaultdict(list)
     for kernel, *numbers in launched:
         for by_kernel, number in zip((blocks, shared), numbers, strict=True):
@@ -299,23 +296,23 @@ def print_table(launched: list[tuple[str, int, int]], needs: Needs, used: dict[s
 
 
 def main() -> None:
-    nvcc = emulated.find_nvcc()
+    nvcc = emulation.find_nvcc()
     used = registers(str(nvcc)) if nvcc else {}
-    with tempfile.TemporaryDirectory() as folder, emulated.Emulation(emulated.build(Path(folder))):
-        print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
-        print(__doc__.split("\n\n")[2].strip() if __doc__ else "")
-        print()
-        print("Forward and backward, bfloat16; registers: the most of a kernel's variants on sm_90.")
-        for cell in CELLS:
-            name, K, channels, side, stride, batch = cell
-            print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
-            print_table(launches(*cell), cell_needs(K, channels, side, stride, batch), used)
-        for case in PREPROCESSING:
-            name, c_in, c_out, side, stride, batch = case
-            size = f"{side}x{side}, stride {stride}, batch {batch}"
-            print(f"\n## Preprocessing, {name}: {c_in} -> {c_out}, {size}\n")
-            needs = preprocessing_needs(c_in, c_out, side, stride, batch)
-            print_table(preprocessing_launches(*case), needs, used)
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = EmulatedKernels(emulation.build(Path(folder)))
+    print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
+    print(__doc__.split("\n\n")[2].strip() if __doc__ else "")
+    print()
+    print("Forward and backward, bfloat16; registers: the most of a kernel's variants on sm_90.")
+    for name, K, channels, side, stride, batch in CELLS:
+        print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
+        sizes = K, channels, side, stride, batch
+        print_table(cell_launches(kernels, *sizes), cell_needs(*sizes), used)
+    for name, c_in, c_out, side, stride, batch in PREPROCESSING:
+        size = f"{side}x{side}, stride {stride}, batch {batch}"
+        print(f"\n## Preprocessing, {name}: {c_in} -> {c_out}, {size}\n")
+        sizes = c_in, c_out, side, stride, batch
+        print_table(preprocessing_launches(kernels, *sizes), preprocessing_needs(*sizes), used)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ LEAST |= {"largest": 45, "triton": 60}
 # and none of these takes more
 MOST = {"tests": 150, "memcheck": 75, "racecheck": 75, "compile": 150, "triton": 150}
 COMPILED = ("RF-PCDARTS", "RF-DARTS")
-# of the tests of the Triton engine, those that compile least
+# of the tests of the Triton backend, those that compile least
 TRITON_TESTS = ("tests/kernels/triton/test_cells.py", "-k", "same_dtype or tuned")
 
 
@@ -93,20 +93,21 @@ def sanitize(tool: str, seconds: float) -> dict[str, Any] | str:
 
 def small_case() -> None:
     """For compute-sanitizer: both strides, partial channels, tensor cores, preprocessing; with gradients."""
-    from tests.kernels.cuda.convs import ConvCase
-    from tests.kernels.cuda.emulated import Case
+    from rfdarts_fast.ops import backends
+    from tests.kernels.oracles import GPUKernels
+    from tests.kernels.problems import CellProblem, LayerProblem
 
-    for options in ({"channels": 16, "nodes": 1}, {"channels": 32, "nodes": 1, "stride": 2, "K": 4}):
-        for dtype in (torch.float32, torch.bfloat16):
-            Case((1, 10, 18), dtype, **options).kernels()
-    for reduce in (False, True):
-        for dtype in (torch.float32, torch.bfloat16):
-            ConvCase((2, 10, 18), dtype, (80, 96), reduce).kernels()
+    kernels = GPUKernels(backends()["cuda"], "cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        CellProblem((1, 10, 18), dtype, channels=16, nodes=1).run(kernels)
+        CellProblem((1, 10, 18), dtype, channels=32, nodes=1, stride=2, K=4).run(kernels)
+        for reduce in (False, True):
+            LayerProblem((2, 10, 18), dtype, channels=(80, 96), reduce=reduce).run(kernels)
 
 
-def compiled(name: str, quick: bool, device: str, mode: str, engine: str = "compile") -> list[str]:
+def compiled(name: str, quick: bool, device: str, mode: str, variant: str = "compile") -> list[str]:
     """What times a compiled step, in a process of its own: one that takes too long can be stopped."""
-    command = module("benchmarks.gpu_steps", name, "2" if quick else "256", engine)
+    command = module("benchmarks.gpu_steps", name, "2" if quick else "256", variant)
     return [*command, "--mode", mode, "--device", device, *(["--quick"] if quick else [])]
 
 

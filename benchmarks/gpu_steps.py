@@ -1,4 +1,4 @@
-"""Times search steps and kernels on a GPU, for gpu_check; by hand, one engine at one batch:
+"""Times search steps and kernels on a GPU, for gpu_check; by hand, one variant at one batch:
 
 python -m benchmarks.gpu_steps "RF-PCDARTS" 256 compile [--mode max-autotune-no-cudagraphs] [--device cuda]
 """
@@ -31,16 +31,20 @@ NETWORKS = {
     "RF-PCDARTS ImageNet K=2": (2, "imagenet", 224),
     "RF-PCDARTS ImageNet K=4": (4, "imagenet", 224),
 }
-ENGINES = {
+VARIANTS = {
     "eager": "the reference, NCHW",
     "eager channels_last": "the reference",
-    "native": "the kernels",
-    "native graph": "the kernels, the whole step in a CUDA graph",
+    "kernels": "the compiled kernels",
+    "kernels graph": "the compiled kernels, the whole step in a CUDA graph",
     "triton": "the Triton kernels",
     "triton graph": "the Triton kernels, the whole step in a CUDA graph",
     "compile": "the reference, torch.compile of each mixed op, the whole step in a CUDA graph",
 }
 Step = Callable[[], object]
+
+
+def backend_of(variant: str, device: str) -> str:
+    return {"kernels": device, "triton": "triton"}.get(variant.split()[0], "reference")
 
 
 def wait(device: str) -> None:
@@ -74,7 +78,7 @@ def roofs(device: str, quick: bool = False) -> dict[str, float]:
 
 
 def make_step(
-    name: str, engine: str, batch: int, device: str, quick: bool = False, mode: str = "default"
+    name: str, variant: str, batch: int, device: str, quick: bool = False, mode: str = "default"
 ) -> Step:
     """One gradient to all BatchNorm and architecture parameters, bfloat16 autocast, and the step along it."""
     K, stem, side = NETWORKS[name]
@@ -85,11 +89,11 @@ def make_step(
     network.to(device)
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(10, (batch,), device=device)
-    if engine != "eager":
+    if variant != "eager":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
     parameters = [*network.arch_parameters(), *(p for p in network.parameters() if p.requires_grad)]
-    if engine == "compile":
+    if variant == "compile":
         compile_mixed_ops(network, mode)
     optimizer = torch.optim.SGD(parameters, lr=torch.tensor(0.025, device=device), momentum=0.9, fused=True)
 
@@ -99,7 +103,7 @@ def make_step(
         loss = torch.nn.functional.cross_entropy(logits, labels)
         descend(optimizer, parameters, gradients(loss, parameters), 5.0)
 
-    if engine in ("native graph", "triton graph", "compile"):
+    if variant in ("kernels graph", "triton graph", "compile"):
         record = Recorder() if device == "cuda" else lambda work: work
         graphed = GraphedStep(step, record, required=True)
         for _ in range(4):
@@ -109,17 +113,16 @@ def make_step(
 
 
 def time_step(
-    name: str, engine: str, batch: int, device: str, quick: bool = False, mode: str = "default"
+    name: str, variant: str, batch: int, device: str, quick: bool = False, mode: str = "default"
 ) -> dict[str, Any] | str:
     """Milliseconds of a step and the most memory, GiB; or that it does not fit."""
     began = time.perf_counter()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    backend = engine.split()[0] if engine.startswith(("native", "triton")) else "reference"
     try:
-        with use_backend(backend):  # type: ignore[arg-type]
-            step = make_step(name, engine, batch, device, quick, mode)
+        with use_backend(backend_of(variant, device)):
+            step = make_step(name, variant, batch, device, quick, mode)
             step()
             wait(device)
             first = time.perf_counter() - began
@@ -132,15 +135,15 @@ def time_step(
 
 
 def time_steps(name: str, batch: int, device: str, quick: bool = False) -> dict[str, Any]:
-    """All engines that need no compiling; and how many times faster the fastest of ours is than the faster
+    """All variants that need no compiling; and how many times faster the fastest of ours is than the faster
     eager layout."""
     found: dict[str, Any] = {}
-    for engine in ENGINES:
-        if not engine.startswith(("compile", "triton")):
-            found[engine] = time_step(name, engine, batch, device, quick)
-    times = {engine: row["ms"] for engine, row in found.items() if isinstance(row, dict)}
-    eager = [ms for engine, ms in times.items() if engine.startswith("eager")]
-    ours = [ms for engine, ms in times.items() if engine.startswith("native")]
+    for variant in VARIANTS:
+        if not variant.startswith(("compile", "triton")):
+            found[variant] = time_step(name, variant, batch, device, quick)
+    times = {variant: row["ms"] for variant, row in found.items() if isinstance(row, dict)}
+    eager = [ms for variant, ms in times.items() if variant.startswith("eager")]
+    ours = [ms for variant, ms in times.items() if variant.startswith("kernels")]
     if eager and ours:
         found["times faster"] = round(min(eager) / min(ours), 2)
     return found
@@ -149,13 +152,13 @@ def time_steps(name: str, batch: int, device: str, quick: bool = False) -> dict[
 def largest_batch(name: str, device: str, least: int = 128, most: int = 1 << 15) -> dict[str, int]:
     """The largest batch, to a sixth, of which one step fits in the device's memory."""
     found = {}
-    for engine in ("eager channels_last", "native"):
+    for variant in ("eager channels_last", "kernels"):
 
-        def fits(batch: int, engine: str = engine) -> bool:
+        def fits(batch: int, variant: str = variant) -> bool:
             torch.cuda.empty_cache()
             try:
-                with use_backend("native" if engine == "native" else "reference"):
-                    make_step(name, engine, batch, device)()
+                with use_backend(backend_of(variant, device)):
+                    make_step(name, variant, batch, device)()
                     wait(device)
             except torch.cuda.OutOfMemoryError:
                 return False
@@ -165,7 +168,7 @@ def largest_batch(name: str, device: str, least: int = 128, most: int = 1 << 15)
         while batch < most and fits(batch):
             batch *= 2
         # batch / 2 fits
-        found[engine] = next((part for part in (5 * batch // 6, 2 * batch // 3) if fits(part)), batch // 2)
+        found[variant] = next((part for part in (5 * batch // 6, 2 * batch // 3) if fits(part)), batch // 2)
     return found
 
 
@@ -173,8 +176,11 @@ def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, A
     """Of each kernel in the first cell's forward and backward, and in the preprocessing's: milliseconds, GB/s
     over the bytes it needs and their share of `roof`'s copy, TFLOP/s."""
     from benchmarks import cuda_predicted
-    from rfdarts_fast.ops.compiled import cuda
-    from tests.kernels.cuda import convs, emulated
+    from rfdarts_fast.ops import backends
+    from tests.kernels.oracles import Kernels
+    from tests.kernels.problems import CellProblem, LayerProblem
+
+    kernels = Kernels(backends()["cuda"], device)
 
     def tensor(*shape: int) -> Tensor:
         x = torch.randn(shape, device=device, dtype=torch.bfloat16)
@@ -184,23 +190,23 @@ def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, A
     for name, (K, stem, _) in NETWORKS.items():
         if stem == "imagenet":
             continue
-        edges = list(emulated.make_edges("darts", 16, 1, K, nodes=4).to(device))
+        problem = CellProblem((1, 2, 2), torch.float32, channels=16, K=K, nodes=4)
+        edges, _, weights = problem.leaves(kernels)
         inputs = [tensor(batch, 16, 32, 32) for _ in range(2)]
-        weights = torch.rand(len(edges), 8, device=device, requires_grad=True)
-        edge_weights = torch.rand(len(edges), device=device, requires_grad=True) if K > 1 else None
 
-        def step(edges=edges, inputs=inputs, weights=weights, edge_weights=edge_weights) -> None:
-            nodes = cuda.mixed_cell(edges, inputs, weights, edge_weights)
+        def step(edges=edges, inputs=inputs, weights=weights) -> None:
+            nodes = kernels.cell(list(edges), inputs, *weights)
             torch.autograd.backward(nodes, [torch.ones_like(node) for node in nodes])
 
         found[f"{name}, batch {batch}"] = profiled(step, cuda_predicted.cell_needs(K, 16, 32, 1, batch), roof)
     for stride, width in ((1, 16), (2, 32)):
-        case = convs.ConvCase((1, 2, 2), torch.float32, (64, width), reduce=stride == 2)
-        parts = case.parts(case.module.float().to(device))
+        layers, _, _ = LayerProblem(
+            (1, 2, 2), torch.float32, channels=(64, width), reduce=stride == 2
+        ).leaves(kernels)
         x = tensor(batch, 64, 32, 32)
 
-        def preprocess(x=x, parts=parts) -> None:
-            out = cuda.relu_conv_bn(x, *parts)
+        def preprocess(x=x, layers=layers) -> None:
+            [out] = kernels.layers(x, [layer.layer() for layer in layers])
             out.backward(torch.ones_like(out))
 
         needs = cuda_predicted.preprocessing_needs(64, width, 32, stride, batch)
@@ -235,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=NETWORKS)
     parser.add_argument("batch", type=int)
-    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("--mode", default="default", help="of torch.compile")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="two cells, 32x32")
