@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from tests.kernels import emulation
+from tests.kernels.emulation import EmulatedKernels
 from tests.kernels.problems import CellProblem, LayerProblem
 
 BANDWIDTH = 3.0e12
@@ -90,39 +91,42 @@ def registers(nvcc: str) -> dict[str, int]:
     return found
 
 
-def launches(
-    kernels: emulation.EmulatedKernels, K: int, channels: int, side: int, stride: int, batch: int
-) -> list[tuple[str, int, int]]:
-    """(kernel, blocks, bytes of shared memory) of a forward and backward, in order."""
-    problem = CellProblem((1, 2, 2), torch.bfloat16, channels=channels, K=K, stride=stride, nodes=4)
+# kernel, blocks, bytes of shared memory
+Launched = list[tuple[str, int, int]]
+
+
+def cell_launches(
+    kernels: EmulatedKernels, K: int, channels: int, side: int, stride: int, batch: int
+) -> Launched:
+    """Of a forward and backward, in order."""
+    problem = CellProblem((1, 2, 2), torch.bfloat16, channels=channels, stride=stride, K=K, nodes=4)
     edges, _, weights = problem.leaves(kernels)
-    return recorded(
-        lambda: kernels.cell(list(edges), [empty(batch, channels, side) for _ in range(2)], *weights)
-    )
+    inputs = [untouched(batch, channels, side) for _ in range(2)]
+    return recorded(kernels, lambda: kernels.cell(list(edges), inputs, *weights))
 
 
 def preprocessing_launches(
-    kernels: emulation.EmulatedKernels, c_in: int, c_out: int, side: int, stride: int, batch: int
-) -> list[tuple[str, int, int]]:
-    """As `launches`, of a cell's preprocessing."""
+    kernels: EmulatedKernels, c_in: int, c_out: int, side: int, stride: int, batch: int
+) -> Launched:
+    """As `cell_launches`, of a cell's preprocessing."""
     problem = LayerProblem((1, 2, 2), torch.bfloat16, channels=(c_in, c_out), reduce=stride == 2)
     [layer], _, _ = problem.leaves(kernels)
-    return recorded(lambda: kernels.layers(empty(batch, c_in, side), [layer.layer()]))
+    return recorded(kernels, lambda: kernels.layers(untouched(batch, c_in, side), [layer.layer()]))
 
 
-def empty(batch: int, channels: int, side: int) -> torch.Tensor:
-    """A state that is never touched, so it takes no memory."""
+def untouched(batch: int, channels: int, side: int) -> torch.Tensor:
+    """A tensor that takes no memory, as nothing writes it."""
     shape = batch, channels, side, side
-    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+    x = torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    return x.requires_grad_()
 
 
-def recorded(forward: Callable[[], list[torch.Tensor]]) -> list[tuple[str, int, int]]:
-    ops = torch.ops.rfdarts_emulated
-    ops.record(True)
-    nodes = forward()
-    torch.autograd.backward(nodes, [torch.empty_like(node) for node in nodes])
-    text = ops.recorded()
-    ops.record(False)
+def recorded(kernels: EmulatedKernels, forward: Callable[[], list[torch.Tensor]]) -> Launched:
+    kernels.ops.record(True)
+    outputs = forward()
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    text = kernels.ops.recorded()
+    kernels.ops.record(False)
     launched = []
     for line in text.splitlines():
         params, blocks, shared = line.split(" | ")
@@ -262,7 +266,7 @@ def preprocessing_needs(c_in: int, c_out: int, side: int, stride: int, batch: in
     )
 
 
-def print_table(launched: list[tuple[str, int, int]], needs: Needs, used: dict[str, int]) -> None:
+def print_table(launched: Launched, needs: Needs, used: dict[str, int]) -> None:
     blocks, shared = defaultdict(list), defaultdict(list)
     for kernel, *numbers in launched:
         for by_kernel, number in zip((blocks, shared), numbers, strict=True):
@@ -295,21 +299,20 @@ def main() -> None:
     nvcc = emulation.find_nvcc()
     used = registers(str(nvcc)) if nvcc else {}
     with tempfile.TemporaryDirectory() as folder:
-        kernels = emulation.EmulatedKernels(emulation.build(Path(folder)))
-        print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
-        print(__doc__.split("\n\n")[2].strip() if __doc__ else "")
-        print()
-        print("Forward and backward, bfloat16; registers: the most of a kernel's variants on sm_90.")
-        for cell in CELLS:
-            name, K, channels, side, stride, batch = cell
-            print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
-            print_table(launches(kernels, *cell[1:]), cell_needs(K, channels, side, stride, batch), used)
-        for case in PREPROCESSING:
-            name, c_in, c_out, side, stride, batch = case
-            size = f"{side}x{side}, stride {stride}, batch {batch}"
-            print(f"\n## Preprocessing, {name}: {c_in} -> {c_out}, {size}\n")
-            needs = preprocessing_needs(c_in, c_out, side, stride, batch)
-            print_table(preprocessing_launches(kernels, *case[1:]), needs, used)
+        kernels = EmulatedKernels(emulation.build(Path(folder)))
+    print("# CUDA kernels: what they need, and the least that they can take on an H100\n")
+    print(__doc__.split("\n\n")[2].strip() if __doc__ else "")
+    print()
+    print("Forward and backward, bfloat16; registers: the most of a kernel's variants on sm_90.")
+    for name, K, channels, side, stride, batch in CELLS:
+        print(f"\n## {name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}\n")
+        sizes = K, channels, side, stride, batch
+        print_table(cell_launches(kernels, *sizes), cell_needs(*sizes), used)
+    for name, c_in, c_out, side, stride, batch in PREPROCESSING:
+        size = f"{side}x{side}, stride {stride}, batch {batch}"
+        print(f"\n## Preprocessing, {name}: {c_in} -> {c_out}, {size}\n")
+        sizes = c_in, c_out, side, stride, batch
+        print_table(preprocessing_launches(kernels, *sizes), preprocessing_needs(*sizes), used)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from rfdarts_fast import nn as rfnn
 from rfdarts_fast.drop_in import darts, pc_darts
-from rfdarts_fast.ops import use_backend
-from rfdarts_fast.ops import backends
+from rfdarts_fast.ops import backends, use_backend
 from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.spaces import get_space
 

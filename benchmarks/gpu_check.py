@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_steps import NETWORKS, kernel_times, largest_batch, roofs, time_steps
-from rfdarts_fast.ops import backends
 from rfdarts_fast.runs.environment import environment, version_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,15 +32,8 @@ LEAST |= {"largest": 45, "triton": 60}
 # and none of these takes more
 MOST = {"tests": 150, "memcheck": 75, "racecheck": 75, "compile": 150, "triton": 150}
 COMPILED = ("RF-PCDARTS", "RF-DARTS")
-TESTS = (
-    "tests/kernels/test_cells.py",
-    "tests/kernels/test_layers.py",
-    "tests/kernels/cuda/test_gpu.py",
-    "-k",
-    "gpu",
-)
-# of Triton's, those that compile least
-TRITON_TESTS = ("tests/kernels/triton/test_kernels.py", "-k", "as_good or tuned")
+# of the tests of the Triton backend, those that compile least
+TRITON_TESTS = ("tests/kernels/triton/test_cells.py", "-k", "same_dtype or tuned")
 
 
 def begin(command: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -101,15 +93,15 @@ def sanitize(tool: str, seconds: float) -> dict[str, Any] | str:
 
 def small_case() -> None:
     """For compute-sanitizer: both strides, partial channels, tensor cores, preprocessing; with gradients."""
+    from rfdarts_fast.ops import backends
     from tests.kernels.oracles import GPUKernels
     from tests.kernels.problems import CellProblem, LayerProblem
 
     kernels = GPUKernels(backends()["cuda"], "cuda")
-    for options in ({"channels": 16, "nodes": 1}, {"channels": 32, "nodes": 1, "stride": 2, "K": 4}):
-        for dtype in (torch.float32, torch.bfloat16):
-            CellProblem((1, 10, 18), dtype, **options).run(kernels)
-    for reduce in (False, True):
-        for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
+        CellProblem((1, 10, 18), dtype, channels=16, nodes=1).run(kernels)
+        CellProblem((1, 10, 18), dtype, channels=32, nodes=1, stride=2, K=4).run(kernels)
+        for reduce in (False, True):
             LayerProblem((2, 10, 18), dtype, channels=(80, 96), reduce=reduce).run(kernels)
 
 
@@ -187,7 +179,7 @@ def main() -> None:
     if device == "cuda":
         # compiling takes minutes: it fills its cache while nothing is timed
         warming = [] if options.only else [begin(command) for command in steps.values()]
-        stage("tests", lambda most: run(module("pytest", "-q", *TESTS), most))
+        stage("tests", lambda most: run(module("pytest", "-q", "tests/kernels/cuda/test_gpu.py"), most))
         for tool in ("memcheck", "racecheck"):
             stage(tool, lambda most, tool=tool: sanitize(tool, most))
         for process in warming:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rfdarts_fast.bench.variants import compile_mixed_ops
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
-from rfdarts_fast.ops import backends, use_backend
+from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.search.architect import descend, gradients
 from rfdarts_fast.spaces import get_space
@@ -34,13 +34,17 @@ NETWORKS = {
 VARIANTS = {
     "eager": "the reference, NCHW",
     "eager channels_last": "the reference",
-    "kernels": "the kernels",
-    "kernels graph": "the kernels, the whole step in a CUDA graph",
+    "kernels": "the compiled kernels",
+    "kernels graph": "the compiled kernels, the whole step in a CUDA graph",
     "triton": "the Triton kernels",
     "triton graph": "the Triton kernels, the whole step in a CUDA graph",
     "compile": "the reference, torch.compile of each mixed op, the whole step in a CUDA graph",
 }
 Step = Callable[[], object]
+
+
+def backend_of(variant: str, device: str) -> str:
+    return {"kernels": device, "triton": "triton"}.get(variant.split()[0], "reference")
 
 
 def wait(device: str) -> None:
@@ -71,12 +75,6 @@ def roofs(device: str, quick: bool = False) -> dict[str, float]:
         x = torch.randn(n, n, device=device, dtype=dtype)
         found[f"matmul_{name}_tflop_s"] = 2 * n**3 / seconds_of(lambda x=x: x @ x, device) / 1e12
     return {name: round(value, 3) for name, value in found.items()}
-
-
-def backend_of(variant: str, device: str) -> str:
-    """The name of the backend; compiled kernels are of the device's name."""
-    first = variant.split()[0]
-    return {"kernels": device, "triton": "triton"}.get(first, "reference")
 
 
 def make_step(
@@ -122,9 +120,8 @@ def time_step(
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    backend = backend_of(variant, device)
     try:
-        with use_backend(backend):
+        with use_backend(backend_of(variant, device)):
             step = make_step(name, variant, batch, device, quick, mode)
             step()
             wait(device)
@@ -179,6 +176,7 @@ def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, A
     """Of each kernel in the first cell's forward and backward, and in the preprocessing's: milliseconds, GB/s
     over the bytes it needs and their share of `roof`'s copy, TFLOP/s."""
     from benchmarks import cuda_predicted
+    from rfdarts_fast.ops import backends
     from tests.kernels.oracles import Kernels
     from tests.kernels.problems import CellProblem, LayerProblem
 
@@ -192,22 +190,23 @@ def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, A
     for name, (K, stem, _) in NETWORKS.items():
         if stem == "imagenet":
             continue
-        problem = CellProblem((1, 2, 2), torch.bfloat16, channels=16, K=K, nodes=4)
+        problem = CellProblem((1, 2, 2), torch.float32, channels=16, K=K, nodes=4)
         edges, _, weights = problem.leaves(kernels)
         inputs = [tensor(batch, 16, 32, 32) for _ in range(2)]
 
-        def step(edges=list(edges), inputs=inputs, weights=weights) -> None:
-            nodes = kernels.cell(edges, inputs, *weights)
+        def step(edges=edges, inputs=inputs, weights=weights) -> None:
+            nodes = kernels.cell(list(edges), inputs, *weights)
             torch.autograd.backward(nodes, [torch.ones_like(node) for node in nodes])
 
         found[f"{name}, batch {batch}"] = profiled(step, cuda_predicted.cell_needs(K, 16, 32, 1, batch), roof)
     for stride, width in ((1, 16), (2, 32)):
-        problem = LayerProblem((1, 2, 2), torch.bfloat16, channels=(64, width), reduce=stride == 2)
-        [layer], _, _ = problem.leaves(kernels)
+        layers, _, _ = LayerProblem(
+            (1, 2, 2), torch.float32, channels=(64, width), reduce=stride == 2
+        ).leaves(kernels)
         x = tensor(batch, 64, 32, 32)
 
-        def preprocess(x=x, layer=layer.layer()) -> None:
-            [out] = kernels.layers(x, [layer])
+        def preprocess(x=x, layers=layers) -> None:
+            [out] = kernels.layers(x, [layer.layer() for layer in layers])
             out.backward(torch.ones_like(out))
 
         needs = cuda_predicted.preprocessing_needs(64, width, 32, stride, batch)

@@ -22,7 +22,8 @@ MUTATIONS = {
         "cuda/conv_forward.h", "} __syncthreads(); if (pools) continue;", "} if (pools) continue;", F64, "float64"
     ),
     "missing barrier, backward": (
-        "cuda/conv_backward.h", "__syncthreads(); spread(pass, strip);", "spread(pass, strip);", F64, "float64"
+        "cuda/conv_backward.h", "__syncthreads(); spread(pass, strip);", "spread(pass, strip);",
+        F64, "float64",
     ),
     "off by one, width": (
         "cuda/conv_forward.h", "< unsigned(a.w)", "<= unsigned(a.w)", F64, "float64"
@@ -46,7 +47,8 @@ MUTATIONS = {
         BF16, "bfloat16",
     ),
     "missing barrier before a chunk, preprocessing": (
-        "cuda/relu_conv_bn_forward.h", "__syncthreads(); with_width<T>(a.wide,", "with_width<T>(a.wide,", CONV, "float64"
+        "cuda/relu_conv_bn_forward.h", "__syncthreads(); with_width<T>(a.wide,", "with_width<T>(a.wide,",
+        CONV, "float64",
     ),
     "missing barrier after the product, preprocessing": (
         "cuda/relu_conv_bn_backward.h",

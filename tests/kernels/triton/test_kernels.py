@@ -6,8 +6,7 @@ import importlib
 import pytest
 import torch
 
-from rfdarts_fast.spaces import DARTS_PRIMITIVES
-from tests.kernels.oracles import grid, on, over
+from tests.kernels.oracles import on, over
 from tests.kernels.problems import CellProblem
 from tests.kernels.tolerances import assert_as_good_as_torch, assert_same_bits
 from tests.kernels.triton.device import DEVICE
