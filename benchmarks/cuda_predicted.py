@@ -205,8 +205,8 @@ def cell_needs(K: int, channels: int, side: int, stride: int, batch: int, item: 
         return launch(4 * edges * y, edges * 34 * c, edges * 2 * c * c, 4 * edges)
 
     def state_backward(s: int, edges: int, of: int) -> Launch:
-        # per edge: g, and (y, d) of its two separable, y of its other convolutions; nodes have a gradient from
-        # outside the cell
+        # per edge: g, and (y, d) of its two separable, y of its other convolutions; nodes have a gradient
+        # from outside the cell
         read = edges * (1 + 2 + of) * y + (1 + (s in nodes)) * x[s]
         return launch(read + x[s], edges * taps * c, edges * of * c * c)
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels built for the CPU, thread by thread: their library, the same with a bug, and its backend."""
+"""The CUDA kernels built for the CPU, thread by thread: the library, the same with a bug, its backend."""
 
 import importlib.util
 import re
@@ -90,7 +90,7 @@ def build(folder, flags=()):
 
 
 def plant(text, before, after):
-    """C++ with `before` replaced, whatever white space and comments it has there; it must occur exactly once."""
+    """C++ with `before` replaced, whatever its white space and comments; it must occur exactly once."""
     text = re.sub(r"//.*", "", text)
     tokens = map(re.escape, re.findall(r"\w+|[^\w\s]", before))
     pattern = r"(?<!\w)" + r"\s*".join(tokens) + r"(?!\w)"

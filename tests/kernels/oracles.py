@@ -79,8 +79,8 @@ class Kernels:
         return fresh_memory_is_nan(on)
 
     def floors(self, dtype: torch.dtype) -> tuple[float, float | None]:
-        """Errors that plain PyTorch need not share, in eps of the norm and of the largest entry; None where no single
-        entry is measured: rounding takes some to the other side of a kink."""
+        """Errors that plain PyTorch need not share, in eps of the norm and of the largest entry; None where no
+        single entry is measured: rounding takes some to the other side of a kink."""
         exact = dtype == torch.float64
         if self.device == "cuda":
             return 100 if exact else 4, None
@@ -121,7 +121,7 @@ class GPUKernels(Kernels):
 
 
 class RecordedOps:
-    """The namespace of a compiled backend's ops, which keeps the last call of each as (overload, arguments, options).
+    """A compiled backend's ops; the last call of each is kept as (overload, arguments, options).
 
     Attributes:
         backend: a backend of these ops.
@@ -144,7 +144,7 @@ class RecordedOps:
 
 
 def over(*rows: tuple[str, Sequence[torch.dtype], dict[str, dict[str, Any]]]):
-    """Runs a test with `backend`, `dtype` and `options`, of rows of (backend, dtypes, {name of a case: options})."""
+    """Parameters `backend`, `dtype` and `options` of rows (backend, dtypes, {name of a case: options})."""
     parameters = [
         pytest.param(backend, dtype, options, id=f"{backend}-{name}-{str(dtype).removeprefix('torch.')}")
         for backend, dtypes, cases in rows

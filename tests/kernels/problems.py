@@ -60,7 +60,7 @@ class Problem:
     def leaves(
         self, backend, dtype: torch.dtype | None = None
     ) -> tuple[nn.ModuleList, list[Tensor], list[Tensor]]:
-        """Copies of the modules, inputs and weights on a backend's device; the same input twice is one leaf."""
+        """Copies of modules, inputs and weights on a backend's device; the same input twice is one leaf."""
         dtype = dtype or self.dtype
         parameters = backend.parameter_dtype(dtype)
 

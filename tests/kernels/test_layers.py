@@ -1,4 +1,4 @@
-"""ReLU-conv-BN layers on every backend with kernels for them: against plain PyTorch; memory, layouts, bits."""
+"""ReLU-conv-BN layers on every backend that has kernels: against plain PyTorch; memory, layouts, bits."""
 
 import pytest
 import torch
@@ -205,7 +205,7 @@ def test_autocast_decides_the_dtype(backend):
 @pytest.mark.parametrize("reduce", BOTH)
 @EVERYWHERE
 def test_opcheck(backend, reduce):
-    """Aliases of every op that layers call, and its fake's shapes, strides and dtypes; x with a gradient and without."""
+    """Aliases of every op that layers call, and its fake's shapes, strides and dtypes."""
     recorded = RecordedOps(backend.backend)
     kernels = Kernels(recorded.backend, backend.device)
     problem = LayerProblem(dtype=F32, channels=(8, 4, 6), reduce=reduce)

@@ -1,8 +1,8 @@
 """The rule for errors: at most twice those of plain PyTorch in the same dtype, of gradients three times.
 
-Errors are differences from the reference in float64: their norm over all tensors of a name (the gradients of all
-gammas, say), and the largest in each tensor. Plain PyTorch may be exact by luck, and in float64 is the truth itself:
-`Kernels.floors` says what is allowed beside.
+Errors are differences from the reference in float64: their norm over all tensors of a name (the gradients of
+all gammas, say), and the largest in each tensor. Plain PyTorch may be exact by luck, and in float64 is the
+truth itself: `Kernels.floors` says what is allowed beside.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def assert_as_good_as_torch(
     """Measures what a backend makes of a problem by the rule; in float64, in each of its schedules.
 
     Args:
-        draws: more problems of that shape: errors of the few edge weights are the root of the mean square over all.
+        draws: more problems of that shape: errors of the few edge weights are the root of the mean square over
+            all.
         gradients: False for outputs and running statistics alone.
         options: of `Problem.run`.
     """
@@ -55,7 +56,7 @@ def assert_as_good_as_torch(
                 allowed = times * theirs[i] + floor * eps * size[i]
                 # a NaN is an error too
                 assert error[i] <= allowed, (
-                    f"{name}, {measure}: error {error[i]:.2e}, allowed {allowed:.2e}, PyTorch's {theirs[i]:.2e}"
+                    f"{name}, {measure}: {error[i]:.2e}, allowed {allowed:.2e}, PyTorch's {theirs[i]:.2e}"
                 )
         if not exact:
             break

@@ -48,7 +48,7 @@ def test_it_is_asked_by_name_only_and_says_why_not(timed):
     with ops.use_backend("auto"):
         network()(x)
     assert timed.seconds == 0
-    with ops.use_backend("timed"), pytest.raises(ops.BackendError, match="timed cannot run: .*trained"):
+    with ops.use_backend("timed"), pytest.raises(ops.BackendError, match=r"timed cannot run: .*trained"):
         SearchNetwork(get_space("s2"), 4, 10, 3)(x)
 
 

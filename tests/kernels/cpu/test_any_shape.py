@@ -20,7 +20,10 @@ pytestmark = pytest.mark.skipif(not CPU.backend.status()["built"], reason="the k
 
 
 def nearest_kink(problem):
-    """The least distance in float64 of a ReLU's input from 0, and of a maximum from the next: there derivatives jump."""
+    """The least distance in float64 of a ReLU's input from 0, and of a maximum from the next.
+
+    Derivatives jump there.
+    """
     module, distances = copy.deepcopy(problem.module), [math.inf]
 
     def relu(_, x):

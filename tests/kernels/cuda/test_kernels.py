@@ -19,7 +19,11 @@ F64, BF16, CONV = "cuda/cell_f64.cu", "cuda/cell_bf16.cu", "cuda/relu_conv_bn.cu
 # header, what is there, what is planted, the source that is compiled again, dtype
 MUTATIONS = {
     "missing barrier, forward": (
-        "cuda/conv_forward.h", "} __syncthreads(); if (pools) continue;", "} if (pools) continue;", F64, "float64"
+        "cuda/conv_forward.h",
+        "} __syncthreads(); if (pools) continue;",
+        "} if (pools) continue;",
+        F64,
+        "float64",
     ),
     "missing barrier, backward": (
         "cuda/conv_backward.h", "__syncthreads(); spread(pass, strip);", "spread(pass, strip);",

@@ -1,4 +1,4 @@
-"""The Triton kernels cut as large problems cut them, and in 16 bits: what only the interpreter shows, or only a GPU."""
+"""The Triton kernels cut as large problems cut them, and in 16 bits."""
 
 import dataclasses
 import importlib
