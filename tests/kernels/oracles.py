@@ -79,8 +79,8 @@ class Kernels:
         return fresh_memory_is_nan(on)
 
     def floors(self, dtype: torch.dtype) -> tuple[float, float | None]:
-        """Errors that plain PyTorch need not share, in eps of the norm and of the largest entry; None where no
-        single entry is measured: rounding takes some to the other side of a kink."""
+        """Errors that plain PyTorch need not share, in eps of the norm and of the largest entry; None where
+        no single entry is measured: rounding takes some to the other side of a kink."""
         exact = dtype == torch.float64
         if self.device == "cuda":
             return 100 if exact else 4, None

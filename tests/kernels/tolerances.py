@@ -22,7 +22,7 @@ def assert_as_good_as_torch(
     """Measures what a backend makes of a problem by the rule; in float64, in each of its schedules.
 
     Args:
-        draws: more problems of that shape: errors of the few edge weights are the root of the mean square over
+        draws: more problems of that shape: errors of the few edge weights are the root mean square over
             all.
         gradients: False for outputs and running statistics alone.
         options: of `Problem.run`.

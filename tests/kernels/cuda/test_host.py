@@ -40,7 +40,7 @@ def without_data(module):
 
 
 def backward(outputs):
-    """Gradients that the outputs' autograd node returns. A torch without CUDA records it but cannot run it."""
+    """Gradients that the outputs' autograd node returns. Torch without CUDA records it but cannot run it."""
     with torch.no_grad():
         grads = outputs[0].grad_fn.apply(*map(torch.empty_like, outputs), None)
     return [grad for grad in grads if grad is not None]
