@@ -34,11 +34,15 @@ struct PoolsBackward {
   A *xs, *grads;
   uint8_t* where;
   // the first of these outputs, and how many they are
-  int oy = S == 1 ? corner.y - 1 : corner.y / 2, ox = S == 1 ? corner.x - 1 : corner.x / 2;
-  int high = S == 1 ? a.tiling.th + 2 : a.tiling.th / 2 + 1, wide = S == 1 ? a.tiling.tw + 2 : a.tiling.tw / 2 + 1;
+  __device__ int oy() const { return S == 1 ? corner.y - 1 : corner.y / 2; }
+  __device__ int ox() const { return S == 1 ? corner.x - 1 : corner.x / 2; }
+  __device__ int high() const { return S == 1 ? a.tiling.th + 2 : a.tiling.th / 2 + 1; }
+  __device__ int wide() const { return S == 1 ? a.tiling.tw + 2 : a.tiling.tw / 2 + 1; }
 
+  // loops are left rolled: unrolled ones spill registers
   __device__ void load_input() const {
     int rows = a.tiling.th + 4, columns = a.tiling.tw + 4;
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows * columns * count; i += kThreads) {
       int ch = i % count, p = i / count, y = corner.y - 2 + p / columns, x = corner.x - 2 + p % columns;
       bool inside = unsigned(y) < unsigned(a.h) && unsigned(x) < unsigned(a.w);
@@ -49,9 +53,10 @@ struct PoolsBackward {
     return NormBackward<A, 1>(a.coefficients + int64_t(norm) * 4 * a.c + ch, a.c)(0, g, y);
   }
   __device__ void gradients_of_outputs() const {
-    int columns = a.tiling.tw + 4, size = high * wide * count;
+    int columns = a.tiling.tw + 4, size = high() * wide() * count;
+#pragma unroll 1
     for (int i = threadIdx.x; i < size; i += kThreads) {
-      int ch = i % count, p = i / count, y = oy + p / wide, x = ox + p % wide, c = d0 + ch;
+      int ch = i % count, p = i / count, y = oy() + p / wide(), x = ox() + p % wide(), c = d0 + ch;
       A grad_max = 0, grad_avg = 0;
       Pooled<T, 1> pooled;
       pooled.where[0] = 255;
@@ -77,13 +82,14 @@ struct PoolsBackward {
 #pragma unroll
     for (int o = 0; o < kStrip; o++) {
       int y = corner.y + strip.y, x = corner.x + strip.x + o;
+#pragma unroll 1
       for (int u = -1; u <= 1; u++)
         for (int v = -1; v <= 1; v++) {
           // the window around (y - u, x - v) holds this pixel in place (u, v)
           if (S == 2 && (((y - u) & 1) || ((x - v) & 1))) continue;
-          int q = (y - u) / S - oy, p = (x - v) / S - ox;
-          if (y - u < 0 || x - v < 0 || q >= high || p >= wide) continue;
-          int i = (q * wide + p) * count + strip.channel;
+          int q = (y - u) / S - oy(), p = (x - v) / S - ox();
+          if (y - u < 0 || x - v < 0 || q >= high() || p >= wide()) continue;
+          int i = (q * wide() + p) * count + strip.channel;
           if (where[i] == 255) continue;
           strip.acc[o] += grads[2 * i + 1] + (where[i] == (u + 1) * 3 + v + 1 ? grads[2 * i] : A(0));
         }
