@@ -144,6 +144,10 @@ TENSORS = [
 LISTS = [(op, name) for op, name in TENSORS if is_list(arguments_of(op)[name])]
 
 
+# what has no size of its own is measured against others, which then may be said to be at fault
+SAID = {"gammas": "(gammas|betas)", "moments": "(moments|running_means)"}
+
+
 def refused(op, arguments, name, error=ValueError):
     with pytest.raises(error, match=rf"\b{name}\b"):
         getattr(torch.ops.rfdarts, op)(**arguments)
@@ -161,9 +165,9 @@ def test_every_tensor_is_checked(op, name, change):
     before = arguments[name][-1] if is_list(arguments[name]) else arguments[name]
     if change == "layout" and before.dim() == 0:
         pytest.skip("one number has no layout")
-    # what has no size of its own is measured against others, which then may be said to be at fault
-    said = {"gammas": "(gammas|betas)", "moments": "(moments|running_means)"}.get(name, name)
-    refused(op, arguments | {name: change_last(arguments[name], CHANGES[change])}, said)
+    if (name, change) == ("x", "size"):
+        pytest.skip("another image size is as good")
+    refused(op, arguments | {name: change_last(arguments[name], CHANGES[change])}, SAID.get(name, name))
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -188,7 +192,7 @@ def test_fakes_check_shapes(op, name, change):
         arguments = arguments_of(op)
         arguments[name] = change_last(arguments[name], CHANGES[change])
         arguments = {k: fake(v) if is_list(v) or torch.is_tensor(v) else v for k, v in arguments.items()}
-        refused(op, arguments, name, Exception)
+        refused(op, arguments, SAID.get(name, name), Exception)
 
 
 BRANCH = 6
