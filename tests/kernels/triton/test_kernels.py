@@ -74,6 +74,7 @@ def test_as_good_as_plain_pytorch(backend, dtype, options, monkeypatch):
     assert_as_good_as_torch(backend, CellProblem((4, 6, 10), dtype, primitives=SIX[1:], **options))
 
 
+@pytest.mark.xfail(strict=True, reason="outputs are off by 1e-2 where PyTorch's are by 7e-4: to be mended")
 @on("triton")
 def test_statistics_of_values_far_from_zero(backend):
     """A sum of squares in float32 would be all rounding."""
