@@ -31,19 +31,19 @@ struct Ops {
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16);
     Device device(x);
     int64_t n = cell.images, c = cell.channels;
-    Tensor concatenated = concat ? device.empty_state(n, cell.nodes * c, cell.oh, cell.ow)
+    Tensor whole = concat ? device.empty_state(n, cell.nodes * c, cell.oh, cell.ow)
                                  : device.empty({0}, x.scalar_type());
     Tensors nodes;
     for (int i = 0; i < cell.nodes; i++)
-      nodes.push_back(concat && Device::concat_views ? torch::stable::narrow(concatenated, 1, i * c, c)
+      nodes.push_back(concat && Device::concat_views ? torch::stable::narrow(whole, 1, i * c, c)
                                                      : device.empty_state(n, c, cell.oh, cell.ow));
     Tensor branch_outputs = device.empty_branch_outputs(cell.branch_outputs_size(), branch_dtype);
     Tensor used_moments = moments ? torch::stable::clone(*moments)
                                   : device.empty({2, cell.norms, cell.mixed_channels}, ScalarType::Double);
     CellForward data = cell_data(arguments, branch_outputs, used_moments, nodes);
-    if (concat && !Device::concat_views) data.concat = concatenated.data_ptr();
+    if (concat && !Device::concat_views) data.concat = whole.data_ptr();
     device.cell_forward(storage_of(branch_dtype), cell, data);
-    return {nodes, concatenated, branch_outputs, used_moments};
+    return {nodes, whole, branch_outputs, used_moments};
   }
 
   static Tensor cell_branch_outputs(const Tensors& inputs, const Tensors& nodes, const Tensor& conv_weights,
