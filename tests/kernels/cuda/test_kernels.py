@@ -33,7 +33,7 @@ MUTATIONS = {
         "cuda/conv_forward.h", "< unsigned(a.w)", "<= unsigned(a.w)", F64, "float64"
     ),
     "off by one, window": (
-        "cuda/state_backward.h", "p >= wide) continue;", "p >= wide - 1) continue;", F64, "float64"
+        "cuda/state_backward.h", "p >= wide()) continue;", "p >= wide() - 1) continue;", F64, "float64"
     ),
     "off by one, row of a bypass": (
         "cuda/node_backward.h", "node.rows() + 1 + bypass", "node.rows() + bypass", F64, "float64"
