@@ -1,4 +1,4 @@
-"""The command line: rfdarts search | train | eval | bench | env."""
+"""The command line: rfdarts search | train | eval | check | bench | env."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.retrain.config import preset_values as train_preset
 from rfdarts_fast.runs.checkpoint import CheckpointError
 from rfdarts_fast.runs.config import ConfigError, RunConfig, read_yaml, require
-from rfdarts_fast.runs.run import Diverged
+from rfdarts_fast.runs.files import reason
+from rfdarts_fast.runs.output import complain, repair_streams, say, silence
+from rfdarts_fast.runs.run import RunFailed, in_one_line, out_of_memory
 from rfdarts_fast.runs.run_folder import RunFolderError
-from rfdarts_fast.runs.signals import Stopped
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.config import preset_values as search_preset
 
@@ -34,12 +35,20 @@ commands:
   search    search a cell with a supernet
   train     train the network of a genotype from scratch
   eval      evaluate a training run on the test images
+  check     verify a run's folder and say what can be resumed
   bench     step time and memory here: reference, torch.compile, compiled kernels
   env       what is installed and built here
 
 rfdarts COMMAND --help lists the options of a command. To begin:
   rfdarts search --preset quick --out runs/search
   rfdarts train --preset quick --genotype runs/search/genotype.json --out runs/train
+
+exit codes:
+  0    done
+  1    the run cannot go on (disk, memory, loss), and names its last good state; or `check` finds damage
+  2    an option, a file or a folder does not fit: nothing was begun or changed
+  130  interrupted (Ctrl-C), 143 terminated: the state is saved, and the same command resumes
+  141  nobody reads the output any more
 """
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -57,6 +66,19 @@ class EvalOptions:
     """The data set's npz file or folder, if it has moved since."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Verify a run's folder: every file, history against checkpoint, data. Nothing is changed.
+
+    Exit code 0 if all is sound, 1 if not.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a `rfdarts search` or `rfdarts train` run."""
+    data_root: Path | None = None
+    """The data set's npz file or folder, if it has moved since."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +128,7 @@ def run_search(args: list[str]) -> None:
 
     config = parse_config(SearchConfig, search_preset, args, "rfdarts search")
     genotype = search(config)
-    print(
-        f"\n{genotype}\n\ngenotype  {config.out / 'genotype.json'}\nmetrics   {config.out / 'metrics.jsonl'}"
-    )
+    say(f"\n{genotype}\n\ngenotype  {config.out / 'genotype.json'}\nmetrics   {config.out / 'metrics.jsonl'}")
 
 
 def run_train(args: list[str]) -> None:
@@ -116,7 +136,7 @@ def run_train(args: list[str]) -> None:
 
     config = parse_config(TrainConfig, train_preset, args, "rfdarts train")
     result = train(config)
-    print(
+    say(
         f"\ntest accuracy {result['test_accuracy']:.2f}% after the last epoch, best "
         f"{result['best_accuracy']:.2f}% after epoch {result['best_epoch']}; "
         f"{result['parameters'] / 1e6:.3f} M parameters\n\n"
@@ -133,6 +153,20 @@ def run_eval(args: list[str]) -> None:
     if options.data_root is not None:
         changes["data_root"] = options.data_root
     print(json.dumps(evaluate_run(options.run, options.checkpoint, **changes)))
+
+
+def run_check(args: list[str]) -> int:
+    from rfdarts_fast import retrain, search
+    from rfdarts_fast.runs.check import check_folder
+
+    options = tyro.cli(CheckOptions, prog="rfdarts check", args=args)
+    commands: dict[str, Any] = {
+        "search": (SearchConfig, search.run.opened),
+        "train": (TrainConfig, retrain.run.opened),
+    }
+    report = check_folder(options.run, commands, options.data_root)
+    print(report)
+    return 0 if report.sound else 1
 
 
 def run_bench(args: list[str]) -> None:
@@ -178,31 +212,61 @@ def load_plugins() -> None:
             raise ConfigError(f"plugin {plugin.name}: {plugin.value} cannot be loaded: {error}") from error
 
 
-COMMANDS = {"search": run_search, "train": run_train, "eval": run_eval, "bench": run_bench, "env": run_env}
+COMMANDS = {
+    "search": run_search,
+    "train": run_train,
+    "eval": run_eval,
+    "check": run_check,
+    "bench": run_bench,
+    "env": run_env,
+}
+
+
+def run_command(args: list[str]) -> int:
+    """Runs a command; its exit code."""
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if args[0] not in COMMANDS:
+        complain(f"rfdarts: there is no command {args[0]!r}\n\n{USAGE}")
+        return 2
+    try:
+        load_plugins()
+        return COMMANDS[args[0]](args[1:]) or 0
+    except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
+        complain(f"rfdarts {args[0]}: {error}")
+        return 2
+    except RunFailed as error:
+        complain(f"rfdarts {args[0]}: {error}")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        complain(f"rfdarts {args[0]}: memory: {in_one_line(error)}")
+        return 1
+    except KeyboardInterrupt:
+        complain(f"rfdarts {args[0]}: interrupted")
+        return 130
 
 
 def main() -> None:
-    """Entry point of `rfdarts`. Exit code 2 for a usage or input error, 128 + signal when stopped by one."""
+    """Runs the command of `sys.argv`; exit codes as in USAGE."""
+    repair_streams()
     args = sys.argv[1:]
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if args[0] not in COMMANDS:
-        print(f"rfdarts: there is no command {args[0]!r}\n\n{USAGE}", file=sys.stderr)
-        raise SystemExit(2)
     try:
-        load_plugins()
-        COMMANDS[args[0]](args[1:])
-    except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
-        print(f"rfdarts {args[0]}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Diverged as error:
-        print(f"rfdarts {args[0]}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except Stopped:
-        raise
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        try:
+            code = run_command(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
+        code = 141
+    except OSError as error:
+        silence(sys.stdout)
+        complain(f"rfdarts {' '.join(args[:1])}: {error.filename or 'stdout'}: {reason(error)}")
+        code = 1
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

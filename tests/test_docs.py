@@ -77,7 +77,7 @@ def test_sections_end_at_headings_outside_code_and_links_to_files_are_text(tmp_p
     assert hooks.include("f.md").split() == hooks.include("f.md: A").join(["intro\n", "## B\nb\n"]).split()
 
 
-@pytest.mark.parametrize("command", ["search", "train", "eval", "bench", "env"])
+@pytest.mark.parametrize("command", ["search", "train", "eval", "check", "bench", "env"])
 def test_help_of_each_command_is_on_the_page(command):
     page = (DOCS / "command_line.md").read_text()
     assert f"{{{{ help {command} }}}}" in page

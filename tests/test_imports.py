@@ -22,6 +22,7 @@ ALLOWED = {
     "drop_in": {"nn", "data", "runs", "spaces", "ops"},
     "bench": {"nn", "data", "runs", "spaces", "ops", "search", "retrain", "drop_in"},
     "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops"},
+    "__main__": {"cli"},
     # the package itself offers `accelerate` and `use_backend`, imported on first use
     "__init__": {"drop_in", "ops"},
 }

@@ -92,6 +92,8 @@ def check_genotype(config: TrainConfig, genotype: AnyGenotype, image_size: int) 
 class TrainRun(Run):
     """One training of a derived network; the test images choose the best checkpoint, as published."""
 
+    results = ("genotype.json", "best.pt", "result.json")
+
     def __init__(
         self, config: TrainConfig, genotype: AnyGenotype, source: DataSource, folder: RunFolder
     ) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.files import reason
+from rfdarts_fast.runs.output import say
 
 
 class Progress:
@@ -29,14 +32,20 @@ class Progress:
         )
 
     def step(self) -> None:
-        self._bar.update()
+        self._draw(self._bar.update)
 
     def line(self, text: str) -> None:
-        tqdm.write(text)
-        sys.stdout.flush()
+        say(text)
 
     def close(self) -> None:
-        self._bar.close()
+        self._draw(self._bar.close)
+
+    def _draw(self, draw: Callable[[], object]) -> None:
+        """No bar where the terminal is gone; the run goes on."""
+        try:
+            draw()
+        except (OSError, ValueError):
+            self._bar.disable = True
 
 
 class EventWriter:
@@ -57,9 +66,13 @@ class EventWriter:
     def add(self, record: dict) -> None:
         if self._writer is None:
             return
-        for name, value in _numbers(record):
-            self._writer.add_scalar(name, value, record["epoch"])
-        self._writer.flush()
+        try:
+            for name, value in _numbers(record):
+                self._writer.add_scalar(name, value, record["epoch"])
+            self._writer.flush()
+        except OSError as error:
+            self._writer = None
+            say(f"tensorboard: no more events: {reason(error)}")
 
     def close(self) -> None:
         if self._writer is not None:

@@ -136,8 +136,11 @@ class Run(ABC):
     """A run over `epochs` of steps. Subclasses define a step, the end of an epoch and the state.
 
     Attributes:
+        results: names of the files that a finished run leaves.
         epoch, step: position; all epochs before `epoch` and `step` steps of it are done.
     """
+
+    results: tuple[str, ...] = ()
 
     def __init__(
         self, folder: RunFolder, config: RunConfig, batches: Batches, epochs: int, label: str
@@ -188,6 +191,13 @@ class Run(ABC):
             "rng": rng_state(),
         }
 
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        """The first part of a checkpoint that is not of this run's kind; None if all fits."""
+        ranges = {"epoch": (0, self.epochs), "step": (0, len(self.batches))}
+        return schema.misfit(state, {**self.parts(), **self._plain_state()}) or schema.range_misfit(
+            state, ranges
+        )
+
     def save(self, name: str = LAST) -> None:
         """Writes a checkpoint; Diverged instead of a state that is not finite, and the good ones stay."""
         state = {**{name: part.state_dict() for name, part in self.parts().items()}, **self._plain_state()}
@@ -198,10 +208,7 @@ class Run(ABC):
 
     def resume(self) -> None:
         """Goes back to the folder's last good checkpoint, if there is one."""
-        state = self.folder.load(
-            {**self.parts(), **self._plain_state()},
-            {"epoch": (0, self.epochs), "step": (0, len(self.batches))},
-        )
+        state = self.folder.load(self.misfit)
         if state is not None:
             with restoring(self.folder.checkpoint):
                 self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
@@ -235,6 +242,9 @@ class Run(ABC):
                     self.save()
                 while self.epoch < self.epochs:
                     self._run_epoch(stop, progress)
+        except KeyboardInterrupt:
+            progress.line(f"interrupted; {self._kept()}")
+            raise
         except WriteError as error:
             raise RunFailed(f"{error}; {self._kept()}") from None
         except (MemoryError, RuntimeError) as error:
@@ -255,9 +265,7 @@ class Run(ABC):
 
     def _kept(self) -> str:
         saved = self.folder.last_saved
-        return (
-            f"the last good state is {saved}, and the same command resumes there" if saved else "no state yet"
-        )
+        return f"the last good state is {saved}: the same command resumes" if saved else "nothing is lost"
 
     def _diverged(self, what: str) -> Diverged:
         return Diverged(

@@ -92,6 +92,7 @@ class RunFolder:
         read_only: look at an existing run without a lock and without a change.
 
     Attributes:
+        histories: metrics and, of searches, alphas.
         notes: lines to tell the user at the start.
         last_saved: the last good state in words.
 
@@ -110,7 +111,7 @@ class RunFolder:
     ) -> None:
         self.path = path
         self.metrics, self.alphas = (JsonLines(path / name) for name in HISTORY)
-        self._histories = [self.metrics, self.alphas] if command == "search" else [self.metrics]
+        self.histories = [self.metrics, self.alphas] if command == "search" else [self.metrics]
         self.checkpoint = path / LAST
         self.notes: list[str] = []
         self.last_saved: str | None = None
@@ -170,7 +171,9 @@ class RunFolder:
         if file.exists():
             there = to_plain(read_config(self.path, command, type(config)))
             differences = _differences(there, self._config, "there", "here")
-            if differences:
+            if self._read_only:
+                self._config = there
+            elif differences:
                 raise RunFolderError(
                     f"out: {self.path} belongs to another run: {differences} (--restart sets that aside)"
                 )
@@ -197,14 +200,11 @@ class RunFolder:
             raise RunFolderError(f"run: {file} is damaged: expected a list of starts")
         return starts
 
-    def load(
-        self, expected: dict[str, Any], ranges: Mapping[str, tuple[int, float]]
-    ) -> dict[str, Any] | None:
+    def load(self, misfit_of: Callable[[dict[str, Any]], str | None]) -> dict[str, Any] | None:
         """The last checkpoint, or the one before if that is damaged; None at the start. Changes nothing.
 
         Args:
-            expected: every part of a checkpoint, see `schema.misfit`.
-            ranges: first and last value of its numbers.
+            misfit_of: the first part of a state that does not fit the run, in words; None if all does.
 
         Raises:
             CheckpointError: for one that does not fit the run, and if all there are are damaged.
@@ -221,7 +221,7 @@ class RunFolder:
                 damage = damage or error
                 continue
             check_config(file, state, self._command, self._config)
-            wrong = schema.misfit(state, expected) or schema.range_misfit(state, ranges)
+            wrong = misfit_of(state)
             if wrong:
                 raise misfit(file, wrong)
             self._check_history(file, state)
@@ -247,7 +247,7 @@ class RunFolder:
         epoch, digests = state["epoch"], state.get("history", {})
         if not isinstance(digests, dict):
             raise misfit(file, f"history: expected named parts, got {digests!r}")
-        for history in self._histories:
+        for history in self.histories:
             try:
                 lines = history.lines()
             except OSError as error:
@@ -277,7 +277,7 @@ class RunFolder:
         try:
             if self._damaged:
                 self.checkpoint.replace(self.path / DAMAGED)
-            for history in self._histories:
+            for history in self.histories:
                 history.keep(self._epoch)
             write_json(self.path / "environment.json", [*self._starts(), environment()])
             if self._data is not None and not (self.path / "data.json").exists():
@@ -290,7 +290,7 @@ class RunFolder:
     def save(self, state: dict[str, Any], name: str = LAST) -> None:
         """Writes a checkpoint; `state["epoch"]` counts the finished epochs. Raises WriteError."""
         epoch = state["epoch"]
-        digests = {h.path.name: _digest(h.lines()[:epoch]) for h in self._histories if h.path.exists()}
+        digests = {h.path.name: _digest(h.lines()[:epoch]) for h in self.histories if h.path.exists()}
         save_checkpoint(
             self.path / name,
             {**state, "config": fixed(self._config), "history": digests},

@@ -66,6 +66,8 @@ def split(config: SearchConfig, source: DataSource) -> tuple[Tensor, Tensor]:
 class SearchRun(Run):
     """One search: two optimisers, two streams of images, one supernet."""
 
+    results = ("genotype.json",)
+
     def __init__(self, config: SearchConfig, source: DataSource, folder: RunFolder) -> None:
         device = choose_device(config.device)
         channels_last = config.memory_format == "channels_last"

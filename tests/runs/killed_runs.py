@@ -3,10 +3,13 @@
 A program of its own, so that a child inherits no threads and no state of pytest, and one that stays, so that
 torch is imported once. Each line of stdin is JSON, [arguments, when, signal, log file]; the answer is a line
 with the exit code (negative: died of that signal) and the number of calls. `when` is null, the number of the
-call, or the first call in words: "fsync metrics.jsonl".
+call, or the call in words: "fsync metrics.jsonl 2" is the second such. With -n in place of a signal, that
+call and all later ones of its kind fail with error n. A fifth value may name a stdout: full, gone, closed or
+ascii.
 """
 
 import builtins
+import collections
 import io
 import json
 import os
@@ -55,6 +58,7 @@ class Calls:
     def __init__(self, folder, when, number):
         self.folder, self.when, self.number = os.path.abspath(folder), when, number  # noqa: PTH100
         self.done = 0
+        self.failing, self.seen = None, collections.Counter()
         self.fsync = os.fsync
         os.fsync = self._fsync
         for name in ("replace", "unlink"):
@@ -67,7 +71,12 @@ class Calls:
         if not path.startswith(self.folder):
             return
         self.done += 1
-        if self.when in (self.done, f"{call} {Path(path).name}"):
+        words = f"{call} {Path(path).name}"
+        self.seen[words] += 1
+        if self.failing == call or self.when in (self.done, f"{words} {self.seen[words]}"):
+            if self.number < 0:
+                self.failing = call
+                raise OSError(-self.number, os.strerror(-self.number), path)
             if self.number == signal.SIGKILL:
                 before()
             os.kill(os.getpid(), self.number)
@@ -94,7 +103,27 @@ class Calls:
         return Written(self.open(path, mode, *rest, **named), self)
 
 
-def run(arguments, when, number, log):
+def lead_stdout(where, log):
+    """Makes stdout and stderr the log, or stdout a place that cannot be written as it should."""
+    with Path(log).open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if where == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    elif where == "gone":
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        os.close(writer)
+    elif where == "closed":
+        os.close(1)
+        sys.stdout = None
+    elif where == "ascii":
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="ascii", errors="strict")
+
+
+def run(arguments, when, number, log, stdout=None):
     reads, writes = os.pipe()
     child = os.fork()
     if child:
@@ -106,10 +135,9 @@ def run(arguments, when, number, log):
     calls = None
     try:
         torch.set_num_threads(1)
-        with Path(log).open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        calls = Calls(arguments[arguments.index("--out") + 1], when, number)
+        lead_stdout(stdout, log)
+        out = arguments[arguments.index("--out") + 1] if "--out" in arguments else arguments[-1]
+        calls = Calls(out, when, number)
         sys.argv = ["rfdarts", *arguments]
         cli.main()
         code = 0

@@ -1,7 +1,5 @@
 """A run that was killed at any moment and started again ends bit by bit like one that was left alone."""
 
-import json
-import os
 import random
 import shutil
 import signal
@@ -11,72 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from killed import ENVIRONMENT, OPTIONS, SEARCH, arguments
 from same_run import assert_same_run
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-# the noise of S4 and drop path draw from the global random state, which must be put back too
-SEARCH = (
-    "--method rf-pcdarts --space s4 --partial-channels 2 --channels 4 --layers 1 --batch-size 6 --epochs 2 "
-    "--arch-warmup-epochs 0"
-)
-TRAIN = (
-    "--genotype DARTS_V2 --no-auxiliary --drop-path 0.5 --channels 4 --layers 2 --cutout 4 --batch-size 12 "
-    "--epochs 2"
-)
-OPTIONS = {"search": SEARCH, "train": TRAIN}
 # a run writes config, environment, data, five or six checkpoints, metrics, results: each with an open, one or
 # more writes, two flushes and a rename
 CALLS = 60
 # killed runs of a command, here and in the slow tests
 KILLS, SLOW_KILLS = 6, 100
-
-
-def arguments(command, npz, out, options=None):
-    words = (options or OPTIONS[command]).split()
-    always = ["--dataset", "npz", "--data-root", str(npz), "--device", "cpu", "--checkpoint-minutes", "1e-9"]
-    return [command, *words, *always, "--out", str(out)]
-
-
-@pytest.fixture(scope="module")
-def run_all(tmp_path_factory):
-    """Runs cases (arguments, n, signal) one after the other; returns their exit codes and output."""
-    program = [sys.executable, str(Path(__file__).with_name("killed_runs.py"))]
-    log = tmp_path_factory.mktemp("log") / "log.txt"
-    with subprocess.Popen(
-        program, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-
-        def run_all(cases):
-            log.write_text("")
-            codes = []
-            for case in cases:
-                server.stdin.write(json.dumps([*case, str(log)]) + "\n")
-                server.stdin.flush()
-                code, run_all.calls = map(int, server.stdout.readline().split())
-                codes.append(code)
-            return codes, log.read_text()
-
-        yield run_all
-        server.stdin.close()
-
-
-@pytest.fixture(scope="module")
-def wholes(run_all, tiny_npz, tmp_path_factory):
-    """Runs that were left alone, by command, and how many calls each made."""
-    wholes = {}
-    for command in OPTIONS:
-        folder = tmp_path_factory.mktemp("whole") / command
-        codes, log = run_all([[arguments(command, tiny_npz, folder), None, 0]])
-        assert codes == [0], log
-        wholes[command] = folder, run_all.calls
-    return wholes
-
-
-@pytest.fixture(scope="module")
-def whole(wholes):
-    return {command: folder for command, (folder, _) in wholes.items()}
 
 
 def kill_and_resume(run_all, args, call, whole):
@@ -98,8 +38,14 @@ def test_killed_at_any_call(run_all, command, kills, wholes, tiny_npz, tmp_path)
         kill_and_resume(run_all, args, (start + n * max(calls // kills, 1)) % calls + 1, whole)
 
 
-# between the two renames of a checkpoint there is none; after the second the one before is the one that was
-MOMENTS = ["replace checkpoint.pt", "open metrics.jsonl", "write metrics.jsonl", "fsync metrics.jsonl"]
+# before and between the renames of a checkpoint, and around a record
+MOMENTS = [
+    "replace checkpoint.pt 2",
+    "replace .checkpoint.pt.tmp 3",
+    "open metrics.jsonl 1",
+    "write metrics.jsonl 2",
+    "fsync metrics.jsonl 1",
+]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -124,7 +70,7 @@ def test_stops_when_asked_to(run_all, command, number, whole, tiny_npz, tmp_path
     args = arguments(command, tiny_npz, tmp_path / "run")
     # rarely saving by itself, so that what is resumed is what the signal saved
     rare = [*args, "--checkpoint-minutes", "60"]
-    codes, log = run_all([[rare, "fsync metrics.jsonl", number], [rare, None, 0]])
+    codes, log = run_all([[rare, "fsync metrics.jsonl 1", number], [rare, None, 0]])
     assert codes == [128 + number, 0], log
     assert "stopped and saved at epoch 1, step 1" in log
     assert "resuming at epoch 1, step 1 of 2" in log
