@@ -54,7 +54,11 @@ def test_twenty_steps(tiny_search, tmp_path, method):
     assert losses == pytest.approx(truth, rel=1e-9)
     assert searched == genotype
     # Adam turns the signs of gradients of no size into steps, so that rounding decides between equal
-    # operations, in the reference too: only the losses can be told
-    losses, _ = losses_and_genotype("cpu", torch.float32)
-    assert losses[:2] == pytest.approx(truth[:2], rel=1e-5)
-    assert losses == pytest.approx(truth, rel=2e-3)
+    # operations, in the reference too: its own losses are the measure
+    truth = torch.tensor(truth)
+    ours, plain = (
+        torch.tensor(losses_and_genotype(backend, torch.float32)[0]) / truth - 1
+        for backend in ("cpu", "reference")
+    )
+    assert ours[:2].abs().max() < 1e-5
+    assert ours.norm() <= 2 * plain.norm() < 0.02

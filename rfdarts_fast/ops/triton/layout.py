@@ -127,7 +127,7 @@ class SourceWeights:
 
 @dataclass
 class Constants:
-    """On a device: the tables, edge weights of 1, and which primitives are identities, bool [edges, primitives]."""
+    """On a device: the tables, edge weights of 1; identity, bool [edges, primitives]: which are one."""
 
     terms: Tensor
     edges: Tensor
