@@ -152,7 +152,7 @@ X, Y = npz_arrays()["x_train"], npz_arrays()["y_train"]
         ({"y_test": np.array([0, 1, 3])}, r"y_test: expected labels within 0\.\.2, got 3"),
         ({"class_names": np.array(["a", "b"])}, r"y_train: expected labels within 0\.\.1, got 2"),
         ({"class_names": np.arange(3)}, "class_names: expected strings"),
-        ({"x_train": X.astype(object)}, "expected a readable .npz archive"),
+        ({"x_train": X.astype(object)}, "x_train: expected uint8 pixels, got object"),
     ],
 )
 def test_npz_with_wrong_arrays(tmp_path, changes, message):
