@@ -10,7 +10,7 @@ from .augment import Augment, Draws
 from .batches import Batches
 from .colour import ColourJitter
 from .defaults import default_augment, evaluation_augment
-from .errors import DataError, one_line, reason, shown, thing_at
+from .errors import DataError
 from .sets import ImageFolderSet, ImageSet
 from .sources import DATASETS, Dataset, DataSource, Images, Statistics, load, register_dataset
 from .splits import read_split_file, split_half, split_per_class, split_stratified
@@ -31,13 +31,9 @@ __all__ = [
     "default_augment",
     "evaluation_augment",
     "load",
-    "one_line",
     "read_split_file",
-    "reason",
     "register_dataset",
-    "shown",
     "split_half",
     "split_per_class",
     "split_stratified",
-    "thing_at",
 ]

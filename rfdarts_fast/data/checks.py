@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from .errors import DataError, first_few
+from rfdarts_fast.messages import first_few
+
+from .errors import DataError
 from .photo import check_photo
 
 # a future for each file would cost more than most of the checks

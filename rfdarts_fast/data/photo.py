@@ -13,7 +13,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import DataError, reason, require, thing_at
+from rfdarts_fast.messages import reason, thing_at
+
+from .errors import DataError, require
 
 # the decoders that may run: Pillow has others that start a program (EPS) or read what no photo is
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

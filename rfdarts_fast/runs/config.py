@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from rfdarts_fast.data import DATASETS, one_line, shown
+from rfdarts_fast.data import DATASETS
+from rfdarts_fast.messages import one_line, shown
 
 MemoryFormat = Literal["channels_last", "contiguous"]
 

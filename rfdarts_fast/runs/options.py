@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 import tyro
 import yaml
 
-from rfdarts_fast.data import one_line, reason, shown, thing_at
+from rfdarts_fast.messages import one_line, reason, shown, thing_at
 from rfdarts_fast.runs.config import ConfigError, RunConfig, from_plain, is_number, type_hints
 
 Options = TypeVar("Options")

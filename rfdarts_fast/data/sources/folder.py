@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..errors import DataError, first_few, reason, require, thing_at
+from rfdarts_fast.messages import first_few, reason, thing_at
+
+from ..errors import DataError, require
 from ..sets import ImageFolderSet
 from .registry import Images
 

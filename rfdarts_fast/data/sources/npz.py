@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..errors import DataError, reason, require, shown, thing_at
+from rfdarts_fast.messages import reason, shown, thing_at
+
+from ..errors import DataError, require
 from ..memory import available_memory, gigabytes
 from ..sets import ImageSet
 from .registry import Images
