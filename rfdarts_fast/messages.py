@@ -8,8 +8,10 @@ from pathlib import Path
 
 
 def one_line(text: str) -> str:
-    """`text` on one line, without anything that a terminal would act upon."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    """`text` on one line of at most 1,000 characters, without anything that a terminal would act upon."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    # the end is what came
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-395:]}"
 
 
 def shown(value: object, length: int = 60) -> str:

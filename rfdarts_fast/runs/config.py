@@ -154,7 +154,9 @@ def _plain_hint(argument: Any, origin: Any) -> Any:
 _NUMBERS = {
     # nineteen digits fit into 64 bits
     int: re.compile(r"[-+]?(0|[1-9][0-9]{0,18})"),
-    float: re.compile(r"[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.?inf|\.?nan)", re.IGNORECASE),
+    float: re.compile(
+        r"[-+]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|\.?inf|\.?nan)", re.IGNORECASE
+    ),
 }
 
 
