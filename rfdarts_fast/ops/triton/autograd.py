@@ -118,7 +118,7 @@ class CellFunction(torch.autograd.Function):
                 fill_noise(cell, outputs)
                 cell.recompute_branch_outputs()
             made = cell.backward(grads, ctx.needs_input_grad[7:])
-            term_weights = made.term_weights + cell.constants.identity * made.edges[:, :1]
+            term_weights = torch.where(cell.constants.identity, made.edges[:, :1], made.term_weights)
             grad_op_weights, grad_edge_weights = term_weights, None
             if edge_weights is not None:
                 grad_op_weights = term_weights * edge_weights[:, None]
