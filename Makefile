@@ -37,6 +37,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 test-slow: install
+	-$(BIN)/pip install --quiet "rfdarts_fast[fuzz]"
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: install
