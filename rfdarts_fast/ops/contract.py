@@ -148,7 +148,8 @@ class FrozenConvs:
         state = self._state()
         kept = self._packed.get(key)
         if kept is None or kept[0] != state:
-            with torch.no_grad():
+            # what inference mode makes could not be saved for a backward
+            with torch.inference_mode(False), torch.no_grad():
                 kept = state, pack()
             self._packed[key] = kept
         return kept[1]
