@@ -120,7 +120,7 @@ class CellFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         options, shared = ctx.options, _saved(ctx) | ctx.options.numbers
         noise, edge_weights = shared.pop("noise"), shared.pop("edge_weights")
-        node_grads = list(grads[:-1])
+        node_grads: list[Any] = list(grads[:-1])
         if all(grad is None for grad in node_grads):
             return (None,) * len(ctx.needs_input_grad)
         if options.concat:
@@ -144,18 +144,17 @@ class CellFunction(torch.autograd.Function):
             needed = ctx.needs_input_grad[3:]
             return None, None, None, *functional.gradients(nodes, arguments, needed, node_grads)
         dense = [channels_inside(grad) for grad in node_grads if grad is not None]
-        nodes, branch_outputs, ctx.branch_outputs = ctx.outputs.take(), ctx.branch_outputs, None
-        if nodes is None:
+        kept, branch_outputs, ctx.branch_outputs = ctx.outputs.take(), ctx.branch_outputs, None
+        if kept is None:
             # used up, or changed in place
             again = shared | dict(noise=noise, edge_weights=edge_weights, concat=False)
             again["moments"] = None if ctx.training else shared["moments"]
-            nodes, _, branch_outputs, _ = options.ops.cell_forward(**again)
+            shared["nodes"], _, branch_outputs, _ = options.ops.cell_forward(**again)
         elif options.concat:
-            nodes = list(nodes[0].chunk(options.plan.nodes, dim=1))
+            shared["nodes"] = list(kept[0].chunk(options.plan.nodes, dim=1))
         else:
             # in place of the last node
-            nodes = [*nodes, dense[0]]
-        shared["nodes"] = nodes
+            shared["nodes"] = [*kept, dense[0]]
         if branch_outputs is None:
             branch_outputs = options.ops.cell_branch_outputs(**shared)
         # inputs are the last arguments of `forward`

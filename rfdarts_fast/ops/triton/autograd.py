@@ -120,7 +120,8 @@ class CellFunction(torch.autograd.Function):
         if changed or options.recompute:
             branches = empty_branch_outputs(options, states)
         parameters = moments, rstd, gamma, beta, op_weights, edge_weights
-        cell = Cell(options, states, *branches, *parameters)
+        branch_outputs, argmax = branches
+        cell = Cell(options, states, branch_outputs, argmax, *parameters)
         if options.concat:
             grads = (None,) * plan.nodes if grads[0] is None else grads[0].chunk(plan.nodes, dim=1)
         with torch.cuda.device_of(states):
