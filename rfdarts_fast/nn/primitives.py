@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from rfdarts_fast import ops
 from rfdarts_fast.ops.hooks import Hooks
@@ -131,8 +132,9 @@ def runs_only(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
     False with hooks, with a forward of a subclass's or the instance's own, and after `module.compile()`.
     """
+    hooked = Hooks([module]) or _has_any_global_hook()
     own = "forward" in vars(module) or module._compiled_call_impl is not None
-    return type(module).forward in [cls.forward for cls in classes] and not own and not Hooks([module])
+    return type(module).forward in [cls.forward for cls in classes] and not own and not hooked
 
 
 def preprocess(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
