@@ -34,10 +34,11 @@ search: install
 	@echo "search run   $(RUN)/search"; echo "training run $(RUN)/train"
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 test-slow: install
-	$(BIN)/python -m pytest
+	-$(BIN)/pip install --quiet "rfdarts_fast[fuzz]"
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,8 +17,9 @@ from rfdarts_fast.ops import BackendError
 from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.retrain.config import preset_values as train_preset
 from rfdarts_fast.runs.checkpoint import CheckpointError
-from rfdarts_fast.runs.config import ConfigError, RunConfig, read_yaml, require
+from rfdarts_fast.runs.config import ConfigError, require_positive
 from rfdarts_fast.runs.files import reason
+from rfdarts_fast.runs.options import as_typed, parse_config, parse_options
 from rfdarts_fast.runs.output import complain, repair_streams, say, silence
 from rfdarts_fast.runs.run import RunFailed, in_one_line, out_of_memory
 from rfdarts_fast.runs.run_folder import RunFolderError
@@ -50,8 +50,6 @@ exit codes:
   130  interrupted (Ctrl-C), 143 terminated: the state is saved, and the same command resumes
   141  nobody reads the output any more
 """
-
-Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -105,24 +103,6 @@ class BenchOptions:
     """Folder for a JSON file with the figures, the machine and its measured roofs."""
 
 
-def parse_config(
-    config_class: type[Config], preset_values: Callable[[dict], dict], args: list[str], prog: str
-) -> Config:
-    """A config from a preset, a YAML file and the command line, each winning over the one before.
-
-    The options that choose the preset are read first, so that --help shows the values that would be used.
-    """
-    choosers = [name for name in ("preset", "method", "space") if name in config_class.__dataclass_fields__]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", *choosers):
-        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
-    given = {name: value for name, value in vars(first.parse_known_args(args)[0]).items() if value != "None"}
-    file = read_yaml(Path(given["config"]), config_class) if "config" in given else {}
-    values = {**preset_values({**file, **given}), **file}
-    default = config_class(**{"out": tyro.MISSING, **values})  # type: ignore[arg-type]
-    return tyro.cli(config_class, prog=prog, args=args, default=default, config=(tyro.conf.AvoidSubcommands,))
-
-
 def run_search(args: list[str]) -> None:
     from rfdarts_fast.search import search
 
@@ -148,7 +128,7 @@ def run_train(args: list[str]) -> None:
 def run_eval(args: list[str]) -> None:
     from rfdarts_fast.retrain import evaluate_run
 
-    options = tyro.cli(EvalOptions, prog="rfdarts eval", args=args)
+    options = parse_options(EvalOptions, args, "rfdarts eval")
     changes: dict[str, Any] = {"device": options.device}
     if options.data_root is not None:
         changes["data_root"] = options.data_root
@@ -159,7 +139,7 @@ def run_check(args: list[str]) -> int:
     from rfdarts_fast import retrain, search
     from rfdarts_fast.runs.check import check_folder
 
-    options = tyro.cli(CheckOptions, prog="rfdarts check", args=args)
+    options = parse_options(CheckOptions, args, "rfdarts check")
     commands: dict[str, Any] = {
         "search": (SearchConfig, search.run.opened),
         "train": (TrainConfig, retrain.run.opened),
@@ -175,10 +155,10 @@ def run_bench(args: list[str]) -> None:
     from rfdarts_fast import bench
     from rfdarts_fast.ops import backends
 
-    options = tyro.cli(BenchOptions, prog="rfdarts bench", args=args)
-    for name in ("batch", "size", "channels", "layers", "rounds"):
-        require(getattr(options, name) > 0, options, name, "a positive number")
-    if options.threads:
+    options = parse_options(BenchOptions, args, "rfdarts bench")
+    require_positive(options, "batch", "size", "channels", "layers", "rounds", most=65_536)
+    if options.threads is not None:
+        require_positive(options, "threads", most=4096)
         torch.set_num_threads(options.threads)
     variants = ["eager", "eager-cl"]
     if options.compile:
@@ -234,7 +214,7 @@ def run_command(args: list[str]) -> int:
         load_plugins()
         return COMMANDS[args[0]](args[1:]) or 0
     except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
-        complain(f"rfdarts {args[0]}: {error}")
+        complain(f"rfdarts {args[0]}: {as_typed(str(error), args)}")
         return 2
     except RunFailed as error:
         complain(f"rfdarts {args[0]}: {error}")

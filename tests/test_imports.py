@@ -12,13 +12,14 @@ PACKAGE = ROOT / "rfdarts_fast"
 
 # who may import whom, besides itself
 ALLOWED = {
-    "spaces": set(),
+    "messages": set(),
+    "spaces": {"messages"},
     "ops": set(),
-    "data": set(),
+    "data": {"messages"},
     "nn": {"ops", "spaces"},
-    "runs": {"data", "ops"},
+    "runs": {"data", "ops", "messages"},
     "search": {"nn", "data", "runs", "spaces", "ops"},
-    "retrain": {"nn", "data", "runs", "spaces", "ops"},
+    "retrain": {"nn", "data", "runs", "spaces", "ops", "messages"},
     "drop_in": {"nn", "data", "runs", "spaces", "ops"},
     "bench": {"nn", "data", "runs", "spaces", "ops", "search", "retrain", "drop_in"},
     "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops"},

@@ -8,7 +8,9 @@ struct NormCoefficients {
         mean(load<L>(rows + kMean * period)), shift(load<L>(rows + kShift * period)) {}
   template <class G, class S>
   RF_INLINE Vec<T, L> operator()(const G* g, const S* y) const {
-    return scale * load<L>(g) + (slope * (load<L>(y) - mean) + shift);
+    // with running statistics slope is 0, whatever y is: an infinity or NaN too
+    Vec<T, L> of_statistics = slope != 0 ? slope * (load<L>(y) - mean) + shift : shift;
+    return scale * load<L>(g) + of_statistics;
   }
 };
 

@@ -161,14 +161,16 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
     k.sum_states(room.sum, true, edges, room.streams.data(), identity.row(0), zeros.row(0), nullptr, count, period);
   }
   void add_pools(const T* x, int64_t n, Room& room) const {
+    // running statistics do not depend on the pool's output
+    int64_t terms = cell.training ? edges + 1 : edges;
     run.each_pool_rows(s, x, room.pools, [&](int64_t at, int64_t count, const T* max_rows, const T* avg_rows) {
       room.streams.clear();
       for (const T* g : mixed_grads) room.streams.push_back(g + n * run.mixed_size + at);
       room.streams.push_back(max_rows);
-      k.sum_states(room.d_max + at, true, edges + 1, room.streams.data(), max.scale.row(0), max.mean.row(0),
+      k.sum_states(room.d_max + at, true, terms, room.streams.data(), max.scale.row(0), max.mean.row(0),
                    max.shift.row(0), count, period);
       room.streams.back() = avg_rows;
-      k.sum_states(room.d_avg + at, true, edges + 1, room.streams.data(), avg.scale.row(0), avg.mean.row(0),
+      k.sum_states(room.d_avg + at, true, terms, room.streams.data(), avg.scale.row(0), avg.mean.row(0),
                    avg.shift.row(0), count, period);
     });
     Size size = run.source_size(s);

@@ -30,7 +30,9 @@ struct NormBackward {
       scale[i] = from[i], slope[i] = from[c + i], mean[i] = from[2 * c + i], shift[i] = from[3 * c + i];
   }
   __device__ __forceinline__ A operator()(int i, A g, A y) const {
-    return scale[i] * g + (slope[i] * (y - mean[i]) + shift[i]);
+    // with running statistics slope is 0, whatever y is: an infinity or NaN too
+    A of_statistics = slope[i] != A(0) ? slope[i] * (y - mean[i]) + shift[i] : shift[i];
+    return scale[i] * g + of_statistics;
   }
 };
 

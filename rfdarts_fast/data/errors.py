@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from rfdarts_fast.messages import one_line, shown
+
 
 class DataError(ValueError):
-    """Input data or a data option is unusable; the message names it, what was expected and what came."""
+    """Input data or a data option is unusable: one line that names it, what was expected and what came."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def require(condition: bool, message: str) -> None:
@@ -16,5 +21,5 @@ def require(condition: bool, message: str) -> None:
 def require_int(value: object, name: str, minimum: int) -> int:
     """`value` as an int of at least `minimum`; DataError naming `name` otherwise (bool is no int here)."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise DataError(f"{name}: expected an integer of at least {minimum}, got {value!r}")
+        raise DataError(f"{name}: expected an integer of at least {minimum}, got {shown(value)}")
     return value

@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rfdarts_fast.messages import reason, shown, thing_at
+
 from .errors import DataError, require, require_int
+
+# the largest split file of NAS-Bench-201 takes a hundredth
+_MOST_BYTES = 64_000_000
+# what int() takes besides, 1_0 or digits of other scripts, is no index
+_INDEX = re.compile(r"-?[0-9]{1,18}")
 
 
 def split_half(n: int, portion: float = 0.5, seed: int | None = None) -> tuple[Tensor, Tensor]:
@@ -85,7 +93,7 @@ def read_split_file(
     file = Path(path)
     content = _read_json(file)
     if not isinstance(content, dict) or not set(keys) <= content.keys():
-        got = sorted(content) if isinstance(content, dict) else type(content).__name__
+        got = shown(sorted(content)) if isinstance(content, dict) else type(content).__name__
         raise DataError(f"{file}: expected a split file with the keys {list(keys)}, got {got}")
     first, second = (_indices(content[key], n, f"{file}: {key}") for key in keys)
     both = np.intersect1d(first.numpy(), second.numpy())
@@ -94,22 +102,37 @@ def read_split_file(
 
 
 def _read_json(file: Path) -> object:
+    there = thing_at(file)
+    expected = f"{file}: expected a readable NAS-Bench-201 split file"
+    require(there == "a file", f"{expected}, got {there}")
     try:
-        raw = file.read_bytes()
-        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        return json.loads(text)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(f"{file}: expected a readable NAS-Bench-201 split file, got {error}") from error
+        with file.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            # a few bytes may unpack to any number
+            text = (gzip.GzipFile(fileobj=raw) if zipped else raw).read(_MOST_BYTES + 1)
+        require(len(text) <= _MOST_BYTES, f"{expected} of at most {_MOST_BYTES:,} bytes, got more")
+        return json.loads(text, object_pairs_hook=lambda pairs: _named_once(pairs, expected))
+    except DataError:
+        raise
+    # ValueError: text that is no JSON, and integers of more digits than Python reads
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise DataError(f"{expected}, got {reason(error)}") from error
+
+
+def _named_once(pairs: list[tuple[str, object]], expected: str) -> dict[str, object]:
+    values = dict(pairs)
+    require(len(values) == len(pairs), f"{expected}, got {shown([name for name, _ in pairs])}")
+    return values
 
 
 def _indices(entry: object, n: int, name: str) -> Tensor:
     if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == "int" and isinstance(entry[1], list)):
-        raise DataError(f'{name}: expected ["int", [indices]], got {str(entry)[:60]}')
-    try:
-        # through text, so that 1.5 is refused and not cut to 1
-        values = torch.tensor([int(str(value)) for value in entry[1]], dtype=torch.int64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: expected integers, got {error}") from error
+        raise DataError(f'{name}: expected ["int", [indices]], got {shown(entry)}')
+    texts = [str(value) if type(value) in (int, str) else shown(value) for value in entry[1]]
+    wrong = next((text for text in texts if not _INDEX.fullmatch(text)), None)
+    require(wrong is None, f"{name}: expected integers, got {shown(wrong)}")
+    values = torch.tensor([int(text) for text in texts], dtype=torch.int64)
     require(len(values) > 0, f"{name}: expected at least one index, got none")
     low, high = int(values.min()), int(values.max())
     require(low >= 0 and high < n, f"{name}: expected indices within 0..{n - 1}, got {low}..{high}")

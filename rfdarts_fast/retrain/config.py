@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rfdarts_fast.runs.config import (
+    MOST_SIDE,
     RunConfig,
     check_choices,
     require,
@@ -78,14 +79,16 @@ class TrainConfig(RunConfig):
     def check(self) -> None:
         super().check()
         check_choices(self)
-        require_positive(
-            self, "channels", "layers", "cells_per_stage", "epochs", "batch_size", "learning_rate",
-            "learning_rate_decay", "evaluate_every",
-        )  # fmt: skip
+        require_positive(self, "layers", "cells_per_stage", most=1000)
+        require_positive(self, "channels", most=65_536)
+        require_positive(self, "epochs", "batch_size", most=10**6)
+        require_positive(self, "learning_rate", "learning_rate_decay", "evaluate_every")
         require_not_negative(
             self, "auxiliary_weight", "learning_rate_min", "learning_rate_warmup_epochs", "momentum",
-            "weight_decay", "grad_clip", "cutout",
+            "weight_decay", "grad_clip",
         )  # fmt: skip
+        require_not_negative(self, "cutout", most=MOST_SIDE)
+        require(self.momentum < 1, self, "momentum", "less than 1")
         require(0 <= self.drop_path < 1, self, "drop_path", "a probability below 1")
         require(0 <= self.label_smoothing < 1, self, "label_smoothing", "a share below 1")
         require(not self.nesterov or self.momentum > 0, self, "nesterov", "a momentum above 0 beside it")

@@ -20,6 +20,7 @@ from rfdarts_fast.data import (
     default_augment,
     evaluation_augment,
 )
+from rfdarts_fast.messages import thing_at
 from rfdarts_fast.nn import NasBench201Network, Network
 from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
 from rfdarts_fast.retrain.config import TrainConfig
@@ -46,18 +47,25 @@ from rfdarts_fast.runs.run_folder import (
     to_plain,
 )
 from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
-from rfdarts_fast.spaces import AnyGenotype, CellGenotype, parse, to_json
+from rfdarts_fast.spaces import AnyGenotype, CellGenotype, GenotypeError, parse, to_json
+from rfdarts_fast.spaces.text import MOST_CHARACTERS
 
 
 def read_genotype(text: str) -> AnyGenotype:
     """A genotype from a JSON file's path or any text that `spaces.parse` reads; ConfigError otherwise."""
     try:
-        if text.endswith(".json"):
-            return parse(Path(text).read_text())
-        return parse(text)
+        if not text.endswith(".json"):
+            return parse(text)
+        there = thing_at(text)
+        if there not in ("a file", "nothing there"):
+            raise ConfigError(f"genotype: {text} cannot be read: it is {there}")
+        with Path(text).open() as file:
+            return parse(file.read(MOST_CHARACTERS + 1))
     except OSError as error:
         raise ConfigError(f"genotype: {text} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"genotype: {text} cannot be read: {error}") from None
+    except GenotypeError as error:
         raise ConfigError(str(error)) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 
 from rfdarts_fast.data import DATASETS
+from rfdarts_fast.messages import one_line, shown
 
 MemoryFormat = Literal["channels_last", "contiguous"]
 
@@ -33,7 +34,10 @@ def one_of(names: Iterable[str] | Callable[[], Iterable[str]]) -> Any:
 
 
 class ConfigError(ValueError):
-    """A config value that cannot be used; the message names it, what was expected and what came."""
+    """A config value that cannot be used: one line that names it, what was expected and what came."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,13 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first value that cannot be used."""
-        require(self.image_size is None or self.image_size > 0, self, "image_size", "a positive number")
-        require(self.workers >= 0, self, "workers", "0 or more")
+        if self.image_size is not None:
+            require_positive(self, "image_size", most=MOST_SIDE)
+        require_not_negative(self, "workers", most=1024)
         require(0 <= self.seed < 2**32, self, "seed", "a number from 0 to 2**32 - 1")
-        require(self.threads is None or self.threads > 0, self, "threads", "a positive number")
-        require(self.checkpoint_minutes > 0, self, "checkpoint_minutes", "a positive number")
+        if self.threads is not None:
+            require_positive(self, "threads", most=4096)
+        require_positive(self, "checkpoint_minutes")
         require(
             not self.tensorboard or importlib.util.find_spec("tensorboard") is not None, self, "tensorboard",
             "tensorboard to be installed (pip install 'rfdarts_fast[log]')",
@@ -87,22 +93,29 @@ class RunConfig:
 def require(condition: bool, config: Any, field: str, expected: str) -> None:
     """ConfigError that names the option unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{field}: expected {expected}, got {getattr(config, field)!r}")
+        raise ConfigError(f"{field}: expected {expected}, got {shown(getattr(config, field))}")
 
 
-def require_positive(config: Any, *fields: str) -> None:
+# far beyond what anybody means; greater numbers overflow somewhere on the way
+MOST = 10**9
+MOST_SIDE = 16_384
+
+
+def require_positive(config: Any, *fields: str, most: float = MOST) -> None:
     for field in fields:
         require(0 < getattr(config, field) < math.inf, config, field, "a positive number")
+        require(getattr(config, field) <= most, config, field, f"at most {most:,}")
 
 
-def require_not_negative(config: Any, *fields: str) -> None:
+def require_not_negative(config: Any, *fields: str, most: float = MOST) -> None:
     for field in fields:
         require(0 <= getattr(config, field) < math.inf, config, field, "0 or more")
+        require(getattr(config, field) <= most, config, field, f"at most {most:,}")
 
 
 def check_choices(config: Any) -> None:
     """ConfigError for a value that is none of its field's choices; the command line checks this itself."""
-    hints = _type_hints(type(config))
+    hints = type_hints(type(config))
     for field in dataclasses.fields(config):
         if typing.get_origin(hints[field.name]) is Literal:
             choices = typing.get_args(hints[field.name])
@@ -111,36 +124,47 @@ def check_choices(config: Any) -> None:
             )
 
 
-def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
-    """Values for fields of `config_class` from a YAML file; ConfigError for an unknown name or a bad file."""
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"config: there is no file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config: {path} cannot be read as YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config: expected names and values in {path}, got {type(values).__name__}")
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    unknown = values.keys() - {field.name for field in dataclasses.fields(config_class)}
-    if unknown:
-        raise ConfigError(f"config: {path} has no such options: {', '.join(sorted(unknown))}")
-    return from_plain(values, config_class)
+def from_plain(
+    values: dict[str, Any], config_class: type, names: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Values as JSON or YAML hold them, brought to the types of the fields; ConfigError for another type.
+
+    Errors call a field by its entry in `names`.
+    """
+    hints = type_hints(config_class)
+    return {
+        name: _to_type((names or {}).get(name, name), value, hints[name]) for name, value in values.items()
+    }
 
 
-def from_plain(values: dict[str, Any], config_class: type) -> dict[str, Any]:
-    """Values as JSON or YAML hold them, brought to the types of the fields; ConfigError for another type."""
-    hints = _type_hints(config_class)
-    return {name: _to_type(name, value, hints[name]) for name, value in values.items()}
-
-
-def _type_hints(config_class: type) -> dict[str, Any]:
+def type_hints(config_class: type) -> dict[str, Any]:
     """The types of the fields, the names of `one_of` as a Literal."""
     hints = typing.get_type_hints(config_class, include_extras=True)
     return {
-        name: hint.__metadata__[0].constructor_factory() if typing.get_origin(hint) is Annotated else hint
+        name: _plain_hint(hint.__metadata__[0], hint.__origin__)
+        if typing.get_origin(hint) is Annotated
+        else hint
         for name, hint in hints.items()
     }
+
+
+def _plain_hint(argument: Any, origin: Any) -> Any:
+    factory = getattr(argument, "constructor_factory", None)
+    return factory() if factory else origin
+
+
+_NUMBERS = {
+    # nineteen digits fit into 64 bits
+    int: re.compile(r"[-+]?(0|[1-9][0-9]{0,18})"),
+    float: re.compile(
+        r"[-+]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|\.?inf|\.?nan)", re.IGNORECASE
+    ),
+}
+
+
+def is_number(text: str, number: type[int] | type[float]) -> bool:
+    """Tells whether `text` is a decimal number in ASCII digits, an integer of at most 19 of them."""
+    return len(text) <= 100 and _NUMBERS[number].fullmatch(text) is not None
 
 
 def _to_type(name: str, value: Any, hint: Any) -> Any:
@@ -150,24 +174,27 @@ def _to_type(name: str, value: Any, hint: Any) -> Any:
     for option in options:
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
-        if option is Path and isinstance(value, str):
+        if option is Path and isinstance(value, str) and value and "\0" not in value:
             return Path(value)
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                # of an integer beyond the largest float the sign is enough
+                return math.inf if value > 0 else -math.inf
         if option is int and isinstance(value, int) and not isinstance(value, bool):
             return value
-        if option in (bool, str) and isinstance(value, option):
+        if option is str and isinstance(value, str) and value and "\0" not in value:
+            return value
+        if option is bool and isinstance(value, bool):
             return value
     # YAML reads 3e-4 as text
-    if float in options and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if float in options and isinstance(value, str) and is_number(value, float):
+        return float(value.replace(".inf", "inf").replace(".nan", "nan"))
     expected = " or ".join(
         ", ".join(map(str, typing.get_args(o)))
         if typing.get_origin(o) is Literal
         else getattr(o, "__name__", str(o))
         for o in options
     )
-    raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+    raise ConfigError(f"{name}: expected {expected}, got {shown(value)}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from rfdarts_fast.nn import ConvInit, GammaInit
 from rfdarts_fast.ops import Memory, backend_names
 from rfdarts_fast.runs.config import (
+    MOST_SIDE,
     RunConfig,
     check_choices,
     one_of,
@@ -144,14 +145,16 @@ class SearchConfig(RunConfig):
     def check(self) -> None:
         super().check()
         check_choices(self)
-        require_positive(
-            self, "channels", "layers", "cells_per_stage", "epochs", "batch_size", "learning_rate",
-            "arch_learning_rate", "partial_channels",
-        )  # fmt: skip
+        require_positive(self, "layers", "cells_per_stage", most=1000)
+        require_positive(self, "channels", "partial_channels", most=65_536)
+        require_positive(self, "epochs", "batch_size", most=10**6)
+        require_positive(self, "learning_rate", "arch_learning_rate")
         require_not_negative(
             self, "learning_rate_min", "learning_rate_warmup_epochs", "momentum", "weight_decay", "grad_clip",
-            "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs", "cutout", "validate_every",
+            "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs", "validate_every",
         )  # fmt: skip
+        require_not_negative(self, "cutout", most=MOST_SIDE)
+        require(self.momentum < 1, self, "momentum", "less than 1")
         partial = self.method in ("pc-darts", "rf-pcdarts")
         require(partial or self.partial_channels == 1, self, "partial_channels", f"1 with {self.method}")
         require(partial or not self.edge_norm, self, "edge_norm", f"no edge weights with {self.method}")

@@ -1,7 +1,7 @@
-"""Search spaces, genotypes and the rules from one to the other. Imports nothing else of the package."""
+"""Search spaces, genotypes and the rules from one to the other. Imports no other folder of the package."""
 
 from rfdarts_fast.spaces.derive import derive
-from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Genotype
+from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Genotype, GenotypeError
 from rfdarts_fast.spaces.space import (
     DARTS,
     DARTS_PRIMITIVES,
@@ -27,6 +27,7 @@ __all__ = [
     "CellGenotype",
     "Family",
     "Genotype",
+    "GenotypeError",
     "Space",
     "derive",
     "get_space",

@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rfdarts_fast.messages import one_line, shown
+
 Gene = tuple[str, int]
+
+
+class GenotypeError(ValueError):
+    """A genotype that no network has: one line that names the field at fault."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def _items(name: str, value: object) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name}: expected a list, got {value!r}")
+        raise GenotypeError(f"{name}: expected a list, got {shown(value)}")
     return tuple(value)
 
 
@@ -22,7 +31,7 @@ def _gene(name: str, value: object) -> Gene:
     match value:
         case (str(op), int(j)) if _is_int(j):
             return op, j
-    raise ValueError(f"{name}: expected a pair of primitive and input, got {value!r}")
+    raise GenotypeError(f"{name}: expected a pair of primitive and input, got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -49,15 +58,16 @@ class Genotype:
             object.__setattr__(self, cell, genes)
             object.__setattr__(self, f"{cell}_concat", concat)
             if not genes or len(genes) % 2:
-                raise ValueError(f"genotype.{cell}: expected two genes for each node, got {len(genes)} genes")
+                raise GenotypeError(f"genotype.{cell}: expected two genes for each node, got {len(genes)}")
             for k, (_, j) in enumerate(genes):
                 if not 0 <= j < k // 2 + 2:
-                    raise ValueError(
-                        f"genotype.{cell}[{k}]: expected an input from 0 to {k // 2 + 1}, got {j}"
+                    raise GenotypeError(
+                        f"genotype.{cell}[{k}]: expected an input from 0 to {k // 2 + 1}, got {shown(j)}"
                     )
             if not concat or not all(_is_int(j) and 0 <= j < len(genes) // 2 + 2 for j in concat):
-                raise ValueError(
-                    f"genotype.{cell}_concat: expected states from 0 to {len(genes) // 2 + 1}, got {concat}"
+                top = len(genes) // 2 + 1
+                raise GenotypeError(
+                    f"genotype.{cell}_concat: expected states from 0 to {top}, got {shown(concat)}"
                 )
 
     def ops(self) -> tuple[str, ...]:
@@ -81,10 +91,10 @@ class CellGenotype:
     def __post_init__(self) -> None:
         object.__setattr__(self, "edges", _items("genotype.edges", self.edges))
         if len(self.edges) != 6:
-            raise ValueError(f"genotype.edges: expected 6 primitives, got {len(self.edges)}")
+            raise GenotypeError(f"genotype.edges: expected 6 primitives, got {len(self.edges)}")
         for k, op in enumerate(self.edges):
             if not isinstance(op, str):
-                raise ValueError(f"genotype.edges[{k}]: expected a primitive, got {op!r}")
+                raise GenotypeError(f"genotype.edges[{k}]: expected a primitive, got {shown(op)}")
 
     def ops(self) -> tuple[str, ...]:
         return self.edges

@@ -7,11 +7,13 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Gene, Genotype
+from rfdarts_fast.messages import shown
+from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Gene, Genotype, GenotypeError
 from rfdarts_fast.spaces.space import SPACES
 
 # more than any cell has; a range in a text is not expanded beyond it
 _MOST_STATES = 1000
+MOST_CHARACTERS = 200_000
 
 
 def to_json(genotype: AnyGenotype) -> str:
@@ -22,9 +24,11 @@ def to_json(genotype: AnyGenotype) -> str:
 def parse(text: str) -> AnyGenotype:
     """A genotype from a published name, JSON, the namedtuple literal or a NAS-Bench-201 cell string.
 
-    Nothing is evaluated. Raises ValueError that names the field at fault; so does a primitive that no
+    Nothing is evaluated. Raises GenotypeError that names the field at fault; so does a primitive that no
     registered space has.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise GenotypeError(f"genotype: expected at most {MOST_CHARACTERS} characters, got {len(text)}")
     text = text.strip()
     if text in PUBLISHED:
         return PUBLISHED[text]
@@ -34,9 +38,9 @@ def parse(text: str) -> AnyGenotype:
             genotype = read(text)
             _check_primitives(genotype)
             return genotype
-    raise ValueError(
+    raise GenotypeError(
         f"genotype: expected one of {', '.join(PUBLISHED)}, JSON, 'Genotype(normal=...)' or a NAS-Bench-201 "
-        f"cell string, got {text[:60]!r}"
+        f"cell string, got {shown(text)}"
     )
 
 
@@ -50,25 +54,35 @@ def _check_primitives(genotype: AnyGenotype) -> None:
             name = gene[0] if isinstance(gene, tuple) else gene
             if isinstance(name, str) and name not in known:
                 names = ", ".join(known)
-                raise ValueError(
-                    f"genotype.{field.name}[{k}]: expected a primitive out of {names}, got {name!r}"
+                raise GenotypeError(
+                    f"genotype.{field.name}[{k}]: expected a primitive out of {names}, got {shown(name)}"
                 )
 
 
 def _from_json(text: str) -> AnyGenotype:
     try:
-        values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"genotype: expected JSON, got an error: {error}") from None
+        values = json.loads(text, object_pairs_hook=_named_once)
+    except GenotypeError:
+        raise
+    # ValueError: an integer of more digits than Python reads, too
+    except (ValueError, RecursionError) as error:
+        raise GenotypeError(f"genotype: expected JSON, got an error: {error}") from None
     values.pop("text", None)
     return _from_fields(values)
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise GenotypeError(f"genotype: expected every field once, got {shown([name for name, _ in pairs])}")
+    return values
 
 
 def _from_fields(values: dict[str, Any]) -> AnyGenotype:
     genotype_class = CellGenotype if "edges" in values else Genotype
     expected = {field.name for field in fields(genotype_class)}
     if set(values) != expected:
-        raise ValueError(f"genotype: expected the fields {sorted(expected)}, got {sorted(values)}")
+        raise GenotypeError(f"genotype: expected the fields {sorted(expected)}, got {shown(sorted(values))}")
     return genotype_class(**values)
 
 
@@ -78,7 +92,7 @@ def _from_cell_string(text: str) -> CellGenotype:
     for i, node in enumerate(nodes):
         genes = [gene.split("~") for gene in node.strip("|").split("|")]
         if [gene[1:] for gene in genes] != [[str(j)] for j in range(i + 1)]:
-            raise ValueError(f"genotype: expected inputs 0 to {i} at node {i + 1}, got {node!r}")
+            raise GenotypeError(f"genotype: expected inputs 0 to {i} at node {i + 1}, got {shown(node)}")
         edges += [gene[0] for gene in genes]
     return CellGenotype(tuple(edges))
 
@@ -88,7 +102,7 @@ def _from_literal(text: str) -> AnyGenotype:
         call = ast.parse(text, mode="eval").body
     # ValueError: a null byte; the last two: brackets nested too deep
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(
+        raise GenotypeError(
             f"genotype: expected Genotype(normal=..., ...), got a syntax error: {error}"
         ) from None
     names = [k.arg for k in call.keywords] if isinstance(call, ast.Call) else []
@@ -99,11 +113,11 @@ def _from_literal(text: str) -> AnyGenotype:
         or None in names
         or len(set(names)) < len(names)
     ):
-        raise ValueError("genotype: expected Genotype(...) with named fields only, each once")
-    return _from_fields({str(k.arg): _literal(str(k.arg), k.value) for k in call.keywords})
+        raise GenotypeError("genotype: expected Genotype(...) with named fields only, each once")
+    return _from_fields({str(k.arg): _literal(text, str(k.arg), k.value) for k in call.keywords})
 
 
-def _literal(field: str, node: ast.expr) -> Any:
+def _literal(text: str, field: str, node: ast.expr) -> Any:
     try:
         # quark0/darts prints the concat fields as range(2, 6)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
@@ -113,7 +127,8 @@ def _literal(field: str, node: ast.expr) -> Any:
             return tuple(states)
         return ast.literal_eval(node)
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError):
-        raise ValueError(f"genotype.{field}: expected a literal, got {ast.unparse(node)[:60]!r}") from None
+        source = ast.get_source_segment(text, node)
+        raise GenotypeError(f"genotype.{field}: expected a literal, got {shown(source)}") from None
 
 
 def _published(normal: str, reduce: str) -> Genotype:

@@ -105,14 +105,14 @@ def test_method_and_space_choose_the_preset(args, values):
 
 def test_precedence(tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text("preset: quick\nepochs: 7\narch-learning-rate: 3e-4\nseed: 5\n")
+    file.write_text("preset: quick\nepochs: 17\narch-learning-rate: 3e-4\nseed: 5\n")
     config = search_config("--config", str(file), "--seed", "6")
     quick = PRESETS["quick"]
     values = (config.layers, config.epochs, config.arch_learning_rate, config.seed, config.preset)
-    assert values == (quick["layers"], 7, 0.0003, 6, "quick")
+    assert values == (quick["layers"], 17, 0.0003, 6, "quick")
     # a preset on the command line takes the place of the file's, and the file still wins over it
     other = search_config("--config", str(file), "--preset", "pc-darts")
-    assert (other.preset, other.batch_size, other.epochs) == ("pc-darts", 256, 7)
+    assert (other.preset, other.batch_size, other.epochs) == ("pc-darts", 256, 17)
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003", "'3e-4'", "3E-4"])

@@ -152,7 +152,7 @@ X, Y = npz_arrays()["x_train"], npz_arrays()["y_train"]
         ({"y_test": np.array([0, 1, 3])}, r"y_test: expected labels within 0\.\.2, got 3"),
         ({"class_names": np.array(["a", "b"])}, r"y_train: expected labels within 0\.\.1, got 2"),
         ({"class_names": np.arange(3)}, "class_names: expected strings"),
-        ({"x_train": X.astype(object)}, "expected a readable .npz archive"),
+        ({"x_train": X.astype(object)}, "x_train: expected uint8 pixels, got object"),
     ],
 )
 def test_npz_with_wrong_arrays(tmp_path, changes, message):
@@ -228,9 +228,14 @@ def test_a_held_out_class_keeps_its_number(photos):
     assert load("imagefolder", root=photos).test.labels.tolist() == [1, 1]
 
 
-def test_verify_decodes_what_the_header_does_not_show(photos):
+def test_verify_decodes_what_the_header_does_not_show(photos, monkeypatch):
     victim = photos / "train" / "bee" / "4.png"
     victim.write_bytes(victim.read_bytes()[:-60])
+    with pytest.raises(
+        DataError, match=r"1 of 12 images cannot be used: .*4\.png: expected a readable image"
+    ):
+        load("imagefolder", root=photos)
+    monkeypatch.setattr("rfdarts_fast.data.sources.folder.DECODED_FILES", 11)
     source = load("imagefolder", root=photos)
     source.train.verify([0, 1])
     with pytest.raises(DataError, match=r"4\.png: expected a readable image"):
@@ -250,6 +255,7 @@ def test_image_folders_that_cannot_be_read(photos):
     (photos / "train" / "cat").mkdir()
     with pytest.raises(DataError, match=r"train/cat: expected image files .* got none"):
         load("imagefolder", root=photos)
+    (photos / "val" / "cat").rmdir()
     (photos / "train" / "cat" / "fake.jpg").write_text("no image")
     with pytest.raises(DataError, match=r"fake\.jpg: expected a readable image"):
         load("imagefolder", root=photos)

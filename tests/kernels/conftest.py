@@ -1,7 +1,10 @@
 """The backends that kernel tests run on."""
 
+import os
+
 import pytest
 import torch
+from filelock import FileLock
 
 from rfdarts_fast.ops import backends
 from tests.kernels import emulation
@@ -15,7 +18,14 @@ from tests.kernels.triton import device as triton_device
 def emulated_library(tmp_path_factory):
     if emulation.compiler() is None:
         pytest.skip("needs g++ to build the CUDA kernels for the CPU")
-    return emulation.build(tmp_path_factory.mktemp("emulated"))
+    # pytest-xdist's processes have a folder each inside that of all
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated"
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return folder / emulation.LIBRARY
+        folder.mkdir()
+        return emulation.build(folder)
 
 
 @pytest.fixture(scope="session")

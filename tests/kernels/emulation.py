@@ -17,6 +17,7 @@ from tests.kernels.oracles import Kernels
 from tests.kernels.problems import CellProblem, LayerProblem
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
+LIBRARY = "emulated.so"
 WARNINGS = ["-Wall", "-Wno-unknown-pragmas"]
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DRFDARTS_EMULATION", *WARNINGS]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
@@ -77,7 +78,7 @@ def compile_one(source, csrc, folder, flags):
 
 
 def link(objects, folder, flags=()):
-    library = folder / "emulated.so"
+    library = folder / LIBRARY
     command = [compiler(), "-shared", *flags, "-o", str(library), *map(str, objects)]
     subprocess.run([*command, f"-L{TORCH_LIB_PATH}", "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
     return library

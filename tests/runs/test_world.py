@@ -95,7 +95,7 @@ def test_errors_on_an_ascii_terminal(run_all, tiny_npz, tmp_path):
     folder.write_text("a file")
     codes, log = run_all([[arguments("search", tiny_npz, folder), None, 0, "ascii"]])
     assert codes == [2]
-    assert log == f"rfdarts search: out: expected a folder, got the file {tmp_path}/gr\\xf6\\xdfe\n"
+    assert log == f"rfdarts search: --out: expected a folder, got the file {tmp_path}/gr\\xf6\\xdfe\n"
 
 
 def stopped_in_step(runs, folder, action, error):

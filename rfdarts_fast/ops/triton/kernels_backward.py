@@ -162,9 +162,11 @@ def branch_gradient_kernel(
     for place in range(span.first, span.last):
         term = term_at(terms, place)
         grad = tl.load(g + term.grad * size + at, mask=mask, other=0.0).to(ACC)
-        value = tl.load(y + term.slot * size + at, mask=mask, other=0.0).to(ACC)
-        value -= load_row(norms.mean, term.norm, C, cols, 0.0, ACC)[None, :]
         scale, slope, shift = load_norm_backward(norm_backward, term.norm, C, cols, ACC)
+        # with running statistics slope is 0, whatever y is: an infinity or NaN too
+        needed = mask & (slope != 0)[None, :]
+        value = tl.load(y + term.slot * size + at, mask=needed, other=0.0).to(ACC)
+        value -= load_row(norms.mean, term.norm, C, cols, 0.0, ACC)[None, :]
         total += scale[None, :] * grad
         total += slope[None, :] * value
         total += shift[None, :]

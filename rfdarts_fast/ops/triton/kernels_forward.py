@@ -137,6 +137,8 @@ def statistics_kernel(y, partial, sizes, parts, ACC: tl.constexpr, TILE: tl.cons
         count = tl.cast(tl.minimum(stop - row, BM), ACC)
         before = tl.cast(row - start, ACC)
         own_mean = tl.sum(value, 0) / count
+        # a sum of values far from zero is rounded by more than their spread: add what it missed
+        own_mean += tl.sum(tl.where(mask, value - own_mean[None, :], 0.0), 0) / count
         distance = tl.where(mask, value - own_mean[None, :], 0.0)
         delta = own_mean - mean
         mean += delta * (count / (before + count))
@@ -158,14 +160,16 @@ def moments_kernel(
     term = term_at(terms.table, terms.first + tl.program_id(0))
     cols = block_of(1, BC)
     partial += (term.slot - first_slot) * parts.count * 2 * C
+    # means are summed as distances from the first one
+    first = tl.load(partial + cols, mask=cols < C, other=0.0)
     total = tl.zeros((BC,), ACC)
     for block in range(0, parts.count, BM):
         part = block + tl.arange(0, BM)
         mask = (part < parts.count)[:, None] & (cols < C)[None, :]
         count = tl.minimum(parts.rows, M - part * parts.rows).to(ACC)
         value = tl.load(partial + part[:, None] * (2 * C) + cols[None, :], mask=mask, other=0.0)
-        total += tl.sum(tl.where(mask, value * count[:, None], 0.0), 0)
-    center = total / tl.cast(M, ACC)
+        total += tl.sum(tl.where(mask, (value - first[None, :]) * count[:, None], 0.0), 0)
+    center = first + total / tl.cast(M, ACC)
     squares = tl.zeros((BC,), ACC)
     for block in range(0, parts.count, BM):
         part = block + tl.arange(0, BM)

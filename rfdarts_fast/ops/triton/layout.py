@@ -127,7 +127,7 @@ class SourceWeights:
 
 @dataclass
 class Constants:
-    """On a device: the tables, edge weights of 1, and a 1 for each identity [edges, primitives]."""
+    """On a device: the tables, edge weights of 1; identity, bool [edges, primitives]: which are one."""
 
     terms: Tensor
     edges: Tensor
@@ -164,14 +164,13 @@ class Layout:
     def constants(self, device: torch.device, dtype: torch.dtype) -> Constants:
         key = device, dtype
         if key not in self._constants:
-            identity = self._identity.to(device, dtype)
             self._constants[key] = Constants(
                 terms=_table(self.terms).to(device),
                 edges=_table(self.edges).to(device),
                 spans=_table(self.spans).to(device),
                 groups=_table(self.groups).to(device),
-                ones=identity.new_ones(len(identity)),
-                identity=identity,
+                ones=torch.ones(len(self._identity), device=device, dtype=dtype),
+                identity=self._identity.to(device),
             )
         return self._constants[key]
 

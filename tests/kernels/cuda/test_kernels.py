@@ -95,7 +95,18 @@ def test_the_check_passes_unchanged(emulated_library):
         assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+# of every kind one; the others take minutes
+QUICK = (
+    "missing barrier, forward",
+    "off by one, window",
+    "missing sum, tensor cores",
+    "missing barrier before a chunk, preprocessing",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MUTATIONS]
+)
 def test_planted_bugs_are_caught(emulated_library, tmp_path, name):
     objects = [emulated_library.parent / (source.replace("/", "_") + ".o") for source in emulation.sources()]
     *change, dtype = MUTATIONS[name]

@@ -71,10 +71,12 @@ def test_as_good_as_plain_pytorch(backend, dtype, options, monkeypatch):
     tuning = importlib.import_module("rfdarts_fast.ops.triton.tuning")
     # the interpreter adds a tile's rows one after the other, a GPU adds them in a tree
     monkeypatch.setattr(tuning, "TILE", 256 if DEVICE == "cpu" else tuning.TILE)
-    assert_as_good_as_torch(backend, CellProblem((4, 6, 10), dtype, primitives=SIX[1:], **options))
+    # one gradient of two edge weights is a matter of luck where PyTorch rounds well
+    draws = 3 if dtype == torch.float32 else 1
+    problems = [CellProblem((4, 6, 10), dtype, primitives=SIX[1:], **options) for _ in range(draws)]
+    assert_as_good_as_torch(backend, *problems)
 
 
-@pytest.mark.xfail(strict=True, reason="outputs are off by 1e-2 where PyTorch's are by 7e-4: to be mended")
 @on("triton")
 def test_statistics_of_values_far_from_zero(backend):
     """A sum of squares in float32 would be all rounding."""
