@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,15 +69,32 @@ def range_misfit(state: Mapping[str, Any], ranges: Mapping[str, tuple[int, float
     )
 
 
-def not_finite(value: Any, name: str = "") -> str | None:
+def not_finite(value: Any) -> str | None:
     """The name of the first tensor that has NaN or an infinite value; None if all are finite."""
-    if isinstance(value, Tensor):
-        return name if value.is_floating_point() and not torch.isfinite(value).all() else None
-    if isinstance(value, Mapping):
-        return _first(not_finite(part, _join(name, key)) for key, part in value.items())
-    if isinstance(value, (list, tuple)):
-        return _first(not_finite(part, f"{name}[{i}]") for i, part in enumerate(value))
+    floats: dict[tuple[torch.dtype, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, tensor in _tensors(value, ""):
+        if tensor.is_floating_point():
+            floats[tensor.dtype, tensor.device].append((name, tensor))
+    for named in floats.values():
+        # one question for all: a supernet has thousands, and a GPU is waited for at each
+        if not _is_finite(torch.cat([tensor.reshape(-1) for _, tensor in named])):
+            return next(name for name, tensor in named if not _is_finite(tensor))
     return None
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _tensors(part, _join(name, key))
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            yield from _tensors(part, f"{name}[{i}]")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def records_misfit(lines: list[bytes]) -> str | None:
@@ -112,7 +130,7 @@ def _tensor_misfit(value: Any, expected: Tensor, name: str) -> str | None:
     same = isinstance(value, Tensor) and value.layout == torch.strided
     if not same or (value.shape, value.dtype) != (expected.shape, expected.dtype):
         return f"{name}: expected {_kind(expected)}, got {_kind(value)}"
-    if not_finite(value) is not None:
+    if value.is_floating_point() and not _is_finite(value):
         return f"{name}: expected finite values, got NaN or infinite ones"
     return None
 
