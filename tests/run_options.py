@@ -16,6 +16,15 @@ def check_out(lab):
     assert (lab.finish(out=lab.tmp_path / "elsewhere", epochs=1) / "metrics.jsonl").exists()
 
 
+def check_restart(lab):
+    first = lab.finish(epochs=1)
+    lab.finish(out=first, epochs=2, restart=True)
+    lines = [
+        len((path / "metrics.jsonl").read_text().splitlines()) for path in (first / "before-restart-1", first)
+    ]
+    assert lines == [1, 2]
+
+
 def check_config(lab):
     file = lab.tmp_path / "config.yaml"
     file.write_text("weight-decay: 3e-2\nseed: 11")

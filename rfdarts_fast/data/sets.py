@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .checks import check_photos
 from .errors import DataError, require, require_int
+from .fingerprint import of_files, of_tensor
 
 
 class ImageSet:
@@ -35,6 +36,8 @@ class ImageSet:
         self.images = images.contiguous()
         self.labels = labels
         self._copies: dict[torch.device, ImageSet] = {}
+        # of the images before they were resized, whose bytes no two machines need agree on
+        self._images_hash: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,7 +77,15 @@ class ImageSet:
             .to(torch.uint8)
             for part in self.images.split(1024)
         ]
-        return ImageSet(torch.cat(parts), self.labels)
+        resized = ImageSet(torch.cat(parts), self.labels)
+        resized._images_hash = self.fingerprint()["images"]
+        return resized
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the images, as they were before any resizing, and of the labels."""
+        if self._images_hash is None:
+            self._images_hash = of_tensor(self.images)
+        return {"images": self._images_hash, "labels": of_tensor(self.labels)}
 
 
 class ImageFolderSet:
@@ -108,6 +119,14 @@ class ImageFolderSet:
         other = copy(self)
         other.image_size = require_int(image_size, "image_size", 1)
         return other
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the files' names and of the labels, and of size and bytes of a sample of the files.
+
+        Raises DataError for a file of the sample that cannot be read.
+        """
+        names, images = of_files(self._paths)
+        return {"files": names, "images": images, "labels": of_tensor(self.labels)}
 
     def verify(self, indices: Sequence[int] | None = None, decode: bool = True) -> None:
         """Checks every file, or those at `indices`, in parallel: all of it, or with `decode` off the header.

@@ -4,7 +4,8 @@ Change one import, `from rfdarts_fast.drop_in.darts import Network` (or `.pc_dar
 call `rfdarts_fast.accelerate(model)` on a supernet of another project.
 """
 
-from rfdarts_fast.drop_in.foreign import Report, accelerate
-from rfdarts_fast.drop_in.published import complete_momentum
+from rfdarts_fast.drop_in.foreign import accelerate
+from rfdarts_fast.drop_in.look_ahead import complete_momentum
+from rfdarts_fast.drop_in.report import Report
 
 __all__ = ["Report", "accelerate", "complete_momentum"]

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+import warnings
+from typing import Any
 
 import torch
 from torch import nn
 
-from rfdarts_fast.drop_in.replacements import Replacements
+from rfdarts_fast.drop_in.fused import Fused, UnderstoodFront, fuse_network
+from rfdarts_fast.drop_in.look_ahead import keep_momentum
+from rfdarts_fast.drop_in.replacements import FrontForm, Replacements
+from rfdarts_fast.drop_in.report import Report, grouped, lacking_optimizers, uncalled
 from rfdarts_fast.nn import freeze_random_features
-
-
-@dataclass
-class Report:
-    """The changes that `accelerate` made; `str(report)` is for readers.
-
-    Attributes:
-        replaced: path of a module -> what computes it now.
-        left: path of a module -> why it is as it was. In strict mode only modules that need no replacement.
-        frozen: number of parameters, counted as scalars, that do not train.
-        affine: number of BatchNorms that got a trainable gamma and beta.
-    """
-
-    replaced: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    frozen: int = 0
-    affine: int = 0
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.replaced)} modules replaced, {len(self.left)} left; {self.frozen} scalars frozen, "
-            f"{self.affine} BatchNorms got gamma and beta"
-        ]
-        lines += [f"  replaced {path}: {what}" for path, what in self.replaced.items()]
-        lines += [f"  left {path}: {why}" for path, why in self.left.items()]
-        return "\n".join(lines)
+from rfdarts_fast.ops.dispatch import layer_reference_reason, reference_reason
 
 
 def accelerate(
@@ -43,19 +23,19 @@ def accelerate(
     random_features: bool = True,
     train_classifier: bool = False,
     strict: bool = True,
+    example: Any = None,
 ) -> Report:
     """Fuses the mixed ops of a supernet in place; its tensors, names and classes stay.
 
-    Modules are found by structure, wherever their classes were imported from: mixed ops (an `_ops` list of
-    primitives that `rfdarts_fast.nn` has registered, `forward(x, weights)`) of quark0/darts, RobustDARTS and
-    PC-DARTS, with K read from the width of the primitives; whole cells around them where the cell is the
-    published one; search cells of NAS-Bench-201 (AutoDL-Projects). A fused copy is run once beside the
-    original on a small input, in training and in evaluation mode, and counts only if outputs and running
-    statistics agree.
+    Modules are found by what they compute, whatever they are called: mixed ops (a list of primitives that
+    `rfdarts_fast.nn` has registered, in wrappers or not, and `forward(x, weights)`, perhaps with other
+    arguments that have defaults) with all channels or one in 2, 4 or 8, with operations of weight 0 skipped
+    or not; and cells of them. A fused copy of each is run beside the original on random inputs, in training
+    and in evaluation mode, and counts only if outputs, gradients and running statistics agree. The module's
+    own forward goes on to run where an argument, an attribute, a part or a hook is another one.
 
-    Call it after loading a checkpoint and before making the optimiser: BatchNorms get new parameters. A
-    second-order architect must leave frozen parameters out (`p.requires_grad`) and copy the model with
-    `copy.deepcopy`, as a `new()` of the foreign class knows nothing of what happened here.
+    Call it after loading a checkpoint and before making the optimiser: BatchNorms get new parameters. An
+    optimiser inside the model that lacks them is warned of.
 
     Args:
         model: the supernet, on any device.
@@ -64,6 +44,7 @@ def accelerate(
             running mean. False leaves parameters as they are; the fused kernels need frozen convolutions.
         train_classifier: leave linear layers trainable.
         strict: replace everything or nothing. False replaces what can be replaced.
+        example: an input of the model, to see which modules it calls; images of 32x32 pixels by default.
 
     Returns:
         What was replaced, what was left and why.
@@ -81,52 +62,92 @@ def accelerate(
             "accelerate it first and wrap it then"
         )
     replacements = Replacements(model)
-    fusible = replacements.edges or replacements.benchmark_cells
-    if replacements.problems and (strict or not fusible):
-        path, reason = next(iter(replacements.problems.items()))
-        count = len(replacements.problems)
-        raise ValueError(
-            f"model: cannot replace {path or 'the model'} ({reason}), one of {count} such modules; nothing "
-            "was changed. strict=False replaces the others"
-        )
-    if not fusible and not replacements.left:
-        raise ValueError(
-            f"model: expected a supernet with mixed ops, an `_ops` list of the published operations each, or "
-            f"with search cells of NAS-Bench-201; found none in {type(model).__name__}"
-        )
-    report = Report(replacements.apply(), {**replacements.left, **replacements.problems})
+    _check(model, replacements, strict)
+    calls = uncalled(model, replacements.forms, example)
+    descriptions = replacements.apply()
+    report = Report(left={**replacements.left, **replacements.problems})
+    if isinstance(calls, str):
+        report.calls_unknown = calls
+    else:
+        report.never_called = calls
     if random_features:
-        report.affine = _train_batchnorms_only(model, train_classifier)
+        _train_batchnorms_only(model, train_classifier, report)
+        if not isinstance(model, Fused):
+            fuse_network(model)
+        keep_momentum(model)
+    for path, description in descriptions.items():
+        reason = _plain_reason(replacements.modules[path])
+        if reason is None:
+            report.kernels[path] = description
+        else:
+            report.plain[path] = f"{description}: {reason}"
     report.frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    report.optimizers = lacking_optimizers(model, report.parameters)
+    if report.optimizers:
+        warnings.warn(
+            f"model: {', '.join(report.optimizers)} trains none of the {len(report.parameters)} gammas and "
+            f"betas that accelerate has made; with report = accelerate(model):\n{report.remedy}",
+            stacklevel=2,
+        )
     return report
 
 
+def _check(model: nn.Module, replacements: Replacements, strict: bool) -> None:
+    """Raises ValueError if there is nothing to replace or, in strict mode, something that cannot be."""
+    problems = replacements.problems
+    fusible = [form for form in replacements.forms.values() if not isinstance(form, FrontForm)]
+    if problems and (strict or not fusible):
+        count = len(problems)
+        which = f"{count} of {count + len(fusible)}" if fusible else f"all {count}"
+        others = f"; strict=False replaces the other {len(fusible)}" if fusible else ""
+        reasons = "\n".join(f"  {text}" for text in grouped(problems))
+        raise ValueError(
+            f"model: {which} mixed ops and cells cannot be replaced; nothing was changed{others}\n{reasons}"
+        )
+    if not fusible and not replacements.left:
+        doubts = "".join(f"\n  {text}" for text in grouped(replacements.doubts))
+        raise ValueError(
+            "model: expected a supernet with mixed ops, a list of the published operations and "
+            f"forward(x, weights) each; there are none in {type(model).__name__}{doubts}"
+        )
+
+
+def _plain_reason(module: Any) -> str | None:
+    """The reason why a replaced module stays in plain PyTorch, or None."""
+    understood = module.rfdarts
+    like = next(iter(module.parameters()), torch.empty(0))
+    if isinstance(understood, UnderstoodFront):
+        x = like.new_zeros(2, understood.layer.convs[0].in_channels, 4, 4)
+        return layer_reference_reason(understood.layer, x)
+    channels = max(edge.channels for edge in understood.edges) or 8
+    edges: Any = [edge.on(channels) for edge in understood.edges]
+    inputs = [like.new_zeros(2, channels, 4, 4)] * (len(getattr(understood, "front", ())) or 1)
+    return reference_reason(edges, inputs)
+
+
 @torch.no_grad()
-def _train_batchnorms_only(model: nn.Module, train_classifier: bool) -> int:
-    """Freezes convolutions and linear layers and makes BatchNorms affine; returns how many were not."""
-    turned = 0
-    for module in model.modules():
+def _train_batchnorms_only(model: nn.Module, train_classifier: bool, report: Report) -> None:
+    """Freezes convolutions and linear layers and makes BatchNorms affine."""
+    for path, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d) and not module.affine:
             like = module.running_mean if module.running_mean is not None else next(model.parameters())
             module.affine = True
             module.weight = nn.Parameter(torch.ones(module.num_features).to(like))
             module.bias = nn.Parameter(torch.zeros(module.num_features).to(like))
-            turned += 1
-    for sequence in (m for m in model.modules() if isinstance(m, nn.Sequential)):
-        for previous, module in zip(sequence, list(sequence)[1:], strict=False):
-            if isinstance(previous, nn.Conv2d) and isinstance(module, nn.BatchNorm2d):
-                _move_bias(previous, module)
+            report.affine += 1
+            report.parameters |= {f"{path}.weight": module.weight, f"{path}.bias": module.bias}
+    for path, sequence in model.named_modules():
+        for (name, conv), (behind, norm) in itertools.pairwise(sequence.named_children()):
+            if not isinstance(sequence, nn.Sequential) or not isinstance(norm, nn.BatchNorm2d):
+                continue
+            if isinstance(conv, nn.Conv2d) and conv.bias is not None:
+                # no bias there is known to the kernels
+                if norm.running_mean is not None:
+                    norm.running_mean -= conv.bias
+                conv.bias = None
+                report.vanished[f"{path}.{name}.bias"] = f"{path}.{behind}.running_mean"
     freeze_random_features(model, conv_init=None, train_classifier=train_classifier)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             # an optimiser would decay a frozen parameter that still has a gradient
             parameter.grad = None
-    return turned
-
-
-def _move_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Moves a convolution's bias into the running mean behind it: no bias there is known to the kernels."""
-    if conv.bias is not None:
-        if norm.running_mean is not None:
-            norm.running_mean -= conv.bias
-        conv.bias = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rfdarts_fast import nn as rfnn
+from rfdarts_fast.drop_in.look_ahead import forget_gradients, keep_momentum, loss_of_frozen
 from rfdarts_fast.nn.random_features import ConvInit, GammaInit, freeze_random_features
 from rfdarts_fast.nn.supernet import ARCH_INIT_STD
 from rfdarts_fast.spaces import DARTS_PRIMITIVES, Space, uniform_space
@@ -135,6 +136,7 @@ class PublishedNetwork(rfnn.SearchNetwork):
         }
         if random_features:
             freeze_random_features(self, conv_init, gamma_init, train_classifier)
+            keep_momentum(self)
 
     def make_cell(self, space: Space, cell_type: str, *args: Any) -> PublishedCell:
         c_prev_prev, c_prev, c, reduction_prev, K, affine, _track, multiplier = args
@@ -155,7 +157,7 @@ class PublishedNetwork(rfnn.SearchNetwork):
 
     def _loss(self, input: Tensor, target: Tensor) -> Tensor:
         loss = self._criterion(self(input), target)
-        return loss.as_subclass(_Loss) if self._options["random_features"] else loss
+        return loss_of_frozen(loss) if self._options["random_features"] else loss
 
     def new(self) -> PublishedNetwork:
         """Another network with the same alphas and betas and the same frozen features, other weights fresh.
@@ -176,8 +178,7 @@ class PublishedNetwork(rfnn.SearchNetwork):
                 if not mine.requires_grad:
                     its.copy_(mine)
                     its.requires_grad_(False)
-                    its.grad = _zeros(its)
-        return other
+        return forget_gradients(other)
 
     def genotype(self) -> Genotype:  # type: ignore[override]
         """The published namedtuple: lists of (primitive, input) pairs, and ranges of concatenated states."""
@@ -204,40 +205,3 @@ class PublishedNetwork(rfnn.SearchNetwork):
             "DataParallel: expected DistributedDataParallel, got DataParallel, which cannot copy the alphas "
             "to several GPUs as they are no part of parameters()"
         )
-
-
-class _Loss(Tensor):
-    """A loss whose gradients with respect to frozen parameters are zeros instead of an error.
-
-    The published second-order Architect calls `torch.autograd.grad(loss, model.parameters())`.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.autograd.grad:
-                return _gradients(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
-
-
-def _gradients(outputs: Any, inputs: Any, **options: Any) -> tuple[Tensor | None, ...]:
-    trainable = [x for x in inputs if x.requires_grad]
-    gradients = iter(torch.autograd.grad(outputs, trainable, **options))
-    return tuple(next(gradients) if x.requires_grad else _zeros(x) for x in inputs)
-
-
-def _zeros(like: Tensor) -> Tensor:
-    return torch.zeros((), dtype=like.dtype, device=like.device).expand_as(like)
-
-
-@torch.no_grad()
-def complete_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Gives the frozen parameters of an SGD optimiser a momentum of zeros that take no memory.
-
-    The published second-order Architect looks ahead with the momentum of every parameter, and silently with
-    none at all if one has none, as frozen ones do. Call this once after building the optimiser to keep it.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                optimizer.state[parameter]["momentum_buffer"] = _zeros(parameter)

@@ -2,55 +2,82 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rfdarts_fast import nn as rfnn
-from rfdarts_fast.drop_in.fused import (
-    EdgeList,
-    Fused,
-    FusedCell,
-    FusedFactorizedReduce,
-    FusedMixedOp,
-    FusedNasBench201Cell,
-    FusedNasBench201JointCell,
-    FusedReLUConvBN,
-    fuse,
-)
-from rfdarts_fast.drop_in.recognise import Unrecognised, plain, preprocessing, recognise, settings
-from rfdarts_fast.nn.primitives import FactorizedReduce
-from rfdarts_fast.ops.backend import use_backend
+from rfdarts_fast.drop_in.edges import RULES, Call, Edge
+from rfdarts_fast.drop_in.fused import Fused, UnderstoodCell, UnderstoodFront, UnderstoodMixedOp, fuse
+from rfdarts_fast.drop_in.probe import disagreement, output_channels, random, rule_of, state, weights_of
+from rfdarts_fast.drop_in.recognise import Unrecognised, preprocessing, recognise, settings
 
-_PROBE_SIDE = 4
-# attributes of the published cells; a cell with others may use them in its forward
-_CELL_ATTRIBUTES = {"training", "reduction", "primitives", "_steps", "_multiplier"}
+_PARTS = (1, 2, 4, 8)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-@dataclass
-class FusedEdge:
-    """A mixed op with the attributes of `rfdarts_fast.ops.EdgeModule`, and the channels of its primitives."""
+@dataclass(frozen=True)
+class MixedOpForm:
+    """A mixed op: the name of its list of operations, "" for a list without a module, and how they are
+    summed up."""
 
+    name: str
     primitives: tuple[str, ...]
-    stride: int
-    width: int | None
-    channels: int = 0
     K: int = 1
+    shuffle: bool = True
+    rule: str = "all"
 
-    def apply(self, target: Any, candidates: nn.ModuleList) -> None:
-        target.primitives, target.stride = self.primitives, self.stride
-        target.channels, target.K = self.channels, self.K
-        for i, op in enumerate(candidates):
-            candidates[i] = plain(op)
+    def fuse(self, module: nn.Module) -> None:
+        edge = Edge(getattr(module, self.name))
+        edge.K, edge.shuffle, edge.channels = self.K, self.shuffle, self.K * edge.channels
+        fuse(module, UnderstoodMixedOp(module, [edge], Call(module, 2), self.rule))
 
-    def __str__(self) -> str:
-        partial = f", K={self.K}" if self.K > 1 else ""
-        return f"mixed op of {len(self.primitives)}, {self.channels} channels, stride {self.stride}{partial}"
+
+@dataclass(frozen=True)
+class FrontForm:
+    """ReLU, convolution, BatchNorm in front of a cell."""
+
+    def fuse(self, module: nn.Module) -> None:
+        layer = preprocessing(module)
+        assert layer is not None
+        fuse(module, UnderstoodFront(module, layer))
+
+
+@dataclass(frozen=True)
+class CellForm:
+    """A cell: its mixed ops by path, the paths of what is in front; see `UnderstoodCell` for the others."""
+
+    mixed_ops: dict[str, MixedOpForm]
+    front: tuple[str, ...]
+    channels: int | None
+    nodes: int
+    outputs: int = 1
+    rule: str = "all"
+    neutral: dict[str, Any] = field(default_factory=dict)
+    edge_weights: str | None = None
+
+    def fuse(self, module: nn.Module) -> None:
+        edges = []
+        for path, form in self.mixed_ops.items():
+            mixed_op: Any = module.get_submodule(path)
+            if form.name and not isinstance(mixed_op, Fused):
+                form.fuse(mixed_op)
+            edges.append(mixed_op.rfdarts.edges[0] if form.name else self._edge(mixed_op))
+        front = [module.get_submodule(path) for path in self.front]
+        call = Call(module, 1 + (len(front) or 1), self.neutral)
+        shape = self.channels, self.nodes, self.outputs
+        fuse(module, UnderstoodCell(module, edges, call, self.rule, front, *shape, self.edge_weights))
+
+    def _edge(self, candidates: nn.ModuleList) -> Edge:
+        edge = Edge(candidates)
+        edge.channels = self.channels or edge.channels
+        edge.K = edge.channels // (edge.width or edge.channels or 1)
+        return edge
+
+
+Form = MixedOpForm | FrontForm | CellForm
 
 
 class Replacements:
@@ -58,287 +85,253 @@ class Replacements:
 
     Attributes:
         modules: path -> module.
-        edges: path of a mixed op -> what it becomes.
-        cells: paths of cells that are fused whole.
-        preprocess: path of a module in front of a cell -> its new class.
-        benchmark_cells: path of a NAS-Bench-201 cell -> its new class, and what its edges become.
+        forms: path of a module -> what it is to become; mixed ops first, cells last.
         left: path -> reason why a module need not be replaced.
-        problems: path -> reason why a module cannot be replaced.
+        problems: path -> reason why a mixed op cannot be replaced.
+        doubts: path -> reason why a module with a list of modules is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
-        self.edges: dict[str, FusedEdge] = {}
-        self.cells: list[str] = []
-        self.preprocess: dict[str, type[Fused]] = {}
-        self.benchmark_cells: dict[str, tuple[type[Fused], dict[str, FusedEdge]]] = {}
+        self.forms: dict[str, Form] = {}
         self.left: dict[str, str] = {}
         self.problems: dict[str, str] = {}
-        self._agreed: dict[Any, bool] = {}
+        self.doubts: dict[str, str] = {}
+        self._tried: dict[Any, Any] = {}
         for path, module in self.modules.items():
-            try:
-                self._examine(path, module)
-            except Unrecognised as error:
-                self.problems[path] = str(error)
+            if isinstance(module, (rfnn.MixedOp, Fused)):
+                self.left[path] = "fused already"
+            elif not isinstance(module, _CONTAINERS):
+                self._examine_mixed_op(path, module)
         for path, module in self.modules.items():
-            if _is_cell(module) and not isinstance(module, Fused):
+            if path not in self.left and not isinstance(module, _CONTAINERS) and path not in self.forms:
                 self._examine_cell(path, module)
 
     def apply(self) -> dict[str, str]:
-        """Fuses everything; returns path -> description of what computes it now."""
-        replaced = {}
-        for path, edge in self.edges.items():
-            _fuse_edge(self.modules[path], edge)
-            replaced[path] = str(edge)
-        for path, fused_class in self.preprocess.items():
-            fuse(self.modules[path], fused_class)
-            replaced[path] = "preprocessing"
-        for path in self.cells:
-            fuse(self.modules[path], FusedCell)
-            replaced[path] = f"cell of {len(_candidates(self.modules[path]))} mixed ops"
-        for path, (mixin, edges) in self.benchmark_cells.items():
-            _fuse_benchmark_cell(self.modules[path], mixin, edges)
-            replaced[path] = f"NAS-Bench-201 cell of {len(edges)} mixed ops"
-        return replaced
+        """Fuses everything; returns path -> description."""
+        for path, form in self.forms.items():
+            form.fuse(self.modules[path])
+        return {path: str(self.modules[path].rfdarts) for path in self.forms}
 
-    def _examine(self, path: str, module: nn.Module) -> None:
-        if isinstance(module, (rfnn.MixedOp, FusedMixedOp, FusedNasBench201Cell)):
-            self.left[path] = "fused already"
-        elif isinstance(getattr(module, "edges", None), nn.ModuleDict):
-            self._examine_benchmark_cell(path, module)
-        elif _candidates(module) and not _is_cell(module) and not isinstance(module, nn.ModuleList):
-            self._examine_edge(path, module)
-
-    def _examine_edge(self, path: str, module: nn.Module) -> None:
-        parameters = _parameters(module)
-        if parameters is None or len(parameters) != 2:
-            # the cell of a derived network has an `_ops` list too
-            if parameters is not None and len(parameters) > 2:
-                return
-            raise Unrecognised(f"expected {type(module).__name__} to have a forward(x, weights)")
-        edge = _read_edge(_candidates(module))
-        edge.channels = self._channels(path, module, edge)
-        width = edge.width or edge.channels
-        if not width or edge.channels % width:
-            raise Unrecognised(f"its {edge.channels} channels are no multiple of its operations' {width}")
-        edge.K = edge.channels // width
-        key = (type(module), edge.primitives, edge.stride, edge.K, settings(module))
-        op_weights = _op_weights([edge])[0]
-        if not self._agrees(
-            key, module, lambda copied: _fuse_edge(copied, edge), _state(edge.channels), op_weights
-        ):
-            raise Unrecognised(f"its forward is not the weighted sum of its operations with K={edge.K}")
-        self.edges[path] = edge
-
-    def _channels(self, path: str, module: nn.Module, edge: FusedEdge) -> int:
-        """All channels of an edge: those of the cell around it, else by the op's own account of K."""
-        parent = path
-        while parent:
-            parent = parent.rpartition(".")[0]
-            if _is_cell(self.modules[parent]):
-                preprocess: Any = self.modules[parent].preprocess1
-                norms = [m.num_features for m in preprocess.modules() if isinstance(m, nn.BatchNorm2d)]
-                if norms:
-                    return norms[-1]
-        if edge.width is None:
-            raise Unrecognised("no operation with channels and no cell around it tell how many it works on")
-        K = next((k for k in (getattr(module, "k", None), getattr(module, "K", None)) if type(k) is int), 1)
-        return K * edge.width
-
-    def _examine_cell(self, path: str, cell: nn.Module) -> None:
-        edges = [f"{path}._ops.{i}".lstrip(".") for i in range(len(_candidates(cell)))]
-        if not all(edge in self.edges for edge in edges):
+    def _examine_mixed_op(self, path: str, module: nn.Module) -> None:
+        lists: list[tuple[str, Any]] = [(n, child) for n, child in module.named_children() if _is_list(child)]
+        if not lists:
             return
-        for name in ("preprocess0", "preprocess1"):
-            self._examine_preprocessing(f"{path}.{name}".lstrip("."), getattr(cell, name))
-        reason = self._unsupported_reason(cell, [self.edges[edge] for edge in edges])
-        if reason:
-            self.left[path] = f"{reason}; its mixed ops are fused one by one"
-        else:
-            self.cells.append(path)
-
-    def _examine_preprocessing(self, path: str, module: nn.Module) -> None:
-        ours = preprocessing(module)
-        if ours is None:
-            return
-        fused_class = FusedFactorizedReduce if ours is FactorizedReduce else FusedReLUConvBN
-        key = (type(module), fused_class, settings(module))
-        conv: Any = _first_conv(module)
-        if self._agrees(key, module, lambda copied: fuse(copied, fused_class), _state(conv.in_channels)):
-            self.preprocess[path] = fused_class
-
-    def _unsupported_reason(self, cell: nn.Module, edges: Sequence[FusedEdge]) -> str:
-        """The reason why a cell cannot be fused whole, or "" if it can."""
-        steps, multiplier = getattr(cell, "_steps", None), getattr(cell, "_multiplier", None)
-        if type(steps) is not int or type(multiplier) is not int or not 1 <= multiplier <= steps:
-            return "it does not tell its steps and multiplier"
-        if len({len(edge.primitives) for edge in edges}) != 1:
-            return "its mixed ops have different numbers of operations"
-        if len(edges) != sum(2 + i for i in range(steps)):
-            return f"it has {len(edges)} mixed ops for {steps} steps"
-        unknown = {name for name in vars(cell) if not name.startswith("_")} - _CELL_ATTRIBUTES
-        if unknown:
-            return f"it has attributes of its own ({', '.join(sorted(unknown))})"
-        parameters = _parameters(cell)
-        if parameters is None or len(parameters) not in (3, 4):
-            return "its forward is not forward(s0, s1, weights)"
-        first: Any = cell.preprocess0
-        key = (type(cell), *((e.primitives, e.stride, e.K) for e in edges), multiplier, type(first))
-        if key not in self._agreed:
-            self._agreed[key] = self._cells_agree(cell, edges, parameters[3:])
-        return "" if self._agreed[key] else "its forward is not the published one"
-
-    def _cells_agree(
-        self, cell: nn.Module, edges: Sequence[FusedEdge], fourth: Sequence[inspect.Parameter]
-    ) -> bool:
-        def fuse_all(copied: nn.Module) -> None:
-            for module, edge in zip(_candidates(copied), edges, strict=True):
-                _fuse_edge(module, edge)
-            fuse(copied, FusedCell)
-
-        preprocess: list[Any] = [cell.preprocess0, cell.preprocess1]
-        states = []
-        for conv in (_first_conv(module) for module in preprocess):
-            if conv is None:
-                return False
-            # a FactorizedReduce in front halves what comes from before the reduction
-            states.append(_state(conv.in_channels, conv.stride[0]))
-        op_weights = _op_weights(edges)
-        agree = True
-        default = fourth[0].default if fourth else 0.0
-        if default is inspect.Parameter.empty or default is None:
-            agree = _agree(cell, fuse_all, *states, op_weights, _random(len(edges)).abs())
-        if default is not inspect.Parameter.empty:
-            agree = agree and _agree(cell, fuse_all, *states, op_weights)
-        return agree
-
-    def _examine_benchmark_cell(self, path: str, cell: nn.Module) -> None:
-        lists: Any = cell.edges
-        if not all(isinstance(candidates, nn.ModuleList) for candidates in lists.values()):
-            return
-        nodes = range(1, 1 + int((2 * len(lists)) ** 0.5))
-        expected = {key: i for i, key in enumerate(f"{i}<-{j}" for i in nodes for j in range(i))}
-        if list(lists) != list(expected) or getattr(cell, "edge2index", None) != expected:
-            raise Unrecognised(f"expected edges {', '.join(expected)} in this order, got {', '.join(lists)}")
-        edges = {key: _read_edge(candidates) for key, candidates in lists.items()}
-        shapes = {(len(edge.primitives), edge.stride) for edge in edges.values()}
-        widths = {edge.width for edge in edges.values()} - {None}
-        if len(shapes) > 1 or shapes.pop()[1] != 1 or len(widths) != 1:
-            raise Unrecognised("expected edges of stride 1 with equally many operations and channels")
-        width: Any = widths.pop()
-        for edge in edges.values():
-            edge.channels = width
-
-        def fuse_all(copied: nn.Module) -> None:
-            _fuse_benchmark_cell(copied, FusedNasBench201JointCell, edges)
-
-        key = (type(cell), *(edge.primitives for edge in edges.values()), settings(cell))
-        args = _state(width), _op_weights([*edges.values()])
-        if not self._agrees((*key, "forward"), cell, fuse_all, *args):
-            raise Unrecognised("its forward is not the published one")
-        joint = self._agrees((*key, "joint"), cell, fuse_all, *args, method="forward_joint")
-        self.benchmark_cells[path] = (FusedNasBench201JointCell if joint else FusedNasBench201Cell, edges)
-
-    def _agrees(self, key: Any, *args: Any, **options: Any) -> bool:
-        """`_agree`, tried once for modules of the same `key`."""
-        if key not in self._agreed:
-            self._agreed[key] = _agree(*args, **options)
-        return self._agreed[key]
-
-
-def _candidates(module: Any) -> Any:
-    """The `_ops` list of a mixed op or of a cell, or an empty one."""
-    candidates = getattr(module, "_ops", None)
-    return candidates if isinstance(candidates, nn.ModuleList) else nn.ModuleList()
-
-
-def _is_cell(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "preprocess1", None), nn.Module) and bool(_candidates(module))
-
-
-def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
-    """Positional parameters of forward, or None if it takes any."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return None if any(p.kind in variable for p in parameters) else parameters
-
-
-def _read_edge(candidates: nn.ModuleList) -> FusedEdge:
-    primitives = []
-    for i, op in enumerate(candidates):
+        call = Call(module, 2)
+        required = [name for name in call.names if name not in call.neutral or name in call.missing]
+        described = f"its forward({', '.join(call.names)})"
         try:
-            primitives.append(recognise(plain(op)))
+            edges = [Edge(child) for _, child in lists]
         except Unrecognised as error:
-            raise Unrecognised(f"operation {i}: {error}") from None
-    strides = {primitive.stride for primitive in primitives}
-    widths = {primitive.width for primitive in primitives if primitive.width is not None}
-    if len(strides) != 1 or len(widths) > 1:
-        raise Unrecognised(
-            f"expected operations of one stride and width, got {sorted(strides)}, {sorted(widths)}"
-        )
-    names = tuple(primitive.name for primitive in primitives)
-    return FusedEdge(names, strides.pop(), widths.pop() if widths else None)
+            names = [_primitive(op) for _, child in lists for op in child.children()]
+            partly = any(names) and len({*names} - {None}) == len(names) - names.count(None)
+            reasons = self.problems if partly and len(call.names) != 1 and len(required) < 3 else self.doubts
+            reasons[path] = str(error)
+            return
+        if any(len({*edge.primitives}) < len(edge.primitives) for edge in edges):
+            self.doubts[path] = "it has an operation twice"
+        elif len(call.names) < 2:
+            takes = f"expected {type(module).__name__} to have a forward(x, weights)"
+            (self.doubts if call.names else self.problems)[path] = takes
+        elif len(lists) > 1:
+            self.doubts[path] = f"it has several lists of operations ({', '.join(name for name, _ in lists)})"
+        elif call.missing:
+            self.problems[path] = f"{described} needs more than x and weights"
+        else:
+            self._try(path, module, lambda: self._mixed_op_form(module, *lists[0], edges[0]))
+
+    def _try(self, path: str, module: nn.Module, form: Any) -> None:
+        try:
+            self.forms[path] = form()
+        except Unrecognised as error:
+            self.problems[path] = str(error)
+
+    def _mixed_op_form(
+        self, module: nn.Module, name: str, candidates: nn.ModuleList, edge: Edge
+    ) -> MixedOpForm:
+        outside = _state_names(module) - {f"{name}.{inner}" for inner in _state_names(candidates)}
+        if outside:
+            raise Unrecognised(f"it has tensors outside its operations ({', '.join(sorted(outside))})")
+        if "forward" in vars(module):
+            raise Unrecognised("its forward is an attribute of the instance")
+        key = (type(module), name, edge.primitives, edge.stride, repr(settings(module)))
+        if key not in self._tried:
+            self._tried[key] = _prove_mixed_op(module, name, edge)
+        proved = self._tried[key]
+        if isinstance(proved, str):
+            raise Unrecognised(proved)
+        return proved
+
+    def _examine_cell(self, path: str, module: nn.Module) -> None:
+        mixed_ops = dict(self._mixed_ops(path, module))
+        inside = f"{path}." if path else ""
+        refused = any(other != path and other.startswith(inside) for other in self.problems)
+        if len(mixed_ops) < 2 or refused or len(Call(module, 1).names) == 1:
+            return
+        try:
+            form = self._cell_form(path, module, mixed_ops)
+        except Unrecognised as error:
+            if not all(form.name for form in mixed_ops.values()):
+                self.problems[path] = str(error)
+            else:
+                self.left[path] = f"{error}; its mixed ops are fused one by one"
+            return
+        self.problems.pop(path, None)
+        self.doubts.pop(path, None)
+        self.forms[path] = form
+
+    def _cell_form(self, path: str, cell: nn.Module, mixed_ops: dict[str, MixedOpForm]) -> CellForm:
+        around = {each.partition(".")[0] for each in mixed_ops}
+        front = [name for name, child in cell.named_children() if name not in around and _state_names(child)]
+        own = {*dict(cell.named_parameters(recurse=False)), *dict(cell.named_buffers(recurse=False))}
+        if own:
+            raise Unrecognised(f"it has tensors of its own ({', '.join(sorted(own))})")
+        inputs = len(front) or 1
+        if inputs not in (1, 2) or len(front) == 1:
+            raise Unrecognised(f"it has {len(front)} modules beside its mixed ops ({', '.join(front)})")
+        for name in front:
+            self._examine_front(f"{path}.{name}".lstrip("."), getattr(cell, name))
+        nodes = next((n for n in range(1, 20) if sum(range(inputs, inputs + n)) >= len(mixed_ops)), 0)
+        if sum(range(inputs, inputs + nodes)) != len(mixed_ops):
+            raise Unrecognised(
+                f"its {len(mixed_ops)} mixed ops are none from each earlier state to each node"
+            )
+        first = cell.get_submodule(front[1]) if front else None
+        widths = [m.num_features for m in first.modules() if isinstance(m, nn.BatchNorm2d)] if first else []
+        if front and not widths:
+            raise Unrecognised(f"the channels of its states are unknown ({front[1]} has no BatchNorm)")
+        ours = [form for form in mixed_ops.values() if form.name]
+        rules = {form.rule for form in ours}
+        if len(rules) > 1 or not all(form.shuffle for form in ours):
+            raise Unrecognised("its mixed ops skip operations by different rules, or do not shuffle channels")
+        if len({len(form.primitives) for form in mixed_ops.values()}) > 1:
+            raise Unrecognised("its mixed ops have different numbers of operations")
+        form = CellForm(mixed_ops, tuple(front), None, nodes)
+        key = (type(cell), repr(form), repr(settings(cell)))
+        form = replace(form, channels=widths[-1] if widths else None)
+        if key not in self._tried:
+            self._tried[key] = _prove_cell(cell, form, [*rules] or [*RULES])
+        proved = self._tried[key]
+        if isinstance(proved, str):
+            raise Unrecognised(proved)
+        return replace(proved, channels=form.channels)
+
+    def _mixed_ops(self, path: str, module: nn.Module, inner: str = "") -> Iterator[tuple[str, MixedOpForm]]:
+        """Mixed ops, and lists of operations, that a module has in its lists and dictionaries, by path."""
+        for name, child in module.named_children():
+            where = f"{inner}.{name}".lstrip(".")
+            form = self.forms.get(f"{path}.{where}".lstrip("."))
+            if isinstance(form, MixedOpForm):
+                yield where, form
+            elif (edge := _edge(child)) is not None:
+                yield where, MixedOpForm("", edge.primitives)
+            elif isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                yield from self._mixed_ops(path, child, where)
+
+    def _examine_front(self, path: str, module: nn.Module) -> None:
+        layer = preprocessing(module)
+        if layer is None or path in self.left:
+            return
+        key = (type(module), len(layer.convs), repr(settings(module)))
+        if key not in self._tried:
+            x = state(layer.convs[0].in_channels)
+            self._tried[key] = disagreement(module, FrontForm().fuse, [x], {})
+        if self._tried[key] is None:
+            self.forms[path] = FrontForm()
 
 
-def _fuse_edge(module: nn.Module, edge: FusedEdge) -> None:
-    edge.apply(module, _candidates(module))
-    fuse(module, FusedMixedOp)
+def _prove_mixed_op(module: nn.Module, name: str, edge: Edge) -> MixedOpForm | str:
+    """The form that agrees with the module, or the reason why there is none."""
+    width, reasons = edge.width, []
+    # an attribute may tell
+    told = [value for value in settings(module).values() if type(value) is int and value in _PARTS]
+    for K in dict.fromkeys([*told, *_PARTS]):
+        x = state(8 if width is None else width * K)
+        try:
+            rule = rule_of(module, lambda copied: getattr(copied, name), x, edge.primitives)
+        except Unrecognised as error:
+            reasons.append((K, str(error)))
+            continue
+        for shuffle in (True, False) if K > 1 else (True,):
+            form = MixedOpForm(name, edge.primitives, K, shuffle, rule)
+            reason = disagreement(module, form.fuse, [x, weights_of(len(edge.primitives))], {})
+            if reason is None:
+                return form
+            reasons.append((K, reason))
+    return (
+        f"its forward is not the weighted sum of its operations: with K={min(reasons)[0]} {min(reasons)[1]}"
+    )
 
 
-def _fuse_benchmark_cell(cell: Any, mixin: type[Fused], edges: dict[str, FusedEdge]) -> None:
-    for key, edge in edges.items():
-        candidates = cell.edges[key]
-        candidates.__class__ = EdgeList
-        edge.apply(candidates, candidates)
-    fuse(cell, mixin)
+def _prove_cell(cell: nn.Module, form: CellForm, rules: Sequence[str]) -> CellForm | str:
+    """The form that agrees with the cell, or the reason why there is none."""
+    count = len(form.mixed_ops), len(next(iter(form.mixed_ops.values())).primitives)
+    convs = [_first(nn.Conv2d, cell.get_submodule(name)) for name in form.front]
+    # a FactorizedReduce in front halves what comes from before the reduction
+    tensors = [state(conv.in_channels, conv.stride[0]) for conv in convs if conv]
+    if not tensors:
+        norm = _first(nn.BatchNorm2d, cell)
+        tensors = [state(norm.num_features if norm else 8)]
+    channels = form.channels or tensors[0].shape[1]
+    tensors.append(weights_of(*count))
+    call = Call(cell, len(tensors))
+    if len(call.names) < len(tensors) or None in convs:
+        return f"its forward({', '.join(call.names)}) takes fewer than {len(tensors)} arguments"
+    # other required arguments may be a drop probability, of 0
+    form = replace(form, neutral=dict.fromkeys(call.missing, 0.0))
+    accepted: list[CellForm] = []
+    reasons: list[str] = []
+    for name in [None, *call.optional]:
+        named: dict[str, Any] = {k: v for k, v in form.neutral.items() if k != name}
+        if name is not None:
+            named[name] = random(count[0]).abs()
+        try:
+            outputs = output_channels(cell, tensors, named) // channels
+        except Unrecognised as error:
+            reasons.append(str(error))
+            continue
+        for rule in rules:
+            tried = replace(form, rule=rule, outputs=outputs, edge_weights=name)
+            reason = disagreement(cell, tried.fuse, tensors, named)
+            if reason is None:
+                accepted.append(tried)
+                break
+            reasons.append(reason)
+    if not accepted:
+        return f"its forward is not the published one: {reasons[0]}"
+    proved = accepted[-1]
+    if proved.edge_weights is not None and accepted[0] is proved:
+        # without them it computes something else
+        proved = replace(proved, neutral=proved.neutral | {proved.edge_weights: object()})
+    return proved
 
 
-def _copy(module: nn.Module) -> Any:
-    """A copy to try things on, in float64 on the CPU and without hooks."""
-    copied = copy.deepcopy(module).to("cpu", torch.float64)
-    for inner in copied.modules():
-        inner._forward_hooks.clear()
-        inner._forward_pre_hooks.clear()
-    return copied
+def _first(layer: Any, module: nn.Module) -> Any:
+    return next((m for m in module.modules() if isinstance(m, layer)), None)
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def _is_list(module: nn.Module) -> bool:
+    """True for a list of modules none of which is a list itself."""
+    inner = [*module.children()] if isinstance(module, nn.ModuleList) else []
+    return len(inner) > 1 and not any(isinstance(each, (nn.ModuleList, nn.ModuleDict)) for each in inner)
 
 
-def _state(channels: int, enlarged: int = 1) -> Tensor:
-    side = _PROBE_SIDE * enlarged
-    return _random(2, channels, side, side)
+def _primitive(op: nn.Module) -> str | None:
+    try:
+        return recognise(op).name
+    except Unrecognised:
+        return None
 
 
-def _op_weights(edges: Sequence[FusedEdge]) -> Tensor:
-    """Random op weights [edges, primitives]; noise weighs nothing, as it would differ between two runs."""
-    noise = torch.tensor([[name == "noise" for name in edge.primitives] for edge in edges])
-    return _random(*noise.shape).abs().masked_fill(noise, 0.0)
+def _edge(candidates: nn.Module) -> Edge | None:
+    """The edge that a list of operations is, or None."""
+    try:
+        edge = Edge(candidates) if isinstance(candidates, nn.ModuleList) and _is_list(candidates) else None
+    except Unrecognised:
+        return None
+    # the cell of a derived network has a list of operations too
+    return edge if edge and len({*edge.primitives}) == len(edge.primitives) else None
 
 
-def _first_conv(module: nn.Module) -> nn.Conv2d | None:
-    return next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-
-
-@torch.no_grad()
-def _agree(
-    module: nn.Module, fuse_it: Callable[[nn.Module], None], *args: Tensor, method: str = "forward"
-) -> bool:
-    """True if a fused copy computes the same in both modes."""
-    pair = _copy(module), _copy(module)
-    fuse_it(pair[1])
-    with torch.random.fork_rng([]), use_backend("reference"):
-        for training in (True, False):
-            try:
-                theirs, ours = (getattr(each.train(training), method)(*args) for each in pair)
-            except Exception:
-                # whatever a foreign forward raises, it is not the published one
-                return False
-            if not isinstance(theirs, Tensor) or not _close(theirs, ours):
-                return False
-    return all(_close(*buffers) for buffers in zip(*(each.buffers() for each in pair), strict=True))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+def _state_names(module: nn.Module) -> set[str]:
+    return {*dict(module.named_parameters()), *dict(module.named_buffers())}

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from rfdarts_fast import ops
-
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+from rfdarts_fast.ops.hooks import Hooks
 
 
 class Zero(nn.Module):
@@ -64,9 +63,10 @@ class ReLUConvBN(nn.Module):
     def layer(self) -> ops.ReLUConvBNLayer:
         return ops.ReLUConvBNLayer((self.op[1],), self.op[2])  # type: ignore[arg-type]
 
-    # self may be a foreign module of the same layout: see drop_in/fused.py
     def forward(self, x: Tensor) -> Tensor:
-        return ops.relu_conv_bn(x, *ReLUConvBN.layer(self))
+        if Hooks(self.op.modules()):
+            return self.op(x)
+        return ops.relu_conv_bn(x, *self.layer())
 
 
 class DilConv(nn.Module):
@@ -116,7 +116,6 @@ class FactorizedReduce(nn.Module):
         super().__init__()
         if c_out % 2:
             raise ValueError(f"channels: a reduction needs an even number of channels, got {c_out}")
-        self.relu = nn.ReLU()
         self.conv_1 = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
         self.conv_2 = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out, affine=affine, track_running_stats=track)
@@ -124,9 +123,8 @@ class FactorizedReduce(nn.Module):
     def layer(self) -> ops.ReLUConvBNLayer:
         return ops.ReLUConvBNLayer((self.conv_1, self.conv_2), self.bn)
 
-    # as in ReLUConvBN
     def forward(self, x: Tensor) -> Tensor:
-        return ops.relu_conv_bn(x, *FactorizedReduce.layer(self))
+        return ops.relu_conv_bn(x, *self.layer())
 
 
 def runs_only(module: nn.Module, *classes: type[nn.Module]) -> bool:
@@ -134,14 +132,16 @@ def runs_only(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
     False with hooks, with a forward of a subclass's or the instance's own, and after `module.compile()`.
     """
-    hooked = any(getattr(module, f"_{hooks}") for hooks in _HOOKS) or _has_any_global_hook()
+    hooked = Hooks([module]) or _has_any_global_hook()
     own = "forward" in vars(module) or module._compiled_call_impl is not None
     return type(module).forward in [cls.forward for cls in classes] and not own and not hooked
 
 
 def preprocess(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
     """[module(x) for module in modules]; ReLUConvBN and FactorizedReduce share one read of x."""
-    shared: list[Any] = [m for m in modules if runs_only(m, ReLUConvBN, FactorizedReduce)]
+    shared: list[Any] = [
+        m for m in modules if runs_only(m, ReLUConvBN, FactorizedReduce) and not Hooks(m.modules())
+    ]
     outputs = dict(zip(shared, ops.relu_conv_bns(x, [m.layer() for m in shared]), strict=True))
     return [outputs[m] if m in outputs else m(x) for m in modules]
 

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from rfdarts_fast.ops.snapshot import Snapshot
 
 Memory = Literal["fast", "bfloat16", "recompute"]
 """Branch outputs kept from forward to backward: all, all in bfloat16, or none. See `use_backend`."""
@@ -132,25 +133,19 @@ class FrozenConvs:
         self.convs = tuple(convs)
         # a module never exchanges this dictionary
         self._parameters = [conv._parameters for conv in convs]
-        self._packed: dict[Hashable, tuple[tuple, Any]] = {}
+        self._packed: dict[Hashable, tuple[Snapshot, Any]] = {}
 
     def weights(self) -> list[Tensor]:
         return [*map(_weight, self._parameters)]
 
-    def _state(self) -> tuple[list, ...]:
-        tensors = self.weights()
-        # tensors without data, for tracing, have no address
-        address = id if any(isinstance(t, FakeTensor) for t in tensors[:1]) else Tensor.data_ptr
-        return [*map(address, tensors)], [*map(_version, tensors)], [*map(_dtype, tensors)]
-
     def packed(self, key: Hashable, pack: Callable[[], Value]) -> Value:
         """The value of `pack()`, kept under `key` until a weight changes."""
-        state = self._state()
+        weights = self.weights()
         kept = self._packed.get(key)
-        if kept is None or kept[0] != state:
-            with torch.no_grad():
-                kept = state, pack()
-            self._packed[key] = kept
+        if kept is None or not kept[0].still_holds(weights):
+            # what inference mode makes could not be saved for a backward
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._packed[key] = Snapshot(weights), pack()
         return kept[1]
 
     def unsupported_reason(self, dtype: torch.dtype) -> str | None:
@@ -409,6 +404,4 @@ def backends() -> Mapping[str, Backend]:
 _weight, _bias, _mean, _variance, _batches = map(
     itemgetter, ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 )
-_version, _dtype, _requires_grad, _training = map(
-    attrgetter, ("_version", "dtype", "requires_grad", "training")
-)
+_dtype, _requires_grad, _training = map(attrgetter, ("dtype", "requires_grad", "training"))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rfdarts_fast.ops import reference
+from rfdarts_fast.ops import hooks, reference
 from rfdarts_fast.ops.backend import backend_name, fall_back, use_backend
 from rfdarts_fast.ops.contract import Backend, CellCall, EdgeModule, Memory, ReLUConvBNLayer, backends
 from rfdarts_fast.ops.plan import plan_of
@@ -57,7 +57,8 @@ def relu_conv_bns(x: Tensor, layers: Sequence[ReLUConvBNLayer]) -> list[Tensor]:
     members: dict[str, list[int]] = {}
     candidates = _candidates(x)
     for i, layer in enumerate(layers):
-        reasons = (backend.unsupported_layer(x, layer) for backend in candidates)
+        hooked = hooks.REASON if hooks.Hooks([*layer.convs, layer.norm]) else None
+        reasons = (hooked or backend.unsupported_layer(x, layer) for backend in candidates)
         backend = _choose(candidates, reasons, lambda: True)
         if backend is None:
             outputs[i] = reference.relu_conv_bn(x, *layer)
@@ -88,6 +89,31 @@ def cell_call(
     return CellCall(plan, inputs, op_weights, edge_weights, training, memory, concat)
 
 
+def reference_reason(edges: Sequence[EdgeModule], inputs: Sequence[Tensor]) -> str | None:
+    """The reason why `mixed_cell` would leave these edges and inputs to the reference, or None."""
+    op_weights = inputs[0].new_zeros(len(edges), len(edges[0].primitives))
+    call = cell_call(edges, inputs, op_weights)
+    return _reasons(inputs[0], lambda b: call if isinstance(call, str) else b.unsupported_cell(call))
+
+
+def layer_reference_reason(layer: ReLUConvBNLayer, x: Tensor) -> str | None:
+    """The reason why `relu_conv_bns` would leave this layer to the reference, or None."""
+    return _reasons(x, lambda backend: backend.unsupported_layer(x, layer))
+
+
+def _reasons(x: Tensor, against: Callable[[Backend], str | None]) -> str | None:
+    name = backend_name()
+    asked = [
+        b for b in backends().values() if name == b.name or (name == "auto" and x.device.type in b.devices)
+    ]
+    reasons = [against(backend) for backend in asked]
+    return (
+        None
+        if None in reasons
+        else "; ".join(dict.fromkeys(map(str, reasons))) or f"no backend for {x.device}"
+    )
+
+
 def _cell(
     edges: Sequence[EdgeModule],
     inputs: Sequence[Tensor],
@@ -105,8 +131,18 @@ def _cell(
             return backend.mixed_cell(call)
     else:
         _check_weights(edges, op_weights, edge_weights)
-    nodes = reference.mixed_cell(edges, inputs, op_weights, edge_weights)
+    nodes = reference.mixed_cell(edges, inputs, op_weights, edge_weights, _mixed_op(edges))
     return [torch.cat(nodes, dim=1)] if concat else nodes
+
+
+def _mixed_op(edges: Sequence[EdgeModule]) -> reference.MixedOp:
+    """The mixed op of the reference, but for an edge with hooks a call of its module."""
+
+    def mixed_op(edge: EdgeModule, x: Tensor, op_weights: Tensor) -> Tensor:
+        called = len(edges) > 1 and isinstance(edge, nn.Module) and hooks.Hooks([edge])
+        return edge(x, op_weights) if called else reference.mixed_op(edge, x, op_weights)  # type: ignore
+
+    return mixed_op
 
 
 def _check_weights(edges: Sequence[EdgeModule], op_weights: Tensor, edge_weights: Tensor | None) -> None:
@@ -122,6 +158,9 @@ def _candidates(x: Tensor) -> list[Backend]:
     name, device = backend_name(), x.device.type
     # on the meta device only shapes matter
     if name == "reference" or device == "meta":
+        return []
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        fall_back("kernels know nothing of torch.func transforms; use_backend('reference') does")
         return []
     if name != "auto":
         return [backends()[name]]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
+from rfdarts_fast.ops import hooks
 from rfdarts_fast.ops.contract import Branch, CellPlan, Edge, EdgeModule, Op
 
 
@@ -32,29 +33,38 @@ class Modules:
         return [*map(dict.get, self._parents, self._names)] == self._modules
 
 
-_plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Modules, CellPlan | str]] = (
+_Key = tuple[int, ...]
+_plans: weakref.WeakKeyDictionary[EdgeModule, tuple[_Key, Modules, hooks.Hooks, CellPlan | str]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def plan_of(edges: Sequence[EdgeModule], inputs: int) -> CellPlan | str:
-    """The plan of a cell, or the reason why there is none.
+    """The plan of a cell, or the reason why there is none, such as hooks that no kernel would call.
 
     Args:
         edges: the mixed ops, ordered by node, then by input; the plan lives as long as the first one.
         inputs: states that enter the cell.
     """
     key = (inputs, *map(id, edges))
-    made_for, modules, plan = _plans.get(edges[0], ((), None, ""))  # type: ignore[call-overload]
-    if made_for == key and (isinstance(plan, str) or modules.unchanged()):
-        return plan
-    reader = _Reader()
-    try:
-        plan = reader.cell(edges, inputs)
-    except Unsupported as reason:
-        plan = f"no kernels for {reason}"
-    _plans[edges[0]] = (key, reader.modules, plan)  # type: ignore[index]
-    return plan
+    made_for, modules, hooked, plan = _plans.get(edges[0], ((), Modules(), hooks.Hooks(()), ""))
+    if made_for != key or (isinstance(plan, CellPlan) and not modules.unchanged()):
+        reader = _Reader()
+        try:
+            plan = reader.cell(edges, inputs)
+        except Unsupported as reason:
+            plan = f"no kernels for {reason}"
+        hooked = hooks.Hooks(_hookable(edges))
+        _plans[edges[0]] = key, reader.modules, hooked, plan
+    return hooks.REASON if hooked else plan
+
+
+def _hookable(edges: Sequence[EdgeModule]) -> Iterator[nn.Module]:
+    """Modules whose calls hooks may wait for. A mixed op alone is called itself."""
+    for edge in edges:
+        if isinstance(edge, nn.Module) and len(edges) > 1:
+            yield edge
+        yield from (m for op in edge._ops for m in op.modules())
 
 
 def edge_ends(inputs: int, edges: int) -> Iterator[tuple[int, int]]:
@@ -90,7 +100,8 @@ class _Reader:
                 len(first.primitives),
             ):
                 raise Unsupported("edges of different width or number of primitives in one cell")
-            if len(set(edge.primitives)) != len(edge.primitives):
+            computed = [name for name in edge.primitives if name != "none"]
+            if len({*computed}) != len(computed):
                 raise Unsupported("a primitive that occurs twice on an edge")
             self.modules.add(edge._ops, *edge._ops._modules)
             branches = tuple(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,10 @@ from rfdarts_fast.messages import thing_at
 from rfdarts_fast.nn import NasBench201Network, Network
 from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
 from rfdarts_fast.retrain.config import TrainConfig
-from rfdarts_fast.runs.checkpoint import load_checkpoint, restoring
+from rfdarts_fast.runs import schema
+from rfdarts_fast.runs.checkpoint import load_checkpoint, misfit, restoring
 from rfdarts_fast.runs.config import ConfigError
-from rfdarts_fast.runs.files import write_json, write_text
+from rfdarts_fast.runs.fingerprint import fingerprint
 from rfdarts_fast.runs.run import (
     Run,
     check_network,
@@ -33,7 +37,15 @@ from rfdarts_fast.runs.run import (
     place,
     seed_everything,
 )
-from rfdarts_fast.runs.run_folder import RunFolder, RunFolderError, read_config
+from rfdarts_fast.runs.run_folder import (
+    LAST,
+    RunFolder,
+    RunFolderError,
+    check_config,
+    read_config,
+    refuse_other_data,
+    to_plain,
+)
 from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
 from rfdarts_fast.spaces import AnyGenotype, CellGenotype, GenotypeError, parse, to_json
 from rfdarts_fast.spaces.text import MOST_CHARACTERS
@@ -108,6 +120,7 @@ class TrainRun(Run):
         )
         super().__init__(folder, config, batches, config.epochs, "train")
         self.config = config
+        self.genotype = genotype
         self.test_batches = _test_batches(config, source, device)
         seed_everything(config.seed)
         self.network = place(build_network(config, genotype, source.num_classes), config, device)
@@ -121,16 +134,13 @@ class TrainRun(Run):
         self.best: dict[str, Any] = {"epoch": -1, "accuracy": -1.0}
         self.resume()
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self.best,
-        }
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        return {"network": self.network, "optimizer": self.optimizer}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def values(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_values(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
@@ -179,6 +189,13 @@ class TrainRun(Run):
                 self.save("best.pt")
         return record
 
+    def last_test(self) -> dict[str, Any]:
+        """The last epoch's loss and accuracy on the test images; RunFolderError if its record lacks them."""
+        test = self.folder.metrics.read()[-1].get("test")
+        if not isinstance(test, dict) or not {"accuracy", "loss"} <= test.keys():
+            raise RunFolderError(f"run: {self.folder.metrics.path} is damaged: its last record has no test")
+        return test
+
     def summary(self, record: dict[str, Any]) -> str:
         train, test = record["train"], record.get("test")
         tested = f"  test {test['loss']:.3f} {test['accuracy']:.2f}%" if test else ""
@@ -201,12 +218,9 @@ def _test_batches(config: TrainConfig, source: DataSource, device: torch.device)
     )
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains, or goes on with what the folder `config.out` holds; writes result.json there and returns it.
-
-    The result has the test accuracy (percent) of the last and of the best epoch, and the parameter count.
-    Raises as `rfdarts_fast.search.search` does.
-    """
+@contextmanager
+def opened(config: TrainConfig, read_only: bool = False) -> Iterator[TrainRun]:
+    """The run of a config at the position from which it goes on; see `rfdarts_fast.search.run.opened`."""
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -222,22 +236,32 @@ def train(config: TrainConfig) -> dict[str, Any]:
         source.image_size,
     )
     config = dataclasses.replace(config, image_size=source.image_size, genotype=str(genotype))
-    run = TrainRun(config, genotype, source, RunFolder(config.out, "train", config))
-    write_text(config.out / "genotype.json", to_json(genotype) + "\n")
-    run.run()
-    last = run.folder.metrics.read()[-1]["test"]
-    auxiliary_head = getattr(run.network, "auxiliary_head", None)
-    counted = sum(p.numel() for p in run.network.parameters())
-    if auxiliary_head is not None:
-        counted -= sum(p.numel() for p in auxiliary_head.parameters())
-    result = {
-        "test_accuracy": last["accuracy"],
-        "test_loss": last["loss"],
-        "best_accuracy": run.best["accuracy"],
-        "best_epoch": run.best["epoch"],
-        "parameters": counted,
-    }
-    write_json(config.out / "result.json", result)
+    with RunFolder(config.out, "train", config, fingerprint(source), read_only) as folder:
+        yield TrainRun(config, genotype, source, folder)
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains, or goes on with what the folder `config.out` holds; writes result.json there and returns it.
+
+    The result has the test accuracy (percent) of the last and of the best epoch, and the parameter count.
+    Raises as `rfdarts_fast.search.search` does.
+    """
+    with opened(config) as run:
+        run.write_result("genotype.json", to_json(run.genotype) + "\n")
+        run.run()
+        last = run.last_test()
+        auxiliary_head = getattr(run.network, "auxiliary_head", None)
+        counted = sum(p.numel() for p in run.network.parameters())
+        if auxiliary_head is not None:
+            counted -= sum(p.numel() for p in auxiliary_head.parameters())
+        result = {
+            "test_accuracy": last["accuracy"],
+            "test_loss": last["loss"],
+            "best_accuracy": run.best["accuracy"],
+            "best_epoch": run.best["epoch"],
+            "parameters": counted,
+        }
+        run.write_result("result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -249,14 +273,22 @@ def evaluate_run(path: Path, checkpoint: str = "best", **changes: Any) -> dict[s
         checkpoint: "best" or "last".
         changes: values that replace those of the run's config, such as device or data_root.
     """
-    config = dataclasses.replace(read_config(path, "train", TrainConfig), **changes)
+    stored = read_config(path, "train", TrainConfig)
+    config = dataclasses.replace(stored, **changes)
     config.check()
-    file = path / ("best.pt" if checkpoint == "best" else "checkpoint.pt")
+    file = path / ("best.pt" if checkpoint == "best" else LAST)
     if not file.exists():
         raise RunFolderError(f"run: expected a checkpoint {file.name} in {path}, got none yet")
     device = choose_device(config.device)
+    state = load_checkpoint(file)
+    check_config(file, state, "train", to_plain(stored))
     source = load_data(config)
+    parts = fingerprint(source)
+    refuse_other_data(path, {name: parts[name] for name in ("classes", "test") if name in parts})
     network = build_network(config, read_genotype(config.genotype), source.num_classes)
+    wrong = schema.misfit(state.get("network"), network, "network")
+    if wrong:
+        raise misfit(file, wrong)
     with restoring(file):
-        network.load_state_dict(load_checkpoint(file)["network"])
+        network.load_state_dict(state["network"])
     return evaluate(place(network, config, device), _test_batches(config, source, device))

@@ -46,6 +46,8 @@ class RunConfig:
 
     out: Path
     """The run's folder. The same command again resumes what was begun there."""
+    restart: bool = False
+    """Begin anew in a folder that holds a run; that is moved to before-restart-1 in it, not deleted."""
     config: Path | None = None
     """A YAML file of values for the options below; the command line wins over it."""
     dataset: Annotated[str, one_of(DATASETS)] = "digits"

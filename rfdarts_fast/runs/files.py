@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+
+class WriteError(RuntimeError):
+    """A file cannot be written: the disk is full, say, or its folder is gone."""
+
+
+def reason(error: OSError) -> str:
+    """The system's words for an error, in one line."""
+    return error.strerror or " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """WriteError that names `path` for an OSError inside."""
+    try:
+        yield
+    except OSError as error:
+        what = reason(error) if path.parent.exists() else f"the folder {path.parent} is gone"
+        raise WriteError(f"{path} cannot be written: {what}") from None
 
 
 def temporary(path: Path) -> Path:
@@ -14,17 +34,46 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write` on a temporary file beside `path`, flushes it to disk and renames it to `path`."""
-    with temporary(path).open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary(path).replace(path)
+def write_atomic(path: Path, *parts: bytes | memoryview, previous: Path | None = None) -> None:
+    """Writes `parts` to a temporary file beside `path`, flushes it to disk and renames it to `path`.
+
+    A file that was there becomes `previous` if that is given. Raises WriteError, everything as it was.
+    """
+    with writing(path):
+        moved = False
+        try:
+            with temporary(path).open("wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                path.replace(previous)
+                moved = True
+            temporary(path).replace(path)
+            sync_folder(path.parent)
+        except OSError:
+            # on a full disk its bytes are needed
+            with contextlib.suppress(OSError):
+                temporary(path).unlink()
+            if moved and previous is not None:
+                with contextlib.suppress(OSError):
+                    previous.replace(path)
+            raise
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes the names in a folder to disk, where the file system can."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_atomic(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -37,20 +86,28 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[dict[str, Any]]:
-        """All complete lines; a line cut off by a kill is dropped."""
+    def lines(self) -> list[bytes]:
+        """All complete lines with their ends; a line cut off by a kill is left out."""
         if not self.path.exists():
             return []
-        text = self.path.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        data = self.path.read_bytes()
+        return data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.lines()]
 
     def append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self.path):
+            new = not self.path.exists()
+            with self.path.open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            if new:
+                sync_folder(self.path.parent)
 
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drops all records but those for which `wanted` is true."""
-        records = filter(wanted, self.read())
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+    def keep(self, count: int) -> None:
+        """Drops all but the first `count` lines, and what a kill left of another."""
+        kept = b"".join(self.lines()[:count])
+        if self.path.exists() and self.path.stat().st_size != len(kept):
+            write_atomic(self.path, kept)

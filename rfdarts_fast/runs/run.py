@@ -14,14 +14,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rfdarts_fast.data import Batches, DataSource, load
 from rfdarts_fast.ops import BackendError, use_backend
+from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import restoring, rng_state, set_rng_state
 from rfdarts_fast.runs.config import ConfigError, RunConfig
+from rfdarts_fast.runs.files import WriteError, write_text
 from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.runs.progress import EventWriter, Progress
-from rfdarts_fast.runs.run_folder import RunFolder
+from rfdarts_fast.runs.run_folder import LAST, RunFolder
 from rfdarts_fast.runs.signals import Stopped, StopRequest
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -109,8 +112,24 @@ def evaluate(network: nn.Module, batches: Batches) -> dict[str, float | None]:
     return meter.result()
 
 
-class Diverged(RuntimeError):
-    """The training loss is no longer a number."""
+class RunFailed(RuntimeError):
+    """A run cannot go on; the message names the last good state, from which the same command resumes."""
+
+
+class Diverged(RunFailed):
+    """The training loss, or what is trained, is no longer finite."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True for an error that means that memory is lacking, on the host or on a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 class Run(ABC):
@@ -144,45 +163,66 @@ class Run(ABC):
         """Called after the last step of an epoch; returns its record in metrics.jsonl."""
 
     @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """The subclass's part of a checkpoint; plain values and tensors."""
+    def parts(self) -> dict[str, nn.Module | Optimizer]:
+        """The networks and optimisers that a checkpoint keeps."""
 
     @abstractmethod
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Puts the values of `state()` back."""
+    def values(self) -> dict[str, Any]:
+        """The subclass's other values in a checkpoint; plain ones and tensors."""
+
+    @abstractmethod
+    def load_values(self, state: dict[str, Any]) -> None:
+        """Puts `values()` back; `parts()` are loaded before."""
 
     @abstractmethod
     def summary(self, record: dict[str, Any]) -> str:
         """A line of text for the end of an epoch."""
 
-    def save(self, name: str = "checkpoint.pt") -> None:
-        self.folder.save(
-            {
-                **self.state(),
-                "epoch": self.epoch,
-                "step": self.step,
-                "meter": self.meter.sums,
-                "seconds": self.seconds,
-                "rng": rng_state(),
-            },
-            name,
-        )
+    def _plain_state(self) -> dict[str, Any]:
+        return {
+            **self.values(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "meter": self.meter.sums,
+            "seconds": self.seconds,
+            "rng": rng_state(),
+        }
+
+    def save(self, name: str = LAST) -> None:
+        """Writes a checkpoint; Diverged instead of a state that is not finite, and the good ones stay."""
+        state = {**{name: part.state_dict() for name, part in self.parts().items()}, **self._plain_state()}
+        diverged = schema.not_finite(state)
+        if diverged:
+            raise self._diverged(f"{diverged}: became NaN or infinite")
+        self.folder.save(state, name)
 
     def resume(self) -> None:
-        """Goes back to the folder's last checkpoint, if there is one."""
-        state = self.folder.load()
-        if state is None:
-            return
-        with restoring(self.folder.checkpoint):
-            self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-            self.meter.sums.copy_(state["meter"])
-            self.load_state(state)
-            set_rng_state(state["rng"])
+        """Goes back to the folder's last good checkpoint, if there is one."""
+        state = self.folder.load(
+            {**self.parts(), **self._plain_state()},
+            {"epoch": (0, self.epochs), "step": (0, len(self.batches))},
+        )
+        if state is not None:
+            with restoring(self.folder.checkpoint):
+                self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+                self.meter.sums.copy_(state["meter"])
+                for name, part in self.parts().items():
+                    part.load_state_dict(state[name])
+                self.load_values(state)
+                set_rng_state(state["rng"])
+        self.folder.begin()
 
     def run(self) -> None:
-        """Runs to the end. Raises Stopped, with the state saved, after SIGTERM or SIGINT."""
+        """Runs to the end.
+
+        Raises:
+            Stopped: after SIGTERM or SIGINT, with the state saved.
+            RunFailed: if the disk, memory or the loss does not allow to go on.
+        """
         steps = len(self.batches)
         progress = Progress(self.epochs * steps, self.epoch * steps + self.step, self.label)
+        for note in self.folder.notes:
+            progress.line(note)
         if self.epoch or self.step:
             progress.line(f"resuming at epoch {self.epoch}, step {self.step} of {steps}")
         # scanning thousands of long-lived modules again and again is slow
@@ -190,12 +230,40 @@ class Run(ABC):
         gc.freeze()
         try:
             with StopRequest() as stop:
+                if self.folder.last_saved is None:
+                    # records without a checkpoint are a damage from now on
+                    self.save()
                 while self.epoch < self.epochs:
                     self._run_epoch(stop, progress)
+        except WriteError as error:
+            raise RunFailed(f"{error}; {self._kept()}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise RunFailed(f"memory: {in_one_line(error)}; {self._kept()}") from None
         finally:
             gc.unfreeze()
             progress.close()
             self._events.close()
+
+    def write_result(self, name: str, text: str) -> None:
+        """Writes a file of results; after RunFailed the same command writes it again."""
+        try:
+            write_text(self.folder.path / name, text)
+        except WriteError as error:
+            raise RunFailed(f"{error}; {self._kept()}") from None
+
+    def _kept(self) -> str:
+        saved = self.folder.last_saved
+        return (
+            f"the last good state is {saved}, and the same command resumes there" if saved else "no state yet"
+        )
+
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(
+            f"{what} in epoch {self.epoch}; the last good state is {self.folder.last_saved} "
+            "(a smaller --learning-rate needs a new folder)"
+        )
 
     def _run_epoch(self, stop: StopRequest, progress: Progress) -> None:
         saved = before = time.monotonic()
@@ -218,15 +286,12 @@ class Run(ABC):
             self.seconds += time.monotonic() - before
         loss = self.meter.result()["loss"]
         if loss is not None and not math.isfinite(loss):
-            raise Diverged(
-                f"loss: became {loss} in epoch {self.epoch}; the last checkpoint is from before "
-                "(a smaller --learning-rate needs a new folder)"
-            )
+            raise self._diverged(f"loss: became {loss}")
         record = {"epoch": self.epoch, **self.finish_epoch()}
         self.folder.metrics.append(record)
-        self._events.add(record)
-        progress.line(self.summary(record))
         self.meter.reset()
         self.seconds = 0.0
         self.epoch, self.step = self.epoch + 1, 0
         self.save()
+        self._events.add(record)
+        progress.line(self.summary(record))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rfdarts_fast.data import (
     Batches,
@@ -21,7 +22,7 @@ from rfdarts_fast.data import (
 )
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs.config import require
-from rfdarts_fast.runs.files import write_text
+from rfdarts_fast.runs.fingerprint import fingerprint
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.runs.run import (
@@ -112,19 +113,17 @@ class SearchRun(Run):
         self.resume()
         self._val_stream = self.val_batches.stream(self.val_position)
 
-    def state(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         return {
-            "network": self.network.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-            "val_position": self.val_position,
-            "val_meter": self.val_meter.sums,
+            "network": self.network,
+            "weight_optimizer": self.weight_optimizer,
+            "arch_optimizer": self.arch_optimizer,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+    def values(self) -> dict[str, Any]:
+        return {"val_position": self.val_position, "val_meter": self.val_meter.sums}
+
+    def load_values(self, state: dict[str, Any]) -> None:
         self._keep_modes()
         self.val_position = state["val_position"]
         self.val_meter.sums.copy_(state["val_meter"])
@@ -216,11 +215,12 @@ class SearchRun(Run):
         )
 
 
-def search(config: SearchConfig) -> AnyGenotype:
-    """Searches, or goes on with what the folder `config.out` holds; writes genotype.json there.
+@contextmanager
+def opened(config: SearchConfig, read_only: bool = False) -> Iterator[SearchRun]:
+    """The run of a config at the position from which it goes on, its folder locked.
 
-    Raises ConfigError, DataError or RunFolderError before any training if something does not fit, and Stopped
-    (with the state saved) after SIGTERM.
+    With `read_only` the folder is checked and stays as it is. Raises ConfigError, DataError, RunFolderError
+    or CheckpointError if something does not fit.
     """
     config.check()
     if config.threads:
@@ -229,18 +229,30 @@ def search(config: SearchConfig) -> AnyGenotype:
     on_gpu = device.type == "cuda"
     require(config.cuda_graph != "on" or on_gpu, config, "cuda_graph", f"off or auto on device {device}")
     source = load_data(config)
+    parts = split(config, source)
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend
     with use_backend(backend, config.memory):
         check_network(
             lambda: build_supernet(config, source.num_classes),
             config.batch_size,
-            [len(indices) for indices in split(config, source)],
+            [len(indices) for indices in parts],
             source.image_size,
         )
         config = dataclasses.replace(config, image_size=source.image_size)
-        run = SearchRun(config, source, RunFolder(config.out, "search", config))
+        data = fingerprint(source, dict(zip(("weights", "architecture"), parts, strict=True)))
+        with RunFolder(config.out, "search", config, data, read_only) as folder:
+            yield SearchRun(config, source, folder)
+
+
+def search(config: SearchConfig) -> AnyGenotype:
+    """Searches, or goes on with what the folder `config.out` holds; writes genotype.json there.
+
+    Raises ConfigError, DataError, RunFolderError or CheckpointError before any training if something does not
+    fit, Stopped (with the state saved) after SIGTERM and RunFailed if the run cannot go on.
+    """
+    with opened(config) as run:
         run.run()
-    genotype = run.network.genotype()
-    write_text(config.out / "genotype.json", to_json(genotype) + "\n")
+        genotype = run.network.genotype()
+        run.write_result("genotype.json", to_json(genotype) + "\n")
     return genotype

@@ -276,7 +276,7 @@ def test_eval_before_the_first_checkpoint(rfdarts, train_args, tmp_path):
     (tmp_path / "run" / "best.pt").write_bytes(b"PK\3\4 and nothing else")
     code, _, err = rfdarts("eval", tmp_path / "run")
     assert code == 2
-    assert "best.pt cannot be read" in err
+    assert "best.pt is damaged or no checkpoint" in err
     assert err.count("\n") == 1
 
 

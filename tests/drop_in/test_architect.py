@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import rfdarts_fast
 from rfdarts_fast.drop_in import complete_momentum
+from rfdarts_fast.ops import use_backend
 
 from .architects import PublishedArchitect, TrainableArchitect
 from .common import MODULES, batch, freeze_convolutions, pair
@@ -58,14 +60,14 @@ def test_second_order_with_random_features():
     reference.load_state_dict(ours.state_dict())
     start = copy.deepcopy(ours.state_dict())
     before = frozen_tensors(ours)
-    optimizer = sgd(ours)
-    complete_momentum(optimizer)
-    actual = search(ours, PublishedArchitect(ours), optimizer, True)
+    actual = search(ours, PublishedArchitect(ours), sgd(ours), True)
     expected = search(reference, TrainableArchitect(reference), sgd(reference), True)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-7)
     # without the momentum the gradients are visibly others
     _, other = pair("darts", 4, 3, nodes=2)
     other.load_state_dict(start)
+    for parameter in other.parameters():
+        vars(parameter).clear()
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
             search(other, PublishedArchitect(other), sgd(other), True), expected, rtol=1e-3, atol=1e-7
@@ -73,6 +75,20 @@ def test_second_order_with_random_features():
     after = frozen_tensors(ours)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(p.grad is None for p in ours.parameters() if not p.requires_grad)
+
+
+def test_second_order_on_an_accelerated_network():
+    theirs, _ = pair("darts", 4, 3, nodes=2)
+    rfdarts_fast.accelerate(theirs)
+    reference = copy.deepcopy(theirs)
+    start, before = copy.deepcopy(theirs.state_dict()), frozen_tensors(theirs)
+    actual = search(theirs, PublishedArchitect(theirs), sgd(theirs), True)
+    with use_backend("reference"):
+        expected = search(reference, TrainableArchitect(reference), sgd(reference), True)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-7)
+    after = frozen_tensors(theirs)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not all(torch.equal(value, start[name]) for name, value in theirs.state_dict().items())
 
 
 def test_complete_momentum_takes_no_memory_and_survives_a_checkpoint():

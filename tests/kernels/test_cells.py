@@ -358,29 +358,67 @@ def test_backward_twice(backend):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("concat", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [dict(nodes=1), dict(), dict(concat=True), dict(concat=True, memory="recompute"), dict(train=False)],
+    ids=str,
+)
 @EVERYWHERE
-def test_a_changed_state_is_noticed_before_the_backward_pass(backend, concat):
+def test_outputs_may_be_changed_in_place(backend, options):
+    shape = {name: options[name] for name in ("nodes", "train") if name in options}
+    call = {name: options[name] for name in ("concat", "memory") if name in options}
+    problem = small(backend, inputs=1, primitives=("skip_connect", "sep_conv_3x3", "noise"), **shape)
+    results = []
+    for change in (lambda y: y.mul_(2).relu_(), lambda y: (2 * y).relu()):
+        edges, inputs, weights = problem.leaves(backend)
+        outputs = problem.compute(backend, edges, inputs, *weights, **call)
+        loss = sum(change(y).square().sum() for y in outputs)
+        leaves = [*inputs, *weights, *(p for p in edges.parameters() if p.requires_grad)]
+        results += [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)]
+        with torch.no_grad():
+            outputs[0].zero_()
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))
+
+
+@EVERYWHERE
+def test_trains_after_a_pass_in_inference_mode(backend):
     problem = small(backend, inputs=1, nodes=1)
     edges, inputs, weights = problem.leaves(backend)
-    [node] = problem.compute(backend, edges, inputs, *weights, concat=concat)
-    node.detach().add_(1)
-    with pytest.raises(RuntimeError, match="inplace"):
-        node.sum().backward()
+    with torch.inference_mode():
+        problem.compute(backend, edges, inputs, *weights)
+    [node] = problem.compute(backend, edges, inputs, *weights)
+    assert torch.autograd.grad(node.sum(), weights)[0].isfinite().all()
 
 
+CHANGES = {
+    "drawn anew": nn.init.normal_,
+    "data": lambda weight: weight.data.mul_(2),
+    "other data": lambda weight: setattr(weight, "data", torch.randn_like(weight)),
+    "NumPy": lambda weight: weight.detach().numpy().fill(0.2),
+    "one number": lambda weight: weight.data[-1, -1, -1].fill_(3.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @EVERYWHERE
-def test_frozen_weights_that_change_are_packed_again(backend):
+def test_frozen_weights_that_change_are_packed_again(backend, change):
+    if backend.device != "cpu" and change in ("data", "NumPy", "one number"):
+        pytest.skip("changes that nobody counts are noticed on the CPU")
     problem = CellProblem((2, 4, 6), inputs=1, nodes=1, primitives=("sep_conv_3x3", "dil_conv_3x3"))
     edges, inputs, weights = problem.leaves(backend)
-    problem.compute(backend, edges, inputs, *weights)
-    for conv in edges.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.normal_(conv.weight)
-    found, expected = (
+    [before] = problem.compute(backend, edges, inputs, *weights)
+    convs = [conv for conv in edges.modules() if isinstance(conv, nn.Conv2d)]
+    for conv in convs[:1] if change == "one number" else convs:
+        CHANGES[change](conv.weight)
+    # what is not seen at once is within so many calls
+    for _ in range(16 if change == "one number" else 0):
+        problem.compute(backend, edges, inputs, *weights)
+    [found], [expected] = (
         problem.compute(each, edges, inputs, *weights) for each in (backend, Oracle(backend.device))
     )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found, before)
 
 
 @EVERYWHERE

@@ -106,7 +106,7 @@ def test_the_drop_in_reads_the_same_registry(monkeypatch):
     edges = [("skip_connect", "sep_conv_3x3", "blur_3x3")] * 5
     network = forks.RobustNetwork(4, 10, 3, None, 2, 2, primitives={"normal": edges, "reduce": edges})
     report = rfdarts_fast.accelerate(network)
-    assert network.cells[0]._ops[0].primitives == edges[0]
+    assert network.cells[0]._ops[0].rfdarts.edges[0].primitives == edges[0]
     assert len([path for path in report.replaced if "_ops" in path]) == 15 and not report.left
     # without the entry nobody knows what it is
     del PRIMITIVES["blur_3x3"]

@@ -8,81 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted_runs import COMMANDS
 from same_run import assert_same_run
 
 from rfdarts_fast.ops import backends
-from rfdarts_fast.retrain import TrainConfig, evaluate_run, train
-from rfdarts_fast.retrain.run import TrainRun
-from rfdarts_fast.runs.checkpoint import CheckpointError
+from rfdarts_fast.retrain import evaluate_run
+from rfdarts_fast.runs.checkpoint import CheckpointError, save_checkpoint
 from rfdarts_fast.runs.run_folder import RunFolderError, read_config
-from rfdarts_fast.search import SearchConfig, search
-from rfdarts_fast.search.run import SearchRun
+from rfdarts_fast.runs.schema import LATER_PARTS
+from rfdarts_fast.search import SearchConfig
 
 WAY_OUT = "go on with the version of rfdarts_fast that wrote it (its environment.json names it), or start"
-COMMON = {"device": "cpu", "dataset": "npz", "channels": 4, "layers": 1, "batch_size": 4, "epochs": 2}
-SEARCH = {
-    **COMMON,
-    "space": "s2",
-    "method": "rf-pcdarts",
-    "partial_channels": 2,
-    "edge_norm": True,
-    "learning_rate": 0.1,
-    "learning_rate_min": 0.0,
-    "arch_learning_rate": 6e-4,
-    "backend": "cpu" if backends()["cpu"].status()["built"] else "reference",
-}
-TRAIN = {**COMMON, "auxiliary": False, "cutout": 0}
-COMMANDS = {
-    "search": (SearchConfig, SEARCH, search, SearchRun),
-    "train": (TrainConfig, TRAIN, train, TrainRun),
-}
-
-
-class Interrupt(Exception):
-    pass
-
-
-class Runs:
-    """A command's run that was left alone, and one that was interrupted in its second epoch."""
-
-    def __init__(self, command, npz, folder):
-        self.command = command
-        self.config_class, options, self.start, run_class = COMMANDS[command]
-        self.options = {**options, "data_root": npz}
-        self.whole, self.interrupted = folder / "whole", folder / "interrupted"
-        self.go_on(self.whole)
-        with pytest.MonkeyPatch.context() as patch:
-            step = run_class.train_step
-
-            def interrupted_step(run, *batch):
-                if (run.epoch, run.step) == (1, 1):
-                    raise Interrupt
-                step(run, *batch)
-
-            patch.setattr(run_class, "train_step", interrupted_step)
-            with pytest.raises(Interrupt):
-                self.go_on(self.interrupted)
-
-    def go_on(self, folder, **changes):
-        return self.start(self.config_class(**{**self.options, "out": folder, **changes}))
-
-    def older(self, folder, change):
-        """A copy of the interrupted run's folder whose config.json is changed."""
-        shutil.copytree(self.interrupted, folder)
-        values = json.loads((folder / "config.json").read_text())
-        change(values)
-        (folder / "config.json").write_text(json.dumps(values))
-        return folder
-
-
-@pytest.fixture(scope="module")
-def all_runs(tiny_npz, tmp_path_factory):
-    return {command: Runs(command, tiny_npz, tmp_path_factory.mktemp(command)) for command in COMMANDS}
-
-
-@pytest.fixture(params=COMMANDS)
-def runs(request, all_runs):
-    return all_runs[request.param]
 
 
 def contents(folder):
@@ -114,8 +50,15 @@ def test_a_folder_of_0_1_0(all_runs, tmp_path, command):
     config = Path(__file__).parent / "folders" / f"{command}-0.1.0.json"
     folder = all_runs[command].older(tmp_path / "run", lambda values: None)
     shutil.copy(config, folder / "config.json")
+    # its checkpoints had no version and no checksum, and none was kept of the one before
+    for file in folder.glob("*.pt"):
+        state = torch.load(file, weights_only=True)
+        torch.save({name: part for name, part in state.items() if name not in LATER_PARTS}, file)
+    (folder / "checkpoint.previous.pt").unlink()
+    (folder / "data.json").unlink()
     all_runs[command].go_on(folder)
-    assert_same_run(folder, all_runs[command].whole)
+    # the checkpoint that was gone on from is the previous one now
+    assert_same_run(folder, all_runs[command].whole, ignored=LATER_PARTS)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +100,7 @@ def test_a_part_that_a_checkpoint_lacks(all_runs, tmp_path, command, part):
     folder = all_runs[command].older(tmp_path / "run", lambda values: None)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     del state[part]
-    torch.save(state, folder / "checkpoint.pt")
+    save_checkpoint(folder / "checkpoint.pt", state)
     error = message(f"checkpoint: {folder}/checkpoint.pt ", f"has no '{part}'")
     with pytest.raises(CheckpointError, match=error):
         all_runs[command].go_on(folder)
@@ -167,7 +110,7 @@ def test_a_network_of_other_parameters(runs, tmp_path):
     folder = runs.older(tmp_path / "run", lambda values: None)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     state["network"]["head.weight"] = state["network"].pop("classifier.weight")
-    torch.save(state, folder / "checkpoint.pt")
+    save_checkpoint(folder / "checkpoint.pt", state)
     error = message(f"checkpoint: {folder}/checkpoint.pt ", "head.weight")
     with pytest.raises(CheckpointError, match=error) as raised:
         runs.go_on(folder)
@@ -189,11 +132,21 @@ def test_evaluation_of_older_folders(all_runs, tmp_path):
     [
         ({"swish": True}, RunFolderError, "run: {}", "swish (True there)"),
         ({"schedule": "poly"}, RunFolderError, "run: {}", "schedule: expected cosine"),
-        ({"channels": 8}, CheckpointError, "checkpoint: {}/best.pt", "size mismatch"),
+        ({"channels": 8}, CheckpointError, "checkpoint: {}/best.pt", "channels is 4 in the checkpoint and 8"),
     ],
     ids=["option", "value", "network"],
 )
 def test_evaluation_names_what_does_not_fit(all_runs, tmp_path, change, error, start, part):
     folder = all_runs["train"].older(tmp_path / "run", lambda values: values.update(change))
     with pytest.raises(error, match=message(start.format(folder), part)):
+        evaluate_run(folder)
+
+
+def test_evaluation_of_another_network(all_runs, tmp_path):
+    """A checkpoint of 0.1.0 does not tell its options, but its tensors do."""
+    folder = all_runs["train"].older(tmp_path / "run", lambda values: values.update(channels=8))
+    state = torch.load(folder / "best.pt", weights_only=True)
+    torch.save({"network": state["network"]}, folder / "best.pt")
+    shapes = "network.stem.0.weight: expected float32 [24, 3, 3, 3], got float32 [12, 3, 3, 3]"
+    with pytest.raises(CheckpointError, match=message(f"checkpoint: {folder}/best.pt", shapes)):
         evaluate_run(folder)

@@ -27,7 +27,7 @@ def test_twenty_steps(tiny_search, tmp_path, method):
             dataset="digits",
             data_root=None,
             layers=3,
-            batch_size=16,
+            batch_size=8,
             epochs=1,
             arch_warmup_epochs=0,
             out=tmp_path / f"{backend}-{dtype}",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rfdarts_fast.ops import functional
 from rfdarts_fast.ops.contract import CellPlan, ReLUConvBNLayer
+from rfdarts_fast.ops.outputs import Outputs
 
 
 def channels_inside(x: Tensor) -> Tensor:
@@ -103,26 +104,27 @@ class CellFunction(torch.autograd.Function):
         nodes, concat, branch_outputs, used_moments = options.ops.cell_forward(
             **tensors, **options.numbers, moments=moments, concat=options.concat
         )
-        # the parts of the concatenation hold the same values, and it lives on anyway
-        _save(ctx, **tensors, moments=used_moments, nodes=[concat] if options.concat else nodes)
-        ctx.options, ctx.training, ctx.node_count = options, moments is None, len(nodes)
-        # the backward uses them up
+        # no views to autograd, which users may change in place
+        outputs = [concat.data] if options.concat else [node.data for node in nodes]
+        _save(ctx, **tensors, moments=used_moments)
+        ctx.options, ctx.training = options, moments is None
+        # the backward uses them up; the parts of the concatenation hold the same values, and it lives on
+        # anyway; no edge reads the last node
+        ctx.outputs = Outputs(outputs if options.concat else outputs[:-1])
         ctx.branch_outputs = None if options.recompute else branch_outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(used_moments)
-        return (concat, used_moments) if options.concat else (*nodes, used_moments)
+        return *outputs, used_moments
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         options, shared = ctx.options, _saved(ctx) | ctx.options.numbers
         noise, edge_weights = shared.pop("noise"), shared.pop("edge_weights")
-        node_grads = list(grads[:-1])
+        node_grads: list[Any] = list(grads[:-1])
+        if all(grad is None for grad in node_grads):
+            return (None,) * len(ctx.needs_input_grad)
         if options.concat:
-            shared["nodes"] = list(shared["nodes"][0].chunk(ctx.node_count, dim=1))
-            whole = node_grads[0]
-            node_grads = (
-                [None] * ctx.node_count if whole is None else list(whole.chunk(ctx.node_count, dim=1))
-            )
+            node_grads = list(node_grads[0].chunk(options.plan.nodes, dim=1))
         if torch.is_grad_enabled():
             moments = None if ctx.training else shared["moments"]
 
@@ -141,14 +143,25 @@ class CellFunction(torch.autograd.Function):
             ]
             needed = ctx.needs_input_grad[3:]
             return None, None, None, *functional.gradients(nodes, arguments, needed, node_grads)
-        branch_outputs, ctx.branch_outputs = ctx.branch_outputs, None
+        dense = [channels_inside(grad) for grad in node_grads if grad is not None]
+        kept, branch_outputs, ctx.branch_outputs = ctx.outputs.take(), ctx.branch_outputs, None
+        if kept is None:
+            # used up, or changed in place
+            again = shared | dict(noise=noise, edge_weights=edge_weights, concat=False)
+            again["moments"] = None if ctx.training else shared["moments"]
+            shared["nodes"], _, branch_outputs, _ = options.ops.cell_forward(**again)
+        elif options.concat:
+            shared["nodes"] = list(kept[0].chunk(options.plan.nodes, dim=1))
+        else:
+            # in place of the last node
+            shared["nodes"] = [*kept, dense[0]]
         if branch_outputs is None:
             branch_outputs = options.ops.cell_branch_outputs(**shared)
         # inputs are the last arguments of `forward`
         needs_input_grad = [i for i, needed in enumerate(ctx.needs_input_grad[7:]) if needed]
         grad_inputs, grad_gamma, grad_beta, grad_op_weights, grad_edge_weights = options.ops.cell_backward(
             **shared,
-            grads=[channels_inside(grad) for grad in node_grads if grad is not None],
+            grads=dense,
             grad_nodes=[i for i, grad in enumerate(node_grads) if grad is not None],
             noise=noise,
             edge_weights=edge_weights,

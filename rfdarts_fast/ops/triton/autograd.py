@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rfdarts_fast.ops.contract import CellCall, CellPlan
 from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
+from rfdarts_fast.ops.outputs import Outputs
 from rfdarts_fast.ops.triton.cell import Cell, Options, node_places
 from rfdarts_fast.ops.triton.layout import layout_of
 
@@ -92,13 +93,17 @@ class CellFunction(torch.autograd.Function):
             fill_noise(cell, noise)
             cell.forward()
         ctx.options = options
-        outputs = tuple(noise) if options.recompute else (branch_outputs.to(options.stored), argmax)
-        ctx.save_for_backward(states, *parameters, *outputs)
+        branches = () if options.recompute else (branch_outputs.to(options.stored), argmax)
+        ctx.save_for_backward(states, *parameters, *noise, *branches)
         ctx.set_materialize_grads(False)
         if options.concat:
-            return (states[nodes_at:].view(*size, plan.nodes * channels).permute(0, 3, 1, 2),)
-        nodes = states[nodes_at:].view(plan.nodes, *size, channels)
-        return tuple(node.permute(0, 3, 1, 2) for node in nodes)
+            nodes = [states[nodes_at:].view(*size, plan.nodes * channels)]
+        else:
+            nodes = [*states[nodes_at:].view(plan.nodes, *size, channels)]
+        # no views to autograd, which users may change in place
+        nodes = [node.permute(0, 3, 1, 2).data for node in nodes]
+        ctx.outputs = Outputs(nodes)
+        return tuple(nodes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -107,15 +112,24 @@ class CellFunction(torch.autograd.Function):
                 "backend: triton has no second derivatives (create_graph=True); use_backend('reference') has"
             )
         options, plan = ctx.options, ctx.options.plan
-        states, moments, rstd, gamma, beta, op_weights, edge_weights, *outputs = ctx.saved_tensors
-        branch_outputs, argmax = empty_branch_outputs(options, states) if options.recompute else outputs
+        states, moments, rstd, gamma, beta, op_weights, edge_weights, *rest = ctx.saved_tensors
+        noise, branches = rest[: plan.noises], rest[plan.noises :]
+        changed = ctx.outputs.take() is None
+        if changed:
+            states = states.clone()
+        if changed or options.recompute:
+            branches = empty_branch_outputs(options, states)
         parameters = moments, rstd, gamma, beta, op_weights, edge_weights
+        branch_outputs, argmax = branches
         cell = Cell(options, states, branch_outputs, argmax, *parameters)
         if options.concat:
             grads = (None,) * plan.nodes if grads[0] is None else grads[0].chunk(plan.nodes, dim=1)
         with torch.cuda.device_of(states):
-            if options.recompute:
-                fill_noise(cell, outputs)
+            if changed or options.recompute:
+                fill_noise(cell, noise)
+            if changed:
+                cell.forward()
+            elif options.recompute:
                 cell.recompute_branch_outputs()
             made = cell.backward(grads, ctx.needs_input_grad[7:])
             term_weights = torch.where(cell.constants.identity, made.edges[:, :1], made.term_weights)
