@@ -2,6 +2,8 @@
 
     python benchmarks/drop_in.py        RF-DARTS and RF-PCDARTS, batch 64, 32x32 images, C 16, 8 cells
     python benchmarks/drop_in.py --rounds 1 --C 4 --layers 3 --batch 4 --image 16      a quick look
+    python benchmarks/drop_in.py --forks --batch 16 --threads 1     `accelerate` on each family of forks: the
+                                                                small supernets of tests/drop_in/gallery.py
 
 A step is what the published search does per batch: an alpha step on a validation batch, a weight step on a
 training batch. Variants take turns, so that other load on the machine meets all of them; the table gives the
@@ -11,18 +13,22 @@ median over the rounds and, against the first row, the median of the ratios with
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rfdarts_fast import nn as rfnn
-from rfdarts_fast.drop_in import darts, pc_darts
+from rfdarts_fast.drop_in import accelerate, darts, pc_darts
 from rfdarts_fast.ops import backends, use_backend
 from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.spaces import get_space
@@ -80,6 +86,29 @@ def measure(rows: dict[str, tuple[str, Step]], rounds: int) -> dict[str, list[fl
     return times
 
 
+def forks(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Name of a family -> how many times faster a step is in each round."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from tests.drop_in.gallery import GALLERY
+
+    images = torch.randn(args.batch, 3, args.image, args.image)
+    labels = torch.randint(5, (args.batch,))
+    ratios = {}
+    for name, make in GALLERY.items():
+        network = make(args.C)
+        after = copy.deepcopy(network)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            accelerate(after)
+        rows = {
+            label: ("auto", search_step(each, each.arch_parameters(), images, labels))
+            for label, each in (("before", network), ("after", after))
+        }
+        times = measure(rows, args.rounds)
+        ratios[name] = [a / b for a, b in zip(times["before"], times["after"], strict=True)]
+    return ratios
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--C", type=int, default=16)
@@ -88,6 +117,7 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--forks", action="store_true", help="`accelerate` on each family of forks")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -95,8 +125,13 @@ def main() -> None:
     kernels = backends()["cpu"].status()
     machine = environment()
     print(f"{machine} kernels {kernels}")
-    figures = {}
-    for method, module in (("RF-DARTS", darts), ("RF-PCDARTS", pc_darts)):
+    figures: dict[str, Any] = {}
+    if args.forks:
+        print("\n| family | times faster |\n| --- | --- |")
+        figures = forks(args)
+        for name, ratios in figures.items():
+            print(f"| {name} | {statistics.median(ratios):.1f} |")
+    for method, module in () if args.forks else (("RF-DARTS", darts), ("RF-PCDARTS", pc_darts)):
         times = measure(variants(module, args), args.rounds)
         first = next(iter(times.values()))
         print(f"\n| {method}, C {args.C}, {args.layers} cells, batch {args.batch} | s/step | times faster |")

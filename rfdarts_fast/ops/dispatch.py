@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rfdarts_fast.ops import hooks, reference
+from rfdarts_fast.ops import functional, hooks, reference
 from rfdarts_fast.ops.backend import backend_name, fall_back, use_backend
 from rfdarts_fast.ops.contract import Backend, CellCall, EdgeModule, Memory, ReLUConvBNLayer, backends
 from rfdarts_fast.ops.plan import plan_of
@@ -159,8 +159,8 @@ def _candidates(x: Tensor) -> list[Backend]:
     # on the meta device only shapes matter
     if name == "reference" or device == "meta":
         return []
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        fall_back("kernels know nothing of torch.func transforms; use_backend('reference') does")
+    if functional.is_transformed():
+        fall_back("kernels have no torch.func transforms and forward mode; use_backend('reference') has")
         return []
     if name != "auto":
         return [backends()[name]]

@@ -1,7 +1,8 @@
 """A planned cell and a ReLU-conv-BN layer as functions of their tensors, in plain PyTorch.
 
 Kernels have a first derivative. Where a graph of it is asked for (`create_graph=True`: Hessian-vector
-products, RobustDARTS's dominant eigenvalue), it is taken of these instead, to be differentiated again.
+products, RobustDARTS's dominant eigenvalue), or many at once (`is_grads_batched=True`), it is taken of these
+instead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from rfdarts_fast.ops.contract import Branch, CellPlan, Edge, Op
 from rfdarts_fast.ops.reference import channel_shuffle
@@ -107,6 +109,15 @@ def relu_conv_bn(
     y = _reduce(x, convs) if len(convs) == 2 else _apply(x, convs)
     mean, variance = (None, None) if moments is None else moments.to(y.dtype)
     return F.batch_norm(y, mean, variance, gamma, beta, moments is None, eps=eps)
+
+
+def is_transformed() -> bool:
+    """True inside torch.func transforms, batched backward passes and forward-mode differentiation."""
+    # nothing tells but the way in
+    level = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed or level > 1 or forward_ad._current_level >= 0
 
 
 def gradients(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rfdarts_fast.runs.files import reason, write_atomic
+from rfdarts_fast.runs.files import read_bytes, reason, write_atomic
 
 VERSION = 2
 """Format of the checkpoints that are written here; older ones are read, too."""
@@ -84,7 +84,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: if a later version wrote it.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise DamagedError(f"checkpoint: {path} cannot be read: {reason(error)}") from None
     if not data.startswith(b"PK\3\4"):

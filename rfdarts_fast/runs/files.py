@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rfdarts_fast.messages import thing_at
+
 
 class WriteError(RuntimeError):
     """A file cannot be written: the disk is full, say, or its folder is gone."""
@@ -27,6 +29,14 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         what = reason(error) if path.parent.exists() else f"the folder {path.parent} is gone"
         raise WriteError(f"{path} cannot be written: {what}") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file; OSError for what is none, such as a FIFO, whose writer would be waited for."""
+    there = thing_at(path)
+    if there not in ("a file", "nothing there"):
+        raise OSError(f"it is {there}")
+    return path.read_bytes()
 
 
 def temporary(path: Path) -> Path:
@@ -90,7 +100,7 @@ class JsonLines:
         """All complete lines with their ends; a line cut off by a kill is left out."""
         if not self.path.exists():
             return []
-        data = self.path.read_bytes()
+        data = read_bytes(self.path)
         return data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
 
     def read(self) -> list[dict[str, Any]]:

@@ -80,14 +80,13 @@ def parse_options(options_class: type[Options], args: list[str], prog: str, **ho
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(options_class, prog=prog, args=args, **how)
+            options = tyro.cli(options_class, prog=prog, args=args, **how)
     except SystemExit as stop:
         if stop.code != 2:
             raise
         raise ConfigError(_first_paragraph(printed.getvalue())) from None
-    finally:
-        if sys.exc_info()[0] is None:
-            sys.stderr.write(printed.getvalue())
+    sys.stderr.write(printed.getvalue())
+    return options
 
 
 def _first_paragraph(box: str) -> str:

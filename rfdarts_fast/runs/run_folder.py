@@ -31,7 +31,7 @@ from rfdarts_fast.runs.checkpoint import (
 )
 from rfdarts_fast.runs.config import ConfigError, RunConfig, from_plain
 from rfdarts_fast.runs.environment import environment
-from rfdarts_fast.runs.files import JsonLines, WriteError, reason, temporary, write_json
+from rfdarts_fast.runs.files import JsonLines, WriteError, read_bytes, reason, temporary, write_json
 from rfdarts_fast.runs.fingerprint import Fingerprint, changes
 from rfdarts_fast.runs.lock import HOLDER, LOCK, FolderLock, InUse
 
@@ -347,7 +347,7 @@ def _digest(lines: list[bytes]) -> str:
 def read_json(file: Path) -> Any:
     """A file's JSON; RunFolderError if it cannot be read."""
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(read_bytes(file))
     except OSError as error:
         raise RunFolderError(f"run: {file} cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:

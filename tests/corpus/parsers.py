@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from rfdarts_fast.data import load, read_split_file
 from rfdarts_fast.data.photo import read_rgb
 from rfdarts_fast.runs.checkpoint import load_checkpoint
@@ -14,7 +16,7 @@ from rfdarts_fast.runs.run_folder import read_config
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.spaces import PUBLISHED, parse, to_json
 
-from . import archives, images, options, texts
+from . import archives, images, options, runs, texts
 from .case import Case, failure
 
 
@@ -61,6 +63,7 @@ SEEDS: dict[str, list[bytes]] = {
     "split": [_SPLIT, gzip.compress(_SPLIT)],
     "npz": [archives.archive(), archives.archive(compression=zipfile.ZIP_DEFLATED)],
     "photo": [images.saved(images.photo(), form) for form in images.FORMATS.values()],
+    "checkpoint": [runs.saved({"epoch": 1, "network": {"weight": torch.ones(3)}})],
     "config": [b'{"command": "search", "epochs": 3, "affine": true, "method": "rf-darts", "threads": null}'],
 }
 

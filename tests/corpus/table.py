@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from . import archives, images, options, texts
+from . import archives, images, options, runs, texts
 from .case import Case, tried
 
 
 def all_cases() -> list[Case]:
-    return [case for module in (archives, images, options, texts) for case in module.cases()]
+    return [case for module in (archives, images, options, texts, runs) for case in module.cases()]
 
 
 def failures(cases: Iterable[Case]) -> Iterator[tuple[Case, str | None]]:

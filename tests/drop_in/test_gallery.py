@@ -81,9 +81,12 @@ def test_computes_what_the_fork_computes(name):
     loss_of(ours).backward()
     optimizer.step()
     uncalled = tuple(f"{path}." for path in report.never_called)
-    for name, parameter in ours.named_parameters():
-        idle = not parameter.requires_grad or name.startswith(uncalled)
-        assert torch.equal(parameter, before[name]) == idle, name
+    idle = {n for n, p in ours.named_parameters() if not p.requires_grad or n.startswith(uncalled)}
+    if name == "sampling":
+        sampled_out = {n for n, p in ours.named_parameters() if p.grad is None} - idle
+        assert len(sampled_out) > 10 and all("._ops." in n for n in sampled_out)
+        idle |= sampled_out
+    assert idle == {n for n, p in ours.named_parameters() if torch.equal(p, before[n])}
 
     other = pickle.loads(pickle.dumps(ours.eval()))
     assert_equal(other(images()[0]), ours(images()[0]))

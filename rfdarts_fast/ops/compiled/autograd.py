@@ -125,7 +125,7 @@ class CellFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if options.concat:
             node_grads = list(node_grads[0].chunk(options.plan.nodes, dim=1))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or functional.is_transformed():
             moments = None if ctx.training else shared["moments"]
 
             def nodes(
@@ -230,7 +230,7 @@ class ReLUConvBNFunction(torch.autograd.Function):
         if all(grad is None for grad in grads[:count]):
             return (None,) * len(ctx.needs_input_grad)
         shared = _saved(ctx) | options.numbers
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or functional.is_transformed():
             moments = options.moments or [None] * count
 
             def outputs(x: Tensor, *gammas_betas: Tensor) -> list[Tensor]:

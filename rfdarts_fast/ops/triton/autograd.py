@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rfdarts_fast.ops.contract import CellCall, CellPlan
 from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
+from rfdarts_fast.ops.functional import is_transformed
 from rfdarts_fast.ops.outputs import Outputs
 from rfdarts_fast.ops.triton.cell import Cell, Options, node_places
 from rfdarts_fast.ops.triton.layout import layout_of
@@ -107,9 +108,10 @@ class CellFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_transformed():
             raise RuntimeError(
-                "backend: triton has no second derivatives (create_graph=True); use_backend('reference') has"
+                "backend: triton has neither second derivatives (create_graph=True) nor batched ones; "
+                "use_backend('reference') has"
             )
         options, plan = ctx.options, ctx.options.plan
         states, moments, rstd, gamma, beta, op_weights, edge_weights, *rest = ctx.saved_tensors
