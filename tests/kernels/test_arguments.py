@@ -128,7 +128,7 @@ COUNTS = {"one less": lambda x: x[:-1], "one more": lambda x: [*x, x[-1]]}
 
 
 def is_list(value):
-    return isinstance(value, list) and isinstance(value[0], torch.Tensor)
+    return isinstance(value, list) and all(map(torch.is_tensor, value))
 
 
 def change_last(value, change):
@@ -151,6 +151,16 @@ SAID = {"gammas": "(gammas|betas)", "moments": "(moments|running_means)"}
 def refused(op, arguments, name, error=ValueError):
     with pytest.raises(error, match=rf"\b{name}\b"):
         getattr(torch.ops.rfdarts, op)(**arguments)
+
+
+def refused_of_fakes(op, arguments, name):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+        def fake(value):
+            return [mode.from_tensor(x) for x in value] if is_list(value) else mode.from_tensor(value)
+
+        arguments = {k: fake(v) if is_list(v) or torch.is_tensor(v) else v for k, v in arguments.items()}
+        refused(op, arguments, name, Exception)
 
 
 @pytest.mark.parametrize("op", FAKES)
@@ -184,15 +194,16 @@ def test_lists_are_counted(op, name, count):
 def test_fakes_check_shapes(op, name, change):
     if name in ("x", "inputs", "gammas") or (op, name) == ("update_running_stats", "num_batches_tracked"):
         pytest.skip("other arguments are measured against it")
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    arguments = arguments_of(op)
+    arguments[name] = change_last(arguments[name], CHANGES[change])
+    refused_of_fakes(op, arguments, SAID.get(name, name))
 
-        def fake(value):
-            return [mode.from_tensor(x) for x in value] if is_list(value) else mode.from_tensor(value)
 
-        arguments = arguments_of(op)
-        arguments[name] = change_last(arguments[name], CHANGES[change])
-        arguments = {k: fake(v) if is_list(v) or torch.is_tensor(v) else v for k, v in arguments.items()}
-        refused(op, arguments, SAID.get(name, name), Exception)
+@pytest.mark.parametrize("op", ["cell_forward", "cell_branch_outputs", "cell_backward"])
+@pytest.mark.parametrize("change", [lambda inputs: [], lambda inputs: [x[0] for x in inputs]])
+def test_fakes_check_the_first_input(op, change):
+    arguments = arguments_of(op)
+    refused_of_fakes(op, arguments | {"inputs": change(arguments["inputs"])}, "inputs")
 
 
 BRANCH = 6

@@ -35,11 +35,12 @@ class _Cell:
 
     def __init__(self, inputs: list[Tensor], cell: list[int]) -> None:
         self.shape = shape = CellShape.of(cell)
+        _expect_count("inputs", inputs, max(shape.inputs, 1))
         self.x = x = inputs[0]
+        _expect("inputs", x, (None,) * 4)
         self.n, self.channels, h, w = x.shape
         self.mixed = self.channels // shape.K
         self.h, self.w = h // shape.stride, w // shape.stride
-        _expect_count("inputs", inputs, shape.inputs)
         for state in inputs:
             _expect("inputs", state, (self.n, self.channels, None, None))
 
