@@ -31,8 +31,8 @@ struct NormBackward {
   }
   __device__ __forceinline__ A operator()(int i, A g, A y) const {
     // with running statistics slope is 0, whatever y is: an infinity or NaN too
-    A of_statistics = slope[i] != A(0) ? slope[i] * (y - mean[i]) + shift[i] : shift[i];
-    return scale[i] * g + of_statistics;
+    A distance = slope[i] != A(0) ? y - mean[i] : A(0);
+    return scale[i] * g + (slope[i] * distance + shift[i]);
   }
 };
 

@@ -334,7 +334,7 @@ def test_folders_in_the_place_of_files(all_runs, tmp_path, name):
     (folder / name).unlink()
     (folder / name).mkdir()
     (folder / PREVIOUS).unlink()
-    with pytest.raises((RunFolderError, CheckpointError), match="Is a directory"):
+    with pytest.raises((RunFolderError, CheckpointError), match="it is a folder"):
         runs.go_on(folder)
 
 
