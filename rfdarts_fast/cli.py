@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from rfdarts_fast.data import DataError
+from rfdarts_fast.messages import reason
 from rfdarts_fast.ops import BackendError
 from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.retrain.config import preset_values as train_preset
 from rfdarts_fast.runs.checkpoint import CheckpointError
 from rfdarts_fast.runs.config import ConfigError, require_positive
-from rfdarts_fast.runs.files import reason
 from rfdarts_fast.runs.options import as_typed, parse_config, parse_options
 from rfdarts_fast.runs.output import complain, repair_streams, say, silence
 from rfdarts_fast.runs.run import RunFailed, in_one_line, out_of_memory

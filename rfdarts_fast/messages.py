@@ -25,8 +25,9 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The reason that an error of a library gives, or the name of its class where it gives none."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    """The reason that an error gives, in the system's words where it has them, or the name of its class."""
+    words = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    return words or type(error).__name__
 
 
 def first_few(names: list[str], count: int = 5, separator: str = ", ") -> str:

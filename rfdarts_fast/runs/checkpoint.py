@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rfdarts_fast.runs.files import read_bytes, reason, write_atomic
+from rfdarts_fast.messages import reason
+from rfdarts_fast.runs.files import read_bytes, write_atomic
 
 VERSION = 2
 """Format of the checkpoints that are written here; older ones are read, too."""

@@ -9,16 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rfdarts_fast.messages import thing_at
+from rfdarts_fast.messages import reason, thing_at
 
 
 class WriteError(RuntimeError):
     """A file cannot be written: the disk is full, say, or its folder is gone."""
-
-
-def reason(error: OSError) -> str:
-    """The system's words for an error, in one line."""
-    return error.strerror or " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager

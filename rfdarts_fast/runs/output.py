@@ -9,7 +9,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from rfdarts_fast.runs.files import reason
+from rfdarts_fast.messages import reason
 
 
 def repair_streams() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rfdarts_fast.messages import reason
 from rfdarts_fast.runs.config import ConfigError
-from rfdarts_fast.runs.files import reason
 from rfdarts_fast.runs.output import say
 
 

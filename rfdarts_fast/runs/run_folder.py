@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from rfdarts_fast.messages import reason
 from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import (
     ANOTHER_VERSION,
@@ -31,7 +32,7 @@ from rfdarts_fast.runs.checkpoint import (
 )
 from rfdarts_fast.runs.config import ConfigError, RunConfig, from_plain
 from rfdarts_fast.runs.environment import environment
-from rfdarts_fast.runs.files import JsonLines, WriteError, read_bytes, reason, temporary, write_json
+from rfdarts_fast.runs.files import JsonLines, WriteError, read_bytes, temporary, write_json
 from rfdarts_fast.runs.fingerprint import Fingerprint, changes
 from rfdarts_fast.runs.lock import HOLDER, LOCK, FolderLock, InUse
 
