@@ -22,7 +22,7 @@ ALLOWED = {
     "retrain": {"nn", "data", "runs", "spaces", "ops", "messages"},
     "drop_in": {"nn", "data", "runs", "spaces", "ops"},
     "bench": {"nn", "data", "runs", "spaces", "ops", "search", "retrain", "drop_in"},
-    "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops"},
+    "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops", "messages"},
     "__main__": {"cli"},
     # the package itself offers `accelerate` and `use_backend`, imported on first use
     "__init__": {"drop_in", "ops"},
