@@ -65,6 +65,27 @@ struct Conv1x1Backward {
   NormBackward<T, T, T> norm;
 };
 
+// A frozen convolution of NAS-Bench-201, kernel 1 or 3: weights [kernel^2][C in][C out], and for kernel 3 those of
+// Winograd's products, [16][C in][C out]. Of the backward: [C out][C in], taps from last to first.
+template <class T, class S>
+struct NorConv {
+  int kernel;
+  const T *weights, *transformed;
+  ConvOutput<S> out;
+};
+template <class T, class S>
+struct NorConvBackward {
+  int kernel;
+  const T *weights, *transformed;
+  NormBackward<T, T, S> norm;
+};
+// 2x2 tiles that go through the products together, and how far apart the values of two places lie: not a power of two
+constexpr int64_t kStripTiles = 16, kPlaceSkew = 32;
+inline int64_t nor_conv_pitch(int64_t w, int64_t c) {
+  int64_t tiles = (w + 1) / 2;
+  return (kStripTiles + tiles - 1) / tiles * tiles * c + kPlaceSkew;
+}
+
 // The gradient of a state, of which the mixed op takes the first C / K channels and the others bypass it:
 // dx = [mixed | 0] + outer + sum over edges of edge_weights[e] unshuffle(g[e]) without the mixed op's channels.
 template <class T>
@@ -114,6 +135,9 @@ struct ScratchSize {
   static constexpr int64_t moments(int64_t ci, int64_t co) { return 3 * padded(co) + padded(ci); }
   static constexpr int64_t conv_forward(int64_t ow, int64_t c) { return moments(c, c) + strip(ow * c); }
   static constexpr int64_t conv_backward(int64_t ow, int64_t c) { return strip(ow * c); }
+  // what is transformed and its products; moments of n convolutions, or a strip of gradients
+  static int64_t nor_convs_forward(int64_t w, int64_t c, int64_t n) { return 32 * nor_conv_pitch(w, c) + 3 * n * period(c); }
+  static int64_t nor_convs_backward(int64_t w, int64_t c) { return 36 * nor_conv_pitch(w, c); }
   static constexpr int64_t reduce_forward(int64_t ow, int64_t c) { return moments(2 * c, c) + ow * 2 * c; }
   static constexpr int64_t reduce_backward(int64_t ow, int64_t c) { return ow * c + ow * 2 * c; }
   // maxima, sums and shares of a row, with a pixel of border
@@ -142,6 +166,8 @@ struct Kernels {
   int64_t (*period)(int64_t c);
   Frame (*frame)(Size size, int stride);
 
+  Frame (*nor_frame)(Size size);
+
   // dst frame = relu(x)
   void (*frame_relu)(ImageView<T> x, Size size, Frame frame, T* dst);
   // dst frame = relu(scale y + shift); scale, shift [period]
@@ -150,6 +176,9 @@ struct Kernels {
   // y = pointwise(depthwise(x)), x framed; size: of x
   void (*conv_forward)(const T* x, Frame frame, Size size, const Conv<T>& conv, const ConvOutput<S>& out, T* scratch,
                        Ahead& ahead);
+  // Several convolutions of x, in a frame of nor_frame.
+  void (*nor_convs_forward)(const T* x, Frame frame, Size size, int n, const NorConv<T, S>* convs, T* scratch,
+                            Ahead& ahead);
   // FactorizedReduce: y = [w1 x(2r, 2q) | w2 x(2r+1, 2q+1)], both as one [2C, C] matrix.
   void (*reduce_forward)(const T* x, Frame frame, Size size, const T* pw, const ConvOutput<S>& out, T* scratch,
                          Ahead& ahead);
@@ -183,6 +212,9 @@ struct Kernels {
   // the same where g is stored as a branch output
   void (*conv_backward_stored)(const NormBackward<T, S, S>& norm, Size size, const Conv<T>& conv, Frame frame,
                                T* framed, bool add, T* dx, T* scratch, Ahead& ahead);
+  // dx = the gradients before nor_convs_forward, summed; framed: an image in a frame for each 3x3 convolution
+  void (*nor_convs_backward)(int n, const NorConvBackward<T, S>* convs, Size size, Frame frame, T* framed, T* dx,
+                             T* scratch, Ahead& ahead);
   // dx += the gradient before reduce_forward
   void (*reduce_backward)(const NormBackward<T, T, S>& norm, Size size, const T* pw_t, T* dx, T* scratch,
                           Ahead& ahead);

@@ -24,8 +24,10 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
   Frame frame = k.frame(this->run.output_size(), source.stride);
   BatchView<T> outside;  // the gradient from outside the cell
   T* dx;
+  // those of NAS-Bench-201 come first
   std::vector<Term> convs;
-  int64_t work = 0;
+  int64_t nor_convs = 0, nor_frames = 0, work = 0;
+  Frame nor_frame = k.nor_frame(this->run.source_size(s));
   // per edge: gradients at its node, of the mixed op's channels and, where channels bypass it, of all
   std::vector<const T*> mixed_grads, node_grads;
   std::vector<T> edge_weights;
@@ -46,7 +48,11 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
       edge_weights.push_back(T(run.edge_weight(e)));
       for (int p = 0; p < cell.primitives; p++) {
         const Branch& b = cell.edges[e].branches[p];
-        if (b.convolves()) convs.push_back({&b, node}), work += run.work(b);
+        if (b.op == Op::NorConv)
+          convs.insert(convs.begin() + nor_convs++, {&b, node}), nor_frames += b.kernel == 3;
+        else if (b.convolves())
+          convs.push_back({&b, node});
+        if (b.convolves()) work += run.work(b);
         if (b.op == Op::Identity) identity.set(j, run.term_weight(e, p)), has_identity = true;
       }
     }
@@ -57,6 +63,8 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
     for (int64_t j = 0; j < edges; j++)
       for (const Branch& b : cell.edges[source.edges[j]].branches) {
         if (b.op != op) continue;
+        if (b.norm < 0) t.scale.set(j, this->run.term_weight(source.edges[j], &b - cell.edges[source.edges[j]].branches.data()));
+        if (b.norm < 0) continue;
         const Coefficients<T>& norm = this->run.coefficients[b.norm];
         for (int64_t c = 0; c < cm; c++) {
           t.scale.set(j, c, norm.row(kScale)[c]);
@@ -71,7 +79,8 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
 
   // of one thread; sum: of gradients at the mixed op's channels, behind the ReLU; at_output: see add_bypass
   struct Room {
-    T *framed, *dx, *sum, *scratch, *d_max, *d_avg, *at_output;
+    T *framed, *nor_framed, *dx, *sum, *scratch, *d_max, *d_avg, *at_output;
+    std::vector<NorConvBackward<T, S>> nor_convs;
     typename CellContext<T, S>::PoolRoom pools;
     std::vector<const T*> streams, node_grads;
     FetchQueue rest;
@@ -79,11 +88,13 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
       const Source& source = state.source;
       int64_t cm = state.cm, ow = state.cell.ow, channels = state.cell.channels, count = source.h * source.w * cm;
       bool pooled_bypass = state.cell.K > 1 && source.stride == 2;
-      framed = room.take<T>(state.frame.size, true);
+      framed = room.take<T>(state.convs.size() > size_t(state.nor_convs) ? state.frame.size : 0, true);
+      nor_framed = room.take<T>(state.nor_frames * state.nor_frame.size, true);
       dx = room.take<T>(count);
       sum = room.take<T>(count);
       scratch = room.take<T>(std::max({ScratchSize<T>::conv_backward(ow, cm), ScratchSize<T>::reduce_backward(ow, cm),
                                        source.pools ? ScratchSize<T>::pool_backward(source.w, cm) : 0,
+                                       state.nor_convs ? ScratchSize<T>::nor_convs_backward(source.w, cm) : 0,
                                        ScratchSize<T>::bypass_backward(source.w, channels)}));
       d_max = room.take<T>(source.pools ? state.run.mixed_size : 0);
       d_avg = room.take<T>(source.pools ? state.run.mixed_size : 0);
@@ -130,7 +141,9 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
     // the first of them writes what the others add to
     bool add = convs.empty() || convs[0].branch->op == Op::Reduce;
     if (add) std::fill_n(room.dx, size.h * size.w * cm, T(0));
-    for (const Term& t : convs) {
+    if (nor_convs) add_nor_convs(n, room, ahead), add = true;
+    for (size_t i = nor_convs; i < convs.size(); i++) {
+      const Term& t = convs[i];
       const Branch& b = *t.branch;
       const T* g = run.mixed_grad[t.node] + n * run.mixed_size;
       S* y = run.branch_output(b.output, n);
@@ -148,6 +161,18 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
       }
       add = true;
     }
+  }
+  void add_nor_convs(int64_t n, Room& room, Ahead& ahead) const {
+    room.nor_convs.clear();
+    for (int64_t i = 0; i < nor_convs; i++) {
+      const Branch& b = *convs[i].branch;
+      auto [weights, transformed] = run.nor_conv(b, true);
+      const T* g = run.mixed_grad[convs[i].node] + n * run.mixed_size;
+      room.nor_convs.push_back(
+          {b.kernel, weights, transformed, run.norm_backward(b.norm, g, run.branch_output(b.output, n))});
+    }
+    k.nor_convs_backward(nor_convs, room.nor_convs.data(), run.source_size(s), nor_frame, room.nor_framed, room.dx,
+                         room.scratch, ahead);
   }
   // room.sum: of the identities' gradients
   void add_identities(int64_t n, Room& room) const {

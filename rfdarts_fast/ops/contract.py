@@ -74,9 +74,10 @@ class Op(IntEnum):
     SEP_CONV = 5
     DIL_CONV = 6
     NOISE = 7
+    NOR_CONV = 8
 
 
-_OUTPUTS = {Op.SEP_CONV: 2, Op.DIL_CONV: 1, Op.REDUCE: 1}
+_OUTPUTS = {Op.SEP_CONV: 2, Op.DIL_CONV: 1, Op.REDUCE: 1, Op.NOR_CONV: 1}
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ class Branch:
     """One candidate operation of an edge.
 
     Attributes:
-        kernel, dilation: of depthwise convolutions, else 0.
+        kernel, dilation: of depthwise convolutions and NOR_CONV, which has no dilation, else 0.
         convs: frozen convolutions: [depthwise, pointwise] once (DIL_CONV) or twice (SEP_CONV), or the two of
-            FactorizedReduce (REDUCE).
+            FactorizedReduce (REDUCE), or one from all channels to all (NOR_CONV).
         norm: row of the last BatchNorm in gamma, beta and moments; -1 without one.
         inner_norm: row of the BatchNorm between the halves of SEP_CONV, else -1.
         noise: index of the drawn tensor of NOISE, else -1.
@@ -109,6 +110,8 @@ class Branch:
         """Numbers in the packed convolutions, for so many mixed channels; see `compiled.packing`."""
         if self.op is Op.REDUCE:
             return 4 * channels * channels
+        if self.op is Op.NOR_CONV:
+            return (2 if self.kernel == 1 else 2 * (9 + 16)) * channels * channels
         return self.outputs * channels * (self.kernel * self.kernel + 2 * channels)
 
 

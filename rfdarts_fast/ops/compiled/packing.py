@@ -12,7 +12,8 @@ from rfdarts_fast.ops.contract import Branch, CellPlan, FrozenConvs, Op, ReLUCon
 
 def cell_weights(plan: CellPlan, dtype: torch.dtype) -> Tensor:
     """All convolutions of a cell, branch after branch, for C mixed channels. A pair is [k * k, C], then
-    [C, C] from input to output, then its transpose; FactorizedReduce [2 C, C] and its transpose."""
+    [C, C] from input to output, then its transpose; FactorizedReduce [2 C, C] and its transpose. NOR_CONV:
+    [k * k, C, C] from input to output, then of the transposed convolution; both again for `winograd`."""
 
     def pack() -> Tensor:
         parts = [part.reshape(-1) for branch in plan.branches() for part in _branch(branch)]
@@ -48,11 +49,30 @@ def _matrix(conv: nn.Conv2d) -> Tensor:
     return conv.weight.flatten(1).t()
 
 
+# Lavin and Gray, arXiv 1509.09308, section 4.1: what 3x3 weights are multiplied with from both sides
+_WINOGRAD = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+
+
+def winograd(taps: Tensor) -> Tensor:
+    """Weights [9, C in, C out] as F(2x2, 3x3) multiplies them, [16, C in, C out]."""
+    both = torch.kron(_WINOGRAD, _WINOGRAD).to(taps.device)
+    return torch.einsum("pt,tio->pio", both, taps.double()).to(taps.dtype)
+
+
+def nor_conv(conv: nn.Conv2d) -> list[Tensor]:
+    """An ordinary convolution and its transpose, tap by tap, and 3x3 ones for `winograd` too."""
+    taps = conv.weight.flatten(2).permute(2, 1, 0)
+    both = [taps, taps.flip(0).mT]
+    return both if len(taps) == 1 else [*both, *map(winograd, both)]
+
+
 def _branch(branch: Branch) -> list[Tensor]:
     convs = branch.convs
     if branch.op is Op.REDUCE:
         both = reduce_matrix(convs[0], convs[1])
         return [both, both.t()]
+    if branch.op is Op.NOR_CONV:
+        return nor_conv(convs[0])
     parts = []
     for depthwise, pointwise in zip(convs[::2], convs[1::2], strict=True):
         parts += [_matrix(depthwise), _matrix(pointwise), _matrix(pointwise).t()]
