@@ -38,7 +38,8 @@ Branch read_branch(Reader& read, int norms, int stride) {
   expect(b.kernel % 2 || !b.convolves() || b.op == Op::Reduce, "an odd kernel", b.kernel);
   b.dilation = int(read.next("dilation", depthwise ? 1 : 0, depthwise ? 2 : 0));
   b.weight = optional("weight", b.convolves(), INT64_MAX / 2, 0);
-  b.norm = int(b.pools() ? read.next("norm", -1, norms - 1) : optional("norm", b.convolves(), norms - 1, -1));
+  bool normed = b.convolves() || b.op == Op::MaxPool || (b.op == Op::AvgPool && stride == 2);
+  b.norm = int(read.next("norm", normed ? 0 : -1, normed || b.op == Op::AvgPool ? norms - 1 : -1));
   b.inner_norm = int(optional("inner_norm", b.op == Op::SepConv, norms - 1, -1));
   b.noise = int(optional("noise", b.op == Op::Noise, INT32_MAX - 1, -1));
   expect(b.op != Op::Identity || stride == 1, "stride 1 for an identity", stride);
@@ -76,7 +77,7 @@ CellDescription::CellDescription(const std::vector<int64_t>& encoded) {
       for (int p = 0; p < primitives; p++) {
         const Branch& b = edge.branches.emplace_back(read_branch(read, norms, edge.stride));
         // kernels find them on an edge by their op
-        bool once = b.pools() || b.op == Op::Identity;
+        bool once = b.pools() || b.averages() || b.op == Op::Identity;
         expect(!once || !has[int(b.op)], "a pool or identity once on an edge", int64_t(b.op));
         has[int(b.op)] = true;
         for (int norm : {b.norm, b.inner_norm}) {

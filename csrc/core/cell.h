@@ -19,7 +19,7 @@ struct Branch {
   // [kernel^2][C out][C in] with its taps from last to first, and of 3x3 ones both transformed (cpu/nor_conv.h), to
   // [16][C in][C out] and [16][C out][C in]. C: mixed channels
   int64_t weight;
-  // rows of gamma, beta and moments: of the last BatchNorm, which pools may lack, and of the one between SepConv's
+  // rows of gamma, beta and moments: of the last BatchNorm, which an average pool may lack, and of the one between SepConv's
   // halves; -1: none
   int norm, inner_norm;
   // which tensor of `noise`; -1: none
@@ -28,7 +28,11 @@ struct Branch {
   int output = -1, inner_output = -1;
 
   bool convolves() const { return op == Op::SepConv || op == Op::DilConv || op == Op::Reduce || op == Op::NorConv; }
-  bool pools() const { return op == Op::MaxPool || op == Op::AvgPool; }
+  bool pools() const { return op == Op::MaxPool || (op == Op::AvgPool && norm >= 0); }
+  // an average pool without BatchNorm: linear, so that those of all edges are one pool of a weighted sum
+  bool averages() const { return op == Op::AvgPool && norm < 0; }
+  // kernels take the convolutions of NAS-Bench-201 that leave a state together, 3x3 ones first: 0 for others
+  int nor_conv_rank() const { return op != Op::NorConv ? 0 : kernel == 3 ? 1 : 2; }
   // numbers in its packed convolutions
   int64_t weight_size(int64_t channels) const;
 };

@@ -34,7 +34,7 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
   int s;
   const Source& source = cell.sources[s];
   Frame frame = k.frame(this->run.source_size(s), source.stride), nor_frame = k.nor_frame(this->run.source_size(s));
-  // those of NAS-Bench-201 come last
+  // those of NAS-Bench-201 come last, 3x3 ones first
   std::vector<const Branch*> branches;
   int64_t nor_convs = 0;
   std::vector<int> max_norms, avg_norms;
@@ -42,12 +42,14 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
   ImageMoments moments;  // of the branch outputs, then of the pools
 
   FirstConvs(CellContext<T, S>& run, int s) : P{run}, s(s) {
-    for (bool nor : {false, true})
-      for (int e : source.edges)
-        for (const Branch& b : cell.edges[e].branches) {
-          if (b.convolves() && (b.op == Op::NorConv) == nor) branches.push_back(&b), work += run.work(b), nor_convs += nor;
-          if (b.norm >= 0 && b.pools() && !nor) (b.op == Op::MaxPool ? max_norms : avg_norms).push_back(b.norm);
-        }
+    for (int e : source.edges)
+      for (const Branch& b : cell.edges[e].branches) {
+        if (b.convolves()) branches.push_back(&b), work += run.work(b), nor_convs += b.op == Op::NorConv;
+        if (b.pools()) (b.op == Op::MaxPool ? max_norms : avg_norms).push_back(b.norm);
+      }
+    std::stable_sort(branches.begin(), branches.end(), [](const Branch* a, const Branch* b) {
+      return a->nor_conv_rank() < b->nor_conv_rank();
+    });
     moments = run.take_moments(branches.size() + 2);
   }
 
@@ -68,7 +70,7 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
   int64_t depthwise() const { return branches.size() - nor_convs; }
   void image(int64_t n, Room& room, FetchQueue& queue) const {
     const T* x = run.mixed_image(s, n);
-    if (cell.training && max_norms.size() + avg_norms.size()) pool_moments(x, n, room);
+    if (cell.training && source.pools) pool_moments(x, n, room);
     if (branches.empty()) return;
     Size size = run.source_size(s);
     ImageView<T> view{x, size.w * cm, cm};

@@ -79,12 +79,14 @@ struct NorConvBackward {
   const T *weights, *transformed;
   NormBackward<T, T, S> norm;
 };
-// 2x2 tiles that go through the products together, and how far apart the values of two places lie: not a power of two
-constexpr int64_t kStripTiles = 16, kPlaceSkew = 32;
-inline int64_t nor_conv_pitch(int64_t w, int64_t c) {
-  int64_t tiles = (w + 1) / 2;
-  return (kStripTiles + tiles - 1) / tiles * tiles * c + kPlaceSkew;
-}
+// lanes of the widest vector: float on avx512
+constexpr int64_t kMaxLanes = 16;
+
+// 2x2 tiles that go through the products together: their values, products and weights fill the caches. How far apart the
+// values of two places lie is no power of two.
+constexpr int64_t kFewTiles = 8, kPlaceSkew = 32;
+constexpr int64_t strip_tiles(int64_t c) { return c > kMaxLanes ? 2 * kFewTiles : kFewTiles; }
+constexpr int64_t place_pitch(int64_t c) { return strip_tiles(c) * c + kPlaceSkew; }
 
 // The gradient of a state, of which the mixed op takes the first C / K channels and the others bypass it:
 // dx = [mixed | 0] + outer + sum over edges of edge_weights[e] unshuffle(g[e]) without the mixed op's channels.
@@ -120,8 +122,6 @@ constexpr int64_t kStripBytes = 12288;
 // What rows of the pools' backward lie further apart than they are long. Rows of a power of two would share cache sets,
 // and loads would wait for stores of other rows.
 constexpr int64_t kPoolSkewBytes = 384;
-// lanes of the widest vector: float on avx512
-constexpr int64_t kMaxLanes = 16;
 
 // Elements of scratch that the kernels need, on any instruction set. w: of the input, ow: of the output.
 template <class T>
@@ -135,9 +135,11 @@ struct ScratchSize {
   static constexpr int64_t moments(int64_t ci, int64_t co) { return 3 * padded(co) + padded(ci); }
   static constexpr int64_t conv_forward(int64_t ow, int64_t c) { return moments(c, c) + strip(ow * c); }
   static constexpr int64_t conv_backward(int64_t ow, int64_t c) { return strip(ow * c); }
-  // what is transformed and its products; moments of n convolutions, or a strip of gradients
-  static int64_t nor_convs_forward(int64_t w, int64_t c, int64_t n) { return 32 * nor_conv_pitch(w, c) + 3 * n * period(c); }
-  static int64_t nor_convs_backward(int64_t w, int64_t c) { return 36 * nor_conv_pitch(w, c); }
+  // what is transformed, the products, and moments of n convolutions; or, tap by tap, a row; or a strip of gradients
+  static constexpr int64_t nor_convs_forward(int64_t w, int64_t c, int64_t n) {
+    return max(32 * place_pitch(c) + 3 * n * period(c), 3 * period(c) + w * c);
+  }
+  static constexpr int64_t nor_convs_backward(int64_t w, int64_t c) { return max(32 * place_pitch(c), strip(w * c)); }
   static constexpr int64_t reduce_forward(int64_t ow, int64_t c) { return moments(2 * c, c) + ow * 2 * c; }
   static constexpr int64_t reduce_backward(int64_t ow, int64_t c) { return ow * c + ow * 2 * c; }
   // maxima, sums and shares of a row, with a pixel of border
@@ -176,7 +178,7 @@ struct Kernels {
   // y = pointwise(depthwise(x)), x framed; size: of x
   void (*conv_forward)(const T* x, Frame frame, Size size, const Conv<T>& conv, const ConvOutput<S>& out, T* scratch,
                        Ahead& ahead);
-  // Several convolutions of x, in a frame of nor_frame.
+  // Several convolutions of x, in a frame of nor_frame; 3x3 ones come first.
   void (*nor_convs_forward)(const T* x, Frame frame, Size size, int n, const NorConv<T, S>* convs, T* scratch,
                             Ahead& ahead);
   // FactorizedReduce: y = [w1 x(2r, 2q) | w2 x(2r+1, 2q+1)], both as one [2C, C] matrix.
@@ -224,6 +226,8 @@ struct Kernels {
   // sum += dx where x > 0
   void (*relu_backward_add)(const T* dx, const T* x, T* sum, int64_t count, int64_t c);
   void (*divide_by_window)(T* d, Size size, int stride);
+  // dst = sums over 3x3 windows, zero around the image, or their average; or added
+  void (*window_sums)(const T* x, Size size, bool average, bool add, T* dst);
 
   // One image through ReLU and 1x1 convolutions, oh x ow outputs; see relu_conv_bn_kernels.h.
   void (*conv1x1_forward)(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,

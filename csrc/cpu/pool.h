@@ -334,3 +334,36 @@ void divide_by_window(T* d, Size size, int stride) {
       for (int64_t i = (ow - 1) * c; i < ow * c; i++) row[i] *= edges[1];
   }
 }
+
+// Sums over 3x3 windows at stride 1, zero around the image. Divided by the windows' sizes they are the average pool, of
+// what was divided its transpose.
+template <class T>
+void window_sums(const T* x, Size size, bool average, bool add, T* dst) {
+  auto [h, w, c] = size;
+  int64_t row = w * c;
+  with_lanes<T>(c, [&](auto lanes) {
+    constexpr int L = lanes;
+    using V = Vec<T, L>;
+    for (int64_t r = 0; r < h; r++) {
+      bool has_up = r > 0, has_down = r + 1 < h;
+      T inner = average ? 1 / T(window(r, h) * 3) : 1, outer = average ? 1 / T(window(r, h) * window(0, w)) : 1;
+      for (int64_t k = 0; k < c; k += L) {
+        const T* mid = x + r * row + k;
+        T* to = dst + r * row + k;
+        auto column = [&](int64_t q) __attribute__((always_inline)) {
+          V sum = load<L>(mid + q * c);
+          if (has_up) sum += load<L>(mid - row + q * c);
+          if (has_down) sum += load<L>(mid + row + q * c);
+          return sum;
+        };
+        V left{}, here = column(0);
+        for (int64_t q = 0; q < w; q++) {
+          V right = q + 1 < w ? column(q + 1) : V{};
+          V sum = (left + here + right) * (q == 0 || q == w - 1 ? outer : inner);
+          store<L>(to + q * c, add ? load<L>(to + q * c) + sum : sum);
+          left = here, here = right;
+        }
+      }
+    }
+  });
+}

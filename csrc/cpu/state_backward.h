@@ -24,16 +24,16 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
   Frame frame = k.frame(this->run.output_size(), source.stride);
   BatchView<T> outside;  // the gradient from outside the cell
   T* dx;
-  // those of NAS-Bench-201 come first
+  // those of NAS-Bench-201 come first, of them 3x3 ones
   std::vector<Term> convs;
-  int64_t nor_convs = 0, nor_frames = 0, work = 0;
+  int64_t nor_convs = 0, work = 0;
   Frame nor_frame = k.nor_frame(this->run.source_size(s));
   // per edge: gradients at its node, of the mixed op's channels and, where channels bypass it, of all
   std::vector<const T*> mixed_grads, node_grads;
   std::vector<T> edge_weights;
-  // per edge, the weight of its identity
-  Coefficients<T> identity{edges, cm, period};
-  bool has_identity = false;
+  // per edge, the weights of its identity and of its average pool without BatchNorm
+  Coefficients<T> identity{edges, cm, period}, average{edges, cm, period};
+  bool has_identity = false, has_average = false;
   PoolTerms max = pool_terms(Op::MaxPool), avg = pool_terms(Op::AvgPool);
   Coefficients<T> zeros{edges, cm, period};
   double* dots = nullptr;  // [images][edges]: each edge's gradient with what bypassed it; null: not wanted
@@ -48,23 +48,23 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
       edge_weights.push_back(T(run.edge_weight(e)));
       for (int p = 0; p < cell.primitives; p++) {
         const Branch& b = cell.edges[e].branches[p];
-        if (b.op == Op::NorConv)
-          convs.insert(convs.begin() + nor_convs++, {&b, node}), nor_frames += b.kernel == 3;
-        else if (b.convolves())
-          convs.push_back({&b, node});
-        if (b.convolves()) work += run.work(b);
+        if (b.convolves()) convs.push_back({&b, node}), work += run.work(b);
+        nor_convs += b.op == Op::NorConv;
         if (b.op == Op::Identity) identity.set(j, run.term_weight(e, p)), has_identity = true;
+        if (b.averages()) average.set(j, run.term_weight(e, p)), has_average = true;
       }
     }
+    std::stable_sort(convs.begin(), convs.end(), [](const Term& a, const Term& b) {
+      return std::pair(!a.branch->nor_conv_rank(), a.branch->nor_conv_rank()) <
+             std::pair(!b.branch->nor_conv_rank(), b.branch->nor_conv_rank());
+    });
   }
   PoolTerms pool_terms(Op op) const {
     PoolTerms t{{edges + 1, cm, period}, {edges + 1, cm, period}, {1, cm, period}};
     std::vector<double> slope(cm, 0.0), shift(cm, 0.0);
     for (int64_t j = 0; j < edges; j++)
       for (const Branch& b : cell.edges[source.edges[j]].branches) {
-        if (b.op != op) continue;
-        if (b.norm < 0) t.scale.set(j, this->run.term_weight(source.edges[j], &b - cell.edges[source.edges[j]].branches.data()));
-        if (b.norm < 0) continue;
+        if (b.op != op || !b.pools()) continue;
         const Coefficients<T>& norm = this->run.coefficients[b.norm];
         for (int64_t c = 0; c < cm; c++) {
           t.scale.set(j, c, norm.row(kScale)[c]);
@@ -89,7 +89,7 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
       int64_t cm = state.cm, ow = state.cell.ow, channels = state.cell.channels, count = source.h * source.w * cm;
       bool pooled_bypass = state.cell.K > 1 && source.stride == 2;
       framed = room.take<T>(state.convs.size() > size_t(state.nor_convs) ? state.frame.size : 0, true);
-      nor_framed = room.take<T>(state.nor_frames * state.nor_frame.size, true);
+      nor_framed = room.take<T>(state.nor_convs ? state.nor_frame.size : 0, true);
       dx = room.take<T>(count);
       sum = room.take<T>(count);
       scratch = room.take<T>(std::max({ScratchSize<T>::conv_backward(ow, cm), ScratchSize<T>::reduce_backward(ow, cm),
@@ -97,7 +97,7 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
                                        state.nor_convs ? ScratchSize<T>::nor_convs_backward(source.w, cm) : 0,
                                        ScratchSize<T>::bypass_backward(source.w, channels)}));
       d_max = room.take<T>(source.pools ? state.run.mixed_size : 0);
-      d_avg = room.take<T>(source.pools ? state.run.mixed_size : 0);
+      d_avg = room.take<T>(source.pools || state.has_average ? state.run.mixed_size : 0);
       at_output = room.take<T>(pooled_bypass ? state.run.full_size : 0);
     }
   };
@@ -131,6 +131,7 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
     const T* x = run.mixed_image(s, n);
     add_convs(n, room, queue.over(work));
     add_identities(n, room);
+    if (has_average) add_averages(n, room);
     if (source.pools) add_pools(x, n, room);
     k.relu_backward_add(room.dx, x, room.sum, source.h * source.w * cm, cm);
     add_bypass(n, room);
@@ -174,16 +175,25 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
     k.nor_convs_backward(nor_convs, room.nor_convs.data(), run.source_size(s), nor_frame, room.nor_framed, room.dx,
                          room.scratch, ahead);
   }
-  // room.sum: of the identities' gradients
-  void add_identities(int64_t n, Room& room) const {
-    int64_t count = source.h * source.w * cm;
-    if (!has_identity) {
-      std::fill_n(room.sum, count, T(0));
-      return;
-    }
+  // to = the gradients at the edges' nodes, weighted
+  void sum_gradients(int64_t n, const Coefficients<T>& weights, T* to, Room& room) const {
     room.streams.clear();
     for (const T* g : mixed_grads) room.streams.push_back(g + n * run.mixed_size);
-    k.sum_states(room.sum, true, edges, room.streams.data(), identity.row(0), zeros.row(0), nullptr, count, period);
+    k.sum_states(to, true, edges, room.streams.data(), weights.row(0), zeros.row(0), nullptr, source.h * source.w * cm,
+                 period);
+  }
+  // room.sum: of the identities' gradients
+  void add_identities(int64_t n, Room& room) const {
+    if (has_identity)
+      sum_gradients(n, identity, room.sum, room);
+    else
+      std::fill_n(room.sum, source.h * source.w * cm, T(0));
+  }
+  void add_averages(int64_t n, Room& room) const {
+    Size size = run.source_size(s);
+    sum_gradients(n, average, room.d_avg, room);
+    k.divide_by_window(room.d_avg, size, 1);
+    k.window_sums(room.d_avg, size, false, true, room.sum);
   }
   void add_pools(const T* x, int64_t n, Room& room) const {
     // running statistics do not depend on the pool's output

@@ -49,6 +49,7 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.relu_backward_inner = relu_backward_inner<T, S>;
   k.relu_backward_add = relu_backward_add<T>;
   k.divide_by_window = divide_by_window<T>;
+  k.window_sums = window_sums<T>;
   k.conv1x1_forward = conv1x1_forward<T>;
   k.conv1x1_backward = conv1x1_backward<T>;
   k.affine = affine<T>;

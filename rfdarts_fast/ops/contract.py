@@ -205,6 +205,11 @@ class CellPlan:
     def noises(self) -> int:
         return sum(branch.op is Op.NOISE for branch in self.branches())
 
+    @cached_property
+    def nasbench201(self) -> bool:
+        """True with an op of NAS-Bench-201 alone: an ordinary convolution, an average pool without BatchNorm."""
+        return any(b.op is Op.NOR_CONV or (b.op is Op.AVG_POOL and b.norm < 0) for b in self.branches())
+
     @property
     def eps(self) -> float:
         return self.norms[0].eps if self.norms else 1e-5
