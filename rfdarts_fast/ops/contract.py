@@ -207,7 +207,8 @@ class CellPlan:
 
     @cached_property
     def nasbench201(self) -> bool:
-        """True with an op of NAS-Bench-201 alone: an ordinary convolution, an average pool without BatchNorm."""
+        """True with an op that only NAS-Bench-201 has: an ordinary convolution, an average pool without
+        BatchNorm."""
         return any(b.op is Op.NOR_CONV or (b.op is Op.AVG_POOL and b.norm < 0) for b in self.branches())
 
     @property

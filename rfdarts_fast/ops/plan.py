@@ -137,8 +137,7 @@ class _Reader:
         return Branch(Op.NOISE, noise=self.noises - 1)
 
     def pool(self, op: nn.Module, channels: int, stride: int) -> Branch:
-        with_norm = isinstance(op, nn.Sequential) and len(op) == 2
-        pool = op[0] if with_norm else op
+        pool, norm = op if isinstance(op, nn.Sequential) and len(op) == 2 else (op, None)
         if type(pool) not in (nn.MaxPool2d, nn.AvgPool2d) or (
             (pool.kernel_size, pool.stride, pool.padding) != (3, stride, 1)
         ):
@@ -147,10 +146,12 @@ class _Reader:
         if isinstance(pool, nn.AvgPool2d) and pool.count_include_pad:
             raise Unsupported("an average pool that counts its padding")
         code = Op.MAX_POOL if isinstance(pool, nn.MaxPool2d) else Op.AVG_POOL
-        if not with_norm:
-            return Branch(code)
-        self.modules.add(op, "0", "1")
-        return Branch(code, norm=self.norm(op[1], channels))
+        if norm is not None:
+            self.modules.add(op, "0", "1")
+            return Branch(code, norm=self.norm(norm, channels))
+        if code is Op.MAX_POOL or stride == 2:
+            raise Unsupported("a max pool or a pool of stride 2 without BatchNorm")
+        return Branch(code)
 
     def skip(self, op: nn.Module, channels: int, stride: int) -> Branch:
         if isinstance(op, nn.Identity):
@@ -187,7 +188,6 @@ class _Reader:
         code = Op.SEP_CONV if len(halves) == 2 else Op.DIL_CONV
         inner = norms[0] if len(halves) == 2 else -1
         return Branch(code, *shapes[0], convs=convs, norm=norms[-1], inner_norm=inner)  # type: ignore[arg-type]
-
 
     def nor_conv(self, op: nn.Module, channels: int, stride: int) -> Branch:
         """ReLUConvBN of NAS-Bench-201, an ordinary 1x1 or 3x3 convolution."""

@@ -150,11 +150,10 @@ class CellProblem(Problem):
         sources = [j for node in range(nodes) for j in range(inputs + node)]
         same = isinstance(primitives[0], str)
         names = [primitives] * len(sources) if same else primitives
+        strides = [stride if source < inputs else 1 for source in sources]
         edges = [
-            MixedOp(
-                names[edge], channels, stride if source < inputs else 1, K, affine, track, batch_norm=batch_norm
-            )
-            for edge, source in enumerate(sources)
+            MixedOp(names[edge], channels, strides[edge], K, affine, track, batch_norm)
+            for edge in range(len(sources))
         ]
         super().__init__(edges, dtype, train)
         n, h, w = shape
