@@ -15,7 +15,7 @@ struct Branch {
   // of depthwise convolutions, else 0
   int kernel, dilation;
   // where its packed convolutions begin in conv_weights: depthwise [kernel^2][C], 1x1 [C in][C out] and its transpose,
-  // twice for SepConv; for Reduce one matrix [2 C in][C out] and its transpose. C: mixed channels
+  // twice for SepConv; for Reduce 1x1 and its transpose alone. C: mixed channels
   int64_t weight;
   // rows of gamma, beta and moments: of the last BatchNorm, and of the one between SepConv's halves; -1: none
   int norm, inner_norm;

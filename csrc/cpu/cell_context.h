@@ -56,7 +56,7 @@ struct CellContext {
   }
   // multiply-adds of 16 lanes that one of its convolutions costs an image; see FetchQueue
   int64_t work(const Branch& b) const {
-    int64_t taps = b.op == Op::Reduce ? 2 * cm : b.kernel * b.kernel + cm;
+    int64_t taps = b.kernel * b.kernel + cm;
     return cell.pixels() * cm / 16 * taps;
   }
   S* branch_output(int i, int64_t n) const {

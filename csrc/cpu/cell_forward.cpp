@@ -55,7 +55,7 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
     Room(Scratch& room, const FirstConvs& convs)
         : framed(room.take<T>(convs.frame.size, true)),
           scratch(room.take<T>(std::max({ScratchSize<T>::conv_forward(convs.cell.ow, convs.cm),
-                                         ScratchSize<T>::reduce_forward(convs.cell.ow, convs.cm),
+                                         ScratchSize<T>::conv1x1_forward(convs.cell.ow, convs.cm, 1, convs.cm),
                                          ScratchSize<T>::sums(convs.cm)}))),
           shifts(room.take<T>(2 * convs.period)), pools(room, convs.run, convs.source.w) {}
   };
@@ -64,7 +64,8 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
     if (cell.training && source.pools) pool_moments(x, n, room);
     if (branches.empty()) return;
     Size size = run.source_size(s);
-    k.frame_relu({x, size.w * cm, cm}, size, frame, room.framed);
+    ImageView<T> view{x, size.w * cm, cm};
+    k.frame_relu(view, size, frame, room.framed);
     Ahead ahead = queue.over(work);
     bool bypass_cache = bypasses_cache(run, branches.size());
     for (size_t i = 0; i < branches.size(); i++) {
@@ -72,7 +73,8 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
       ConvOutput<S> out{run.branch_output(b.op == Op::SepConv ? b.inner_output : b.output, n), moments.mean_of(n, i),
                         moments.deviation_of(n, i)};
       if (b.op == Op::Reduce) {
-        k.reduce_forward(room.framed, frame, size, run.conv_weights + b.weight, out, room.scratch, ahead);
+        Conv1x1<T, S> conv{cm, run.conv_weights + b.weight, out};
+        k.conv1x1_forward(view, cell.oh, cell.ow, cm, true, 1, &conv, room.scratch, ahead);
       } else {
         out.bypass_cache = bypass_cache;
         k.conv_forward(room.framed, frame, size, run.conv(b, false, source.stride), out, room.scratch, ahead);

@@ -26,7 +26,6 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.frame_relu = frame_relu<T>;
   k.frame_affine_relu = frame_affine_relu<T, S>;
   k.conv_forward = conv_forward<T, S>;
-  k.reduce_forward = reduce_forward<T, S>;
   k.pack = pack<T>;
   k.pool_forward = pool_forward<T>;
   k.add_moments = add_moments<T>;
@@ -45,7 +44,7 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.relu_backward_inner = relu_backward_inner<T, S>;
   k.relu_backward_add = relu_backward_add<T>;
   k.divide_by_window = divide_by_window<T>;
-  k.conv1x1_forward = conv1x1_forward<T>;
+  k.conv1x1_forward = conv1x1_forward<T, S>;
   k.conv1x1_backward = conv1x1_backward<T>;
   k.affine = affine<T>;
   k.spread = spread<T>;
