@@ -1,6 +1,7 @@
 """The table of families of hostile inputs, tried, passed and failed: python -m tests.corpus [FAMILY ...].
 
-With --package CHECKOUT the package of another checkout answers, of an earlier revision for one:
+With --package CHECKOUT the package of another checkout answers, of an earlier revision for one, by the rules
+of today: a usage box, or a plain ValueError for a genotype, is a failure.
 
     git worktree add ../before 50b6400
     python -m tests.corpus --package ../before
