@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests uses."""
 
 import contextlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,23 @@ def shared_data():
         return path
 
     return find
+
+
+@pytest.fixture
+def rfdarts(monkeypatch, capsys):
+    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
+    from rfdarts_fast import cli
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["rfdarts", *map(str, args)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -50,9 +50,8 @@ Branch read_branch(Reader& read, int norms, int stride) {
 }  // namespace
 
 int64_t Branch::weight_size(int64_t channels) const {
-  if (op == Op::Reduce) return 4 * channels * channels;
   if (op == Op::NorConv) return (kernel == 1 ? 2 : 2 * (9 + 16)) * channels * channels;
-  int pairs = op == Op::SepConv ? 2 : op == Op::DilConv ? 1 : 0;
+  int pairs = op == Op::SepConv ? 2 : convolves() ? 1 : 0;
   return pairs * channels * (kernel * kernel + 2 * channels);
 }
 

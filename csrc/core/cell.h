@@ -15,12 +15,12 @@ struct Branch {
   // of depthwise convolutions and NorConv, which has no dilation, else 0
   int kernel, dilation;
   // where its packed convolutions begin in conv_weights: depthwise [kernel^2][C], 1x1 [C in][C out] and its transpose,
-  // twice for SepConv; for Reduce one matrix [2 C in][C out] and its transpose; for NorConv [kernel^2][C in][C out],
+  // twice for SepConv; for Reduce 1x1 and its transpose alone; for NorConv [kernel^2][C in][C out],
   // [kernel^2][C out][C in] with its taps from last to first, and of 3x3 ones both transformed (cpu/nor_conv.h), to
   // [16][C in][C out] and [16][C out][C in]. C: mixed channels
   int64_t weight;
-  // rows of gamma, beta and moments: of the last BatchNorm, which an average pool may lack, and of the one between SepConv's
-  // halves; -1: none
+  // rows of gamma, beta and moments: of the last BatchNorm, which an average pool may lack, and of the one between
+  // SepConv's halves; -1: none
   int norm, inner_norm;
   // which tensor of `noise`; -1: none
   int noise;

@@ -62,7 +62,7 @@ struct CellContext {
   }
   // multiply-adds of 16 lanes that one of its convolutions costs an image; see FetchQueue
   int64_t work(const Branch& b) const {
-    int64_t taps = b.op == Op::Reduce ? 2 * cm : b.kernel * b.kernel + cm;
+    int64_t taps = b.kernel * b.kernel + cm;
     // Winograd has 16 products for 4 outputs
     if (b.op == Op::NorConv) taps = (b.kernel == 3 ? 4 : 1) * cm;
     return cell.pixels() * cm / 16 * taps;

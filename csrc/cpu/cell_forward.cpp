@@ -63,7 +63,7 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
           nor_framed(room.take<T>(convs.nor_convs ? convs.nor_frame.size : 0, true)),
           scratch(room.take<T>(std::max(
               {ScratchSize<T>::conv_forward(convs.cell.ow, convs.cm),
-               ScratchSize<T>::reduce_forward(convs.cell.ow, convs.cm), ScratchSize<T>::sums(convs.cm),
+               ScratchSize<T>::conv1x1_forward(convs.cell.ow, convs.cm, 1, convs.cm), ScratchSize<T>::sums(convs.cm),
                convs.nor_convs ? ScratchSize<T>::nor_convs_forward(convs.cell.ow, convs.cm, convs.nor_convs) : 0}))),
           shifts(room.take<T>(2 * convs.period)), pools(room, convs.run, convs.source.w) {}
   };
@@ -87,7 +87,8 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
         auto [weights, transformed] = run.nor_conv(b, false);
         room.nor_convs.push_back({b.kernel, weights, transformed, out});
       } else if (b.op == Op::Reduce) {
-        k.reduce_forward(room.framed, frame, size, run.conv_weights + b.weight, out, room.scratch, ahead);
+        Conv1x1<T, S> conv{cm, run.conv_weights + b.weight, out};
+        k.conv1x1_forward(view, cell.oh, cell.ow, cm, true, 1, &conv, room.scratch, ahead);
       } else {
         out.bypass_cache = bypass_cache;
         k.conv_forward(room.framed, frame, size, run.conv(b, false, source.stride), out, room.scratch, ahead);

@@ -152,9 +152,9 @@ void nor_conv_row(const T* x, Frame f, int64_t w, int64_t c, const T* weights, b
   for (int64_t tap = 0; tap < 9; tap++) {
     const T* from = x + (tap / 3 - 1) * f.pitch + (tap % 3 - 1) * c;
     if (add || tap)
-      pointwise<T, L, true>(from, w, c, weights + tap * c * c, c, out, ahead);
+      pointwise<T, L, true>(from, w, c, weights + tap * c * c, c, c, out, ahead);
     else
-      pointwise<T, L>(from, w, c, weights + tap * c * c, c, out, ahead);
+      pointwise<T, L>(from, w, c, weights + tap * c * c, c, c, out, ahead);
   }
 }
 
@@ -223,7 +223,7 @@ void nor_convs_forward(const T* x, Frame f, Size size, int n, const NorConv<T, S
       if (!all_finite(convs[j].out.mean, c) || !all_finite(convs[j].out.deviation, c))
         nor_conv_direct<T, S, L>(x, f, size, convs[j], scratch, ahead);
     for (int j = n3; j < n; j++) {
-      OutputRows<T, S, L> output(c, c, convs[j].weights, convs[j].out, scratch, ahead);
+      OutputRows<T, S, L> output(c, c, c, convs[j].weights, convs[j].out, scratch, ahead);
       for (int64_t r = 0; r < h; r++) output.strip(x + f.origin + r * f.pitch, r * w, w);
       output.finish(h * w);
     }
@@ -279,9 +279,9 @@ void nor_convs_backward(int n, const NorConvBackward<T, S>* convs, Size size, Fr
           int64_t count = least(rows, h - r) * w;
           norm_backward_dense(conv.norm, r * w * c, count * c, c, scratch);
           if (j > 0)
-            pointwise<T, L, true>(scratch, count, c, conv.weights, c, dx + r * w * c, ahead);
+            pointwise<T, L, true>(scratch, count, c, conv.weights, c, c, dx + r * w * c, ahead);
           else
-            pointwise<T, L>(scratch, count, c, conv.weights, c, dx + r * w * c, ahead);
+            pointwise<T, L>(scratch, count, c, conv.weights, c, c, dx + r * w * c, ahead);
         }
       }
       return finite;

@@ -29,7 +29,6 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.frame_affine_relu = frame_affine_relu<T, S>;
   k.conv_forward = conv_forward<T, S>;
   k.nor_convs_forward = nor_convs_forward<T, S>;
-  k.reduce_forward = reduce_forward<T, S>;
   k.pack = pack<T>;
   k.pool_forward = pool_forward<T>;
   k.add_moments = add_moments<T>;
@@ -50,7 +49,7 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.relu_backward_add = relu_backward_add<T>;
   k.divide_by_window = divide_by_window<T>;
   k.window_sums = window_sums<T>;
-  k.conv1x1_forward = conv1x1_forward<T>;
+  k.conv1x1_forward = conv1x1_forward<T, S>;
   k.conv1x1_backward = conv1x1_backward<T>;
   k.affine = affine<T>;
   k.spread = spread<T>;

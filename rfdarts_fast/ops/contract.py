@@ -108,8 +108,6 @@ class Branch:
 
     def packed_size(self, channels: int) -> int:
         """Numbers in the packed convolutions, for so many mixed channels; see `compiled.packing`."""
-        if self.op is Op.REDUCE:
-            return 4 * channels * channels
         if self.op is Op.NOR_CONV:
             return (2 if self.kernel == 1 else 2 * (9 + 16)) * channels * channels
         return self.outputs * channels * (self.kernel * self.kernel + 2 * channels)

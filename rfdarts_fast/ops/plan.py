@@ -165,7 +165,7 @@ class _Reader:
             shape = (conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.bias)
             if shape != (channels, (1, 1), (2, 2), (0, 0), None):
                 raise Unsupported("a FactorizedReduce of an unexpected shape")
-        if one.out_channels + two.out_channels != channels:
+        if (one.out_channels, two.out_channels) != (channels // 2, channels - channels // 2):
             raise Unsupported("a FactorizedReduce of an unexpected shape")
         self.modules.add(op, "conv_1", "conv_2", "bn")
         return Branch(Op.REDUCE, convs=(one, two), norm=self.norm(norm, channels))

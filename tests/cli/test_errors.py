@@ -1,31 +1,11 @@
 """Every error of a user: one clear line on stderr, exit code 2, and nothing written to the run's folder."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from rfdarts_fast import cli
-
 CELL = "|skip_connect~0|+|none~0|nor_conv_1x1~1|+|nor_conv_1x1~0|nor_conv_3x3~1|none~2|"
-
-
-@pytest.fixture
-def rfdarts(monkeypatch, capsys):
-    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["rfdarts", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture
@@ -77,10 +57,10 @@ SEARCH = {
     "nasbench201-pc": "--space nasbench201 --method pc-darts | method: expected darts or rf-darts",
     "nasbench201-stem": "--space nasbench201 --stem imagenet | stem: expected cifar",
     "train-portion": "--train-portion 1 | train-portion: expected a share between 0 and 1",
-    "train-portion-tiny": "--train-portion 0.01 | portion: 0.01 of 24 images leaves one part empty",
+    "train-portion-tiny": "--train-portion 0.01 | train-portion: 0.01 of 24 images leaves one part empty",
     "train-fraction": "--train-fraction 0 | train-fraction: expected a share between 0 and 1",
     "val-fraction": "--train-fraction 0.9 --val-fraction 0.2 | val-fraction: expected a share of what",
-    "per-class-too-few": "--split per-class --train-fraction 0.01 | fractions: 0.01 of class 0 is no image",
+    "per-class-too-few": "--split per-class --train-fraction 0.01 | train-fraction: 0.01 of class 0",
     "split-file-missing": "--split nasbench201 | split_file: expected a file with --split nasbench201",
     "split-file-alone": "--split-file x.txt | split-file: expected a file with --split nasbench201, and only",
     "split-file-absent": "--split nasbench201 --split-file absent.txt | absent.txt",
