@@ -12,8 +12,8 @@ from rfdarts_fast.ops.contract import Branch, CellPlan, FrozenConvs, Op, ReLUCon
 
 def cell_weights(plan: CellPlan, dtype: torch.dtype) -> Tensor:
     """All convolutions of a cell, branch after branch, for C mixed channels. A pair is [k * k, C], then
-    [C, C] from input to output, then its transpose, and FactorizedReduce these two alone. NOR_CONV: [k * k, C, C]
-    from input to output, then of the transposed convolution; of 3x3 ones both again as `winograd` makes them."""
+    [C, C] from input to output, then its transpose, and FactorizedReduce these two alone; NOR_CONV is what
+    `nor_conv` makes."""
 
     def pack() -> Tensor:
         parts = [part.reshape(-1) for branch in plan.branches() for part in _branch(branch)]
@@ -55,7 +55,8 @@ def winograd(taps: Tensor) -> Tensor:
 
 
 def nor_conv(conv: nn.Conv2d) -> list[Tensor]:
-    """An ordinary convolution and its transpose, tap by tap, and 3x3 ones for `winograd` too."""
+    """A convolution [k * k, C in, C out] and its transpose [k * k, C out, C in]; of a 3x3 one both again as
+    `winograd` makes them."""
     taps = conv.weight.flatten(2).permute(2, 1, 0)
     both = [taps, taps.flip(0).mT]
     return both if len(taps) == 1 else [*both, *map(winograd, both)]
