@@ -76,9 +76,9 @@ CellDescription::CellDescription(const std::vector<int64_t>& encoded) {
       for (int p = 0; p < primitives; p++) {
         const Branch& b = edge.branches.emplace_back(read_branch(read, norms, edge.stride));
         // kernels find them on an edge by their op
-        bool once = b.pools() || b.averages() || b.op == Op::Identity;
-        expect(!once || !has[int(b.op)], "a pool or identity once on an edge", int64_t(b.op));
-        has[int(b.op)] = true;
+        bool once = b.pools() || b.averages() || b.remade() || b.op == Op::Identity;
+        expect(!once || !has[int(b.op)], "a pool, identity or 1x1 convolution once on an edge", int64_t(b.op));
+        has[int(b.op)] |= once;
         for (int norm : {b.norm, b.inner_norm}) {
           if (norm < 0) continue;
           expect(!seen[norm], "a norm once in the cell", norm);
@@ -147,7 +147,7 @@ Cell::Cell(const std::vector<int64_t>& encoded, int64_t images, int64_t channels
       noises = std::max(noises, b.noise + 1);
       if (b.op == Op::SepConv) b.inner_output = outputs++;
       if (!b.convolves()) continue;
-      b.output = outputs++;
+      if (!b.remade()) b.output = outputs++;
       expect(b.weight % mixed_channels == 0, "a weight offset of whole rows of C / K", b.weight);
       conv_weights_size = std::max(conv_weights_size, b.weight + b.weight_size(mixed_channels));
     }

@@ -29,6 +29,8 @@ struct Branch {
 
   bool convolves() const { return op == Op::SepConv || op == Op::DilConv || op == Op::Reduce || op == Op::NorConv; }
   bool pools() const { return op == Op::MaxPool || (op == Op::AvgPool && norm >= 0); }
+  // its output is not stored but made again, for less than reading it takes
+  bool remade() const { return op == Op::NorConv && kernel == 1; }
   // an average pool without BatchNorm: linear, so that those of all edges are one pool of a weighted sum
   bool averages() const { return op == Op::AvgPool && norm < 0; }
   // kernels take the convolutions of NAS-Bench-201 that leave a state together, 3x3 ones first: 0 for others

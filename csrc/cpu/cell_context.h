@@ -120,35 +120,45 @@ struct CellContext {
     return mixed[s] + n * cell.sources[s].h * cell.sources[s].w * cm;
   }
 
+  // rows that were made again from a state
+  struct Remade {
+    const T *max, *avg, *conv;
+  };
   // What a branch without branch output adds to its node, from element `at` of image n on: a part of its state x, of a
-  // pool of it, or noise.
-  const T* stream(const Branch& b, const T* x, int64_t n, int64_t at, const T* max, const T* avg) const {
-    if (b.pools()) return b.op == Op::MaxPool ? max : avg;
+  // pool or 1x1 convolution of it, or noise.
+  const T* stream(const Branch& b, const T* x, int64_t n, int64_t at, const Remade& rows) const {
+    if (b.pools()) return b.op == Op::MaxPool ? rows.max : rows.avg;
+    if (b.remade()) return rows.conv;
     return (b.op == Op::Noise ? typed(data.noise[b.noise]) + n * mixed_size : x) + at;
   }
 
-  // A few rows of both pools of a state at a time, so that they are used in the first-level cache.
-  struct PoolRoom {
+  // A few rows at a time of both pools of a state, or of a 1x1 convolution, so that they are used in the first-level
+  // cache.
+  struct RowRoom {
     static constexpr int64_t kElements = 2048;
     int64_t rows;
-    T *max, *avg, *scratch;
+    T *max, *avg, *conv, *scratch;
     // width: of the widest state
-    PoolRoom(Scratch& room, const CellContext& run, int64_t width) {
+    RowRoom(Scratch& room, const CellContext& run, int64_t width) {
       int64_t row = run.cell.ow * run.cm;
       rows = std::min(std::max<int64_t>(kElements / row, 1), run.cell.oh);
       max = room.take<T>(rows * row);
       avg = room.take<T>(rows * row);
-      scratch = room.take<T>(ScratchSize<T>::pool_forward(width, run.cm));
+      conv = room.take<T>(rows * row);
+      scratch = room.take<T>(std::max(ScratchSize<T>::pool_forward(width, run.cm), rows * row));
     }
   };
-  // f(element, count, max, avg)
+  // f(element, count, rows); conv: the 1x1 convolution, or null
   template <class F>
-  void each_pool_rows(int s, const T* x, const PoolRoom& room, F&& f) const {
+  void each_rows(int s, const T* x, const RowRoom& room, bool pools, const Branch* conv, F&& f) const {
     int64_t row = cell.ow * cm;
     for (int64_t r = 0; r < cell.oh; r += room.rows) {
       int64_t count = std::min(room.rows, cell.oh - r);
-      k.pool_forward(x, source_size(s), cell.sources[s].stride, r, count, room.max, room.avg, room.scratch);
-      f(r * row, count * row, room.max, room.avg);
+      if (pools)
+        k.pool_forward(x, source_size(s), cell.sources[s].stride, r, count, room.max, room.avg, room.scratch);
+      if (conv)
+        k.relu_conv1x1(x + r * row, count * cell.ow, cm, conv_weights + conv->weight, room.conv, room.scratch);
+      f(r * row, count * row, Remade{room.max, room.avg, room.conv});
     }
   }
 };

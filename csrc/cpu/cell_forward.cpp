@@ -57,7 +57,7 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
   struct Room {
     T *framed, *nor_framed, *scratch, *shifts;
     std::vector<NorConv<T, S>> nor_convs;
-    typename CellContext<T, S>::PoolRoom pools;
+    typename CellContext<T, S>::RowRoom pools;
     Room(Scratch& room, const FirstConvs& convs)
         : framed(room.take<T>(convs.depthwise() ? convs.frame.size : 0, true)),
           nor_framed(room.take<T>(convs.nor_convs ? convs.nor_frame.size : 0, true)),
@@ -80,8 +80,10 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
     room.nor_convs.clear();
     for (size_t i = 0; i < branches.size(); i++) {
       const Branch& b = *branches[i];
-      ConvOutput<S> out{run.branch_output(b.op == Op::SepConv ? b.inner_output : b.output, n), moments.mean_of(n, i),
-                        moments.deviation_of(n, i)};
+      // without batch statistics nothing is wanted of what is not stored
+      if (b.remade() && !cell.training) continue;
+      S* y = b.remade() ? nullptr : run.branch_output(b.op == Op::SepConv ? b.inner_output : b.output, n);
+      ConvOutput<S> out{y, moments.mean_of(n, i), moments.deviation_of(n, i)};
       if (b.op == Op::NorConv) {
         out.bypass_cache = bypass_cache;
         auto [weights, transformed] = run.nor_conv(b, false);
@@ -94,17 +96,18 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
         k.conv_forward(room.framed, frame, size, run.conv(b, false, source.stride), out, room.scratch, ahead);
       }
     }
-    if (!nor_convs) return;
+    if (room.nor_convs.empty()) return;
     k.frame_relu(view, size, nor_frame, room.nor_framed);
-    k.nor_convs_forward(room.nor_framed, nor_frame, size, nor_convs, room.nor_convs.data(), room.scratch, ahead);
+    k.nor_convs_forward(room.nor_framed, nor_frame, size, room.nor_convs.size(), room.nor_convs.data(), room.scratch,
+                        ahead);
   }
   void pool_moments(const T* x, int64_t n, const Room& room) const {
     int64_t max = branches.size(), avg = max + 1;
     T *max_shift = room.shifts, *avg_shift = room.shifts + period;
-    run.each_pool_rows(s, x, room.pools, [&](int64_t at, int64_t count, const T* max_rows, const T* avg_rows) {
-      k.add_moments(max_rows, count / cm, cm, at == 0, max_shift, moments.mean_of(n, max),
+    run.each_rows(s, x, room.pools, true, nullptr, [&](int64_t at, int64_t count, const auto& rows) {
+      k.add_moments(rows.max, count / cm, cm, at == 0, max_shift, moments.mean_of(n, max),
                     moments.deviation_of(n, max), room.scratch);
-      k.add_moments(avg_rows, count / cm, cm, at == 0, avg_shift, moments.mean_of(n, avg),
+      k.add_moments(rows.avg, count / cm, cm, at == 0, avg_shift, moments.mean_of(n, avg),
                     moments.deviation_of(n, avg), room.scratch);
     });
     k.finish_moments(max_shift, cell.pixels(), cm, moments.mean_of(n, max), moments.deviation_of(n, max));

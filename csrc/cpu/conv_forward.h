@@ -50,7 +50,8 @@ void pack(ImageView<T> x, Size size, T* dense) {
     });
 }
 
-// Dense rows through the 1x1 convolution, stored, with their moments. ci may differ from the c outputs, and these may
+// Dense rows through the 1x1 convolution, stored one after the other or, where `keep` is not set, in the place of the
+// row before, with their moments. ci may differ from the c outputs, and these may
 // be some of co.
 template <class T, class S, int L>
 struct OutputRows {
@@ -59,6 +60,7 @@ struct OutputRows {
   ConvOutput<S> out;
   T *shift, *sum, *square, *few;
   Ahead& ahead;
+  bool keep = true;
 
   OutputRows(int64_t ci, int64_t c, int64_t co, const T* pw, const ConvOutput<S>& out, T* scratch, Ahead& ahead)
       : ci(ci), c(c), co(co), pw(pw), out(out), shift(scratch), sum(scratch + c), square(scratch + 2 * c),
@@ -85,7 +87,7 @@ struct OutputRows {
     for_column_groups<L>(c, [&](auto blocks, int64_t o) {
       constexpr int P = kTilePixels<blocks>;
       auto run = [&](auto kernel) {
-        kernel(d, pixels, ci, pw + o, co, out.y + first * co + o, shift + o, sum + o, square + o, ahead);
+        kernel(d, pixels, ci, pw + o, co, out.y + keep * first * co + o, shift + o, sum + o, square + o, ahead);
       };
       if (out.bypass_cache && L == kLanes<T>)
         run(pointwise_moments<T, S, L, P, blocks, true>);

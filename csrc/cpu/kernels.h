@@ -78,7 +78,8 @@ struct Conv1x1Backward {
 };
 
 // A frozen convolution of NAS-Bench-201, kernel 1 or 3: weights [kernel^2][C in][C out], and for kernel 3 those of
-// Winograd's products, [16][C in][C out]. Of the backward: [C out][C in], taps from last to first.
+// Winograd's products, [16][C in][C out]. Of the backward: [C out][C in], taps from last to first. The outputs of 1x1
+// ones are not stored: `out` has moments alone, and the backward makes them again, from x with `forward` weights.
 template <class T, class S>
 struct NorConv {
   int kernel;
@@ -88,14 +89,14 @@ struct NorConv {
 template <class T, class S>
 struct NorConvBackward {
   int kernel;
-  const T *weights, *transformed;
+  const T *weights, *transformed, *forward;
   NormBackward<T, T, S> norm;
 };
 // lanes of the widest vector: float on avx512
 constexpr int64_t kMaxLanes = 16;
 
-// 2x2 tiles that go through the products together: their values, products and weights fill the caches. How far apart the
-// values of two places lie is no power of two.
+// 2x2 tiles that go through the products together: their values, products and weights fill the caches. How far apart
+// the values of two places lie is no power of two.
 constexpr int64_t kFewTiles = 8, kPlaceSkew = 32;
 constexpr int64_t strip_tiles(int64_t c) { return c > kMaxLanes ? 2 * kFewTiles : kFewTiles; }
 constexpr int64_t place_pitch(int64_t c) { return strip_tiles(c) * c + kPlaceSkew; }
@@ -149,9 +150,11 @@ struct ScratchSize {
   static constexpr int64_t conv_backward(int64_t ow, int64_t c) { return strip(ow * c); }
   // what is transformed, the products, and moments of n convolutions; or, tap by tap, a row; or a strip of gradients
   static constexpr int64_t nor_convs_forward(int64_t w, int64_t c, int64_t n) {
-    return max(32 * place_pitch(c) + 3 * n * period(c), 3 * period(c) + w * c);
+    return max(32 * place_pitch(c) + 3 * n * period(c), moments(c, c) + w * c);
   }
-  static constexpr int64_t nor_convs_backward(int64_t w, int64_t c) { return max(32 * place_pitch(c), strip(w * c)); }
+  static constexpr int64_t nor_convs_backward(int64_t w, int64_t c) {
+    return max(32 * place_pitch(c), 3 * strip(w * c));
+  }
   static constexpr int64_t reduce_backward(int64_t ow, int64_t c) { return 2 * ow * c; }
   // maxima, sums and shares of a row, with a pixel of border
   static constexpr int64_t pool_forward(int64_t w, int64_t c) { return 3 * (w + 2) * c; }
@@ -227,9 +230,11 @@ struct Kernels {
   // the same where g is stored as a branch output
   void (*conv_backward_stored)(const NormBackward<T, S, S>& norm, Size size, const Conv<T>& conv, Frame frame,
                                T* framed, bool add, T* dx, T* scratch, Ahead& ahead);
+  // dense pixels through ReLU and a 1x1 convolution; scratch: as many
+  void (*relu_conv1x1)(const T* x, int64_t pixels, int64_t c, const T* weights, T* y, T* scratch);
   // dx = the gradients before nor_convs_forward, summed; 3x3 ones are framed, one after the other
-  void (*nor_convs_backward)(int n, const NorConvBackward<T, S>* convs, Size size, Frame frame, T* framed, T* dx,
-                             T* scratch, Ahead& ahead);
+  void (*nor_convs_backward)(const T* x, int n, const NorConvBackward<T, S>* convs, Size size, Frame frame, T* framed,
+                             T* dx, T* scratch, Ahead& ahead);
   // dx += the gradient before a FactorizedReduce's convolutions
   void (*reduce_backward)(const NormBackward<T, T, S>& norm, Size size, const T* pw_t, T* dx, T* scratch,
                           Ahead& ahead);

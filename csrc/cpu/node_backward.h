@@ -14,7 +14,8 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
   struct EdgeTerms {
     std::vector<int> outputs, streams, averages;
     Coefficients<T> output_mean, stream_mean;
-    int first;  // of this edge's sums
+    const Branch* conv = nullptr;  // the one that is made again
+    int first;                     // of this edge's sums
     bool pools = false;
   };
   int i;
@@ -48,9 +49,10 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
     for (int p = 0; p < cell.primitives; p++) {
       const Branch& b = edge.branches[p];
       if (b.op == Op::None) continue;
-      auto& list = b.convolves() ? t.outputs : b.averages() ? t.averages : t.streams;
+      auto& list = b.output >= 0 ? t.outputs : b.averages() ? t.averages : t.streams;
+      if (b.remade()) t.conv = &b;
       averages |= b.averages();
-      auto& mean = b.convolves() ? t.output_mean : t.stream_mean;
+      auto& mean = b.output >= 0 ? t.output_mean : t.stream_mean;
       for (int64_t c = 0; b.norm >= 0 && c < cm; c++) mean.set(list.size(), c, run.mean(b.norm, c));
       list.push_back(p);
       t.pools |= b.pools();
@@ -63,7 +65,7 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
   // of one thread
   struct Room {
     T *scratch, *divided, *averaged;
-    typename CellContext<T, S>::PoolRoom pools;
+    typename CellContext<T, S>::RowRoom pools;
     std::vector<const S*> outputs;
     std::vector<const T*> streams;
     Room(Scratch& room, const NodeBackward& node)
@@ -118,16 +120,16 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
     k.dot_branch_outputs(g, room.outputs.size(), room.outputs.data(), t.output_mean.row(0), to, run.mixed_size, cm,
                          room.scratch);
     const T* x = run.mixed_image(s, n);
-    auto dot = [&](int64_t at, int64_t count, const T* max, const T* avg) {
+    auto dot = [&](int64_t at, int64_t count, const typename CellContext<T, S>::Remade& rows) {
       room.streams.clear();
-      for (int p : t.streams) room.streams.push_back(run.stream(branch(s, p), x, n, at, max, avg));
+      for (int p : t.streams) room.streams.push_back(run.stream(branch(s, p), x, n, at, rows));
       k.dot_states(g + at, room.streams.size(), room.streams.data(), t.stream_mean.row(0),
                    to + t.outputs.size() * cm, nullptr, count, cm, room.scratch);
     };
-    if (t.pools)
-      run.each_pool_rows(s, x, room.pools, dot);
+    if (t.pools || t.conv)
+      run.each_rows(s, x, room.pools, t.pools, t.conv, dot);
     else
-      dot(0, run.mixed_size, nullptr, nullptr);
+      dot(0, run.mixed_size, {});
     if (!t.averages.empty())
       k.dot_states(room.averaged, 1, &x, no_mean.row(0), to + (t.outputs.size() + t.streams.size()) * cm, nullptr,
                    run.mixed_size, cm, room.scratch);

@@ -15,6 +15,7 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
     std::vector<int> outputs;
     Coefficients<T> output_scale, output_mean;
     std::vector<const Branch*> streams;
+    const Branch* conv = nullptr;  // the one that is made again
     Coefficients<T> stream_scale, stream_mean;
     bool pools = false;
   };
@@ -48,14 +49,14 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
     EdgeTerms t;
     t.output_scale = t.output_mean = t.stream_scale = t.stream_mean = Coefficients<T>(cell.primitives, cm, period);
     // one op after the other, as they are summed
-    for (Op op : {Op::None, Op::MaxPool, Op::AvgPool, Op::Identity, Op::Noise})
+    for (Op op : {Op::None, Op::NorConv, Op::MaxPool, Op::AvgPool, Op::Identity, Op::Noise})
       for (int p = 0; p < cell.primitives; p++) {
         const Branch& b = cell.edges[e].branches[p];
-        bool convolves = b.convolves();
-        if ((op == Op::None ? !convolves : b.op != op) || b.averages()) continue;
-        auto& scale = convolves ? t.output_scale : t.stream_scale;
-        auto& mean = convolves ? t.output_mean : t.stream_mean;
-        int64_t row = convolves ? t.outputs.size() : t.streams.size();
+        bool stored = b.output >= 0;
+        if ((op == Op::None ? !stored : stored || b.op != op) || b.averages()) continue;
+        auto& scale = stored ? t.output_scale : t.stream_scale;
+        auto& mean = stored ? t.output_mean : t.stream_mean;
+        int64_t row = stored ? t.outputs.size() : t.streams.size();
         double weight = run.term_weight(e, p);
         if (b.norm < 0) scale.set(row, weight);
         for (int64_t c = 0; b.norm >= 0 && c < cm; c++) {
@@ -63,8 +64,9 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
           mean.set(row, c, run.mean(b.norm, c));
           shift_sum[c] += weight * run.beta(b.norm, c);
         }
-        convolves ? t.outputs.push_back(b.output) : t.streams.push_back(&b);
+        stored ? t.outputs.push_back(b.output) : t.streams.push_back(&b);
         t.pools |= b.pools();
+        if (b.remade()) t.conv = &b;
       }
     return t;
   }
@@ -72,7 +74,7 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
   // of one thread
   struct Room {
     T *scratch, *mixed, *weighted;
-    typename CellContext<T, S>::PoolRoom pools;
+    typename CellContext<T, S>::RowRoom pools;
     std::vector<const S*> outputs;
     std::vector<const T*> streams;
     std::vector<ImageView<T>> bypass;
@@ -120,16 +122,16 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
     k.sum_branch_outputs(sum, s == 0, room.outputs.size(), room.outputs.data(), t.output_scale.row(0),
                          t.output_mean.row(0), shift.row(0), run.mixed_size, period);
     const T* x = run.mixed_image(s, n);
-    auto add_streams = [&](int64_t at, int64_t count, const T* max, const T* avg) {
+    auto add_streams = [&](int64_t at, int64_t count, const typename CellContext<T, S>::Remade& rows) {
       room.streams.clear();
-      for (const Branch* b : t.streams) room.streams.push_back(run.stream(*b, x, n, at, max, avg));
+      for (const Branch* b : t.streams) room.streams.push_back(run.stream(*b, x, n, at, rows));
       k.sum_states(sum + at, false, room.streams.size(), room.streams.data(), t.stream_scale.row(0),
                    t.stream_mean.row(0), nullptr, count, period);
     };
-    if (t.pools)
-      run.each_pool_rows(s, x, room.pools, add_streams);
+    if (t.pools || t.conv)
+      run.each_rows(s, x, room.pools, t.pools, t.conv, add_streams);
     else
-      add_streams(0, run.mixed_size, nullptr, nullptr);
+      add_streams(0, run.mixed_size, {});
   }
 };
 

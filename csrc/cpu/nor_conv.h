@@ -1,6 +1,7 @@
 // Convolutions of NAS-Bench-201, from all channels to all: those of one state together. A 3x3 one takes the way of
 // Winograd, F(2x2, 3x3) (Lavin and Gray, arXiv 1509.09308): tiles of 2x2 outputs from 4x4 inputs, 16 products instead
-// of 36. What all of them read is transformed once; the weights are frozen, and transformed when they are packed.
+// of 36. (F(4x4, 3x3), with 36 for 16 outputs, is five to ten times as far from float64 as the convolution itself.) The
+// weights are frozen, and transformed when they are packed.
 constexpr int kTile = 2, kPatch = 4, kPlaces = kPatch * kPatch;
 
 // Room of one pixel around the image, and whole tiles.
@@ -223,11 +224,23 @@ void nor_convs_forward(const T* x, Frame f, Size size, int n, const NorConv<T, S
       if (!all_finite(convs[j].out.mean, c) || !all_finite(convs[j].out.deviation, c))
         nor_conv_direct<T, S, L>(x, f, size, convs[j], scratch, ahead);
     for (int j = n3; j < n; j++) {
-      OutputRows<T, S, L> output(c, c, c, convs[j].weights, convs[j].out, scratch, ahead);
+      ConvOutput<S> out = convs[j].out;
+      out.y = reinterpret_cast<S*>(scratch + ScratchSize<T>::moments(c, c)), out.bypass_cache = false;
+      OutputRows<T, S, L> output(c, c, c, convs[j].weights, out, scratch, ahead);
+      output.keep = false;
       for (int64_t r = 0; r < h; r++) output.strip(x + f.origin + r * f.pitch, r * w, w);
       output.finish(h * w);
     }
   });
+}
+
+template <class T>
+void relu_conv1x1(const T* x, int64_t pixels, int64_t c, const T* weights, T* y, T* scratch) {
+  Ahead ahead;
+  sweep<T>(pixels * c, period_of<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
+    store<lanes>(scratch + i, relu_vec<T, lanes>(load<lanes>(x + i)));
+  });
+  with_lanes<T>(c, [&](auto lanes) { pointwise<T, lanes>(scratch, pixels, c, weights, c, c, y, ahead); });
 }
 
 // dx = or += the transposed 3x3 convolution of the framed gradient. Returns whether it is finite: else it may not be
@@ -259,8 +272,8 @@ bool nor_conv_transposed(const T* g, Frame f, Size size, const T* weights, bool 
 }
 
 template <class T, class S>
-void nor_convs_backward(int n, const NorConvBackward<T, S>* convs, Size size, Frame f, T* framed, T* dx, T* scratch,
-                        Ahead& ahead) {
+void nor_convs_backward(const T* x, int n, const NorConvBackward<T, S>* convs, Size size, Frame f, T* framed, T* dx,
+                        T* scratch, Ahead& ahead) {
   auto [h, w, c] = size;
   with_lanes<T>(c, [&](auto lanes) {
     constexpr int L = lanes;
@@ -276,8 +289,11 @@ void nor_convs_backward(int n, const NorConvBackward<T, S>* convs, Size size, Fr
           continue;
         }
         for (int64_t r = 0, rows = strip_rows<T>(h, w * c); r < h; r += rows) {
-          int64_t count = least(rows, h - r) * w;
-          norm_backward_dense(conv.norm, r * w * c, count * c, c, scratch);
+          int64_t count = least(rows, h - r) * w, at = r * w * c;
+          T *y = scratch + rows * w * c, *relu = y + rows * w * c;
+          relu_conv1x1(x + at, count, c, conv.forward, y, relu);
+          norm_backward_dense(NormBackward<T, T, T>{conv.norm.g + at, y, conv.norm.coefficients}, 0, count * c, c,
+                              scratch);
           if (j > 0)
             pointwise<T, L, true>(scratch, count, c, conv.weights, c, c, dx + r * w * c, ahead);
           else

@@ -34,8 +34,8 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
   // per edge: gradients at its node, of the mixed op's channels and, where channels bypass it, of all
   std::vector<const T*> mixed_grads, node_grads;
   std::vector<T> edge_weights;
-  // edges with an identity, and with an average pool without BatchNorm, and its weight in each: another's gradient may be
-  // NaN, times 0 too
+  // edges with an identity, and with an average pool without BatchNorm, and its weight in each: another's gradient may
+  // be NaN, times 0 too
   struct Weighted {
     std::vector<int64_t> edges;
     Coefficients<T> weights;
@@ -64,10 +64,8 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
         }
       }
     }
-    std::stable_sort(convs.begin(), convs.end(), [](const Term& a, const Term& b) {
-      return std::pair(!a.branch->nor_conv_rank(), a.branch->nor_conv_rank()) <
-             std::pair(!b.branch->nor_conv_rank(), b.branch->nor_conv_rank());
-    });
+    auto rank = [](const Term& t) { return (t.branch->nor_conv_rank() + 2) % 3; };
+    std::stable_sort(convs.begin(), convs.end(), [&](const Term& a, const Term& b) { return rank(a) < rank(b); });
   }
   PoolTerms pool_terms(Op op) const {
     PoolTerms t{{}, {edges + 1, cm, period}, {edges + 1, cm, period}, {1, cm, period}};
@@ -95,7 +93,7 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
   struct Room {
     T *framed, *nor_framed, *dx, *sum, *scratch, *d_max, *d_avg, *at_output;
     std::vector<NorConvBackward<T, S>> nor_convs;
-    typename CellContext<T, S>::PoolRoom pools;
+    typename CellContext<T, S>::RowRoom pools;
     std::vector<const T*> streams, node_grads;
     FetchQueue rest;
     Room(Scratch& room, const StateBackward& state) : pools(room, state.run, state.source.w) {
@@ -128,7 +126,7 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
     auto add = [&](const Term& t, int64_t n) {
       const Branch& b = *t.branch;
       bool sep = b.op == Op::SepConv;
-      queue.add(run.branch_output(sep ? b.inner_output : b.output, n), run.mixed_size * sizeof(S));
+      if (!b.remade()) queue.add(run.branch_output(sep ? b.inner_output : b.output, n), run.mixed_size * sizeof(S));
       if (sep)
         queue.add(run.branch_output(b.output, n), run.mixed_size * sizeof(S));
       else if (t.node != node)
@@ -183,11 +181,12 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
       const Branch& b = *convs[i].branch;
       auto [weights, transformed] = run.nor_conv(b, true);
       const T* g = run.mixed_grad[convs[i].node] + n * run.mixed_size;
+      const S* y = b.remade() ? nullptr : run.branch_output(b.output, n);
       room.nor_convs.push_back(
-          {b.kernel, weights, transformed, run.norm_backward(b.norm, g, run.branch_output(b.output, n))});
+          {b.kernel, weights, transformed, run.conv_weights + b.weight, run.norm_backward(b.norm, g, y)});
     }
-    k.nor_convs_backward(nor_convs, room.nor_convs.data(), run.source_size(s), nor_frame, room.nor_framed, room.dx,
-                         room.scratch, ahead);
+    k.nor_convs_backward(run.mixed_image(s, n), nor_convs, room.nor_convs.data(), run.source_size(s), nor_frame,
+                         room.nor_framed, room.dx, room.scratch, ahead);
   }
   // to = the gradients at the edges' nodes, weighted
   void sum_gradients(int64_t n, const Weighted& list, T* to, Room& room) const {
@@ -210,7 +209,7 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
     k.window_sums(room.d_avg, size, false, true, room.sum);
   }
   void add_pools(const T* x, int64_t n, Room& room) const {
-    run.each_pool_rows(s, x, room.pools, [&](int64_t at, int64_t count, const T* max_rows, const T* avg_rows) {
+    run.each_rows(s, x, room.pools, true, nullptr, [&](int64_t at, int64_t count, const auto& rows) {
       auto sum = [&](const PoolTerms& t, const T* pool, T* d) {
         if (t.edges.empty()) return void(std::fill_n(d, count, T(0)));
         room.streams.clear();
@@ -220,8 +219,8 @@ struct StateBackward : Phase<T, S, BackwardContext<T, S>> {
         k.sum_states(d, true, room.streams.size(), room.streams.data(), t.scale.row(0), t.mean.row(0), t.shift.row(0),
                      count, period);
       };
-      sum(max, max_rows, room.d_max + at);
-      sum(avg, avg_rows, room.d_avg + at);
+      sum(max, rows.max, room.d_max + at);
+      sum(avg, rows.avg, room.d_avg + at);
     });
     Size size = run.source_size(s);
     k.divide_by_window(room.d_avg, size, source.stride);

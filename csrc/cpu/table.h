@@ -43,6 +43,7 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.dot_states = dot_streams<T, T>;
   k.conv_backward = conv_backward<T, T, S>;
   k.conv_backward_stored = conv_backward<T, S, S>;
+  k.relu_conv1x1 = relu_conv1x1<T>;
   k.nor_convs_backward = nor_convs_backward<T, S>;
   k.reduce_backward = reduce_backward<T, S>;
   k.relu_backward_inner = relu_backward_inner<T, S>;

@@ -103,8 +103,9 @@ class Branch:
 
     @property
     def outputs(self) -> int:
-        """Outputs that a cell keeps for its backward: one for each BatchNorm behind a convolution."""
-        return _OUTPUTS.get(self.op, 0)
+        """Outputs that a cell keeps for its backward: one for each BatchNorm behind a convolution, but none for
+        a 1x1 NOR_CONV, which is made again."""
+        return 0 if self.op is Op.NOR_CONV and self.kernel == 1 else _OUTPUTS.get(self.op, 0)
 
     def packed_size(self, channels: int) -> int:
         """Numbers in the packed convolutions, for so many mixed channels; see `compiled.packing`."""
