@@ -1,4 +1,4 @@
-"""The command line: rfdarts search | train | eval | check | bench | env."""
+"""The command line: rfdarts search | train | eval | check | query | bench | env."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rfdarts_fast.ops import BackendError
 from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.retrain.config import preset_values as train_preset
 from rfdarts_fast.runs.checkpoint import CheckpointError
-from rfdarts_fast.runs.config import ConfigError, require_positive
+from rfdarts_fast.runs.config import ConfigError, require, require_positive
 from rfdarts_fast.runs.options import as_typed, parse_config, parse_options
 from rfdarts_fast.runs.output import complain, repair_streams, say, silence
 from rfdarts_fast.runs.run import RunFailed, in_one_line, out_of_memory
@@ -36,6 +36,7 @@ commands:
   train     train the network of a genotype from scratch
   eval      evaluate a training run on the test images
   check     verify a run's folder and say what can be resumed
+  query     look a NAS-Bench-201 cell up in a table of the benchmark
   bench     step time and memory here: reference, torch.compile, compiled kernels
   env       what is installed and built here
 
@@ -77,6 +78,26 @@ class CheckOptions:
     """Folder of a `rfdarts search` or `rfdarts train` run."""
     data_root: Path | None = None
     """The data set's npz file or folder, if it has moved since."""
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """Look a NAS-Bench-201 cell up in a table: its accuracies in percent after the benchmark's full training.
+
+    A cell is looked up by its string: isomorphic cells have results of their own, as in the benchmark.
+    """
+
+    table: Path
+    """A CSV file, plain or gzipped, with a column arch and some named like cifar10_test, or the official
+    NATS-Bench file or folder (needs the extra `nasbench`; it is a pickle, so take it from its authors)."""
+    cell: Annotated[str | None, tyro.conf.Positional] = None
+    """A cell string such as '|skip_connect~0|+|none~0|...', or the genotype.json of a search."""
+    best: bool = False
+    """The best cell by test accuracy instead of a given one."""
+    rank: bool = False
+    """The cell's rank by test accuracy, too. In a NATS-Bench folder all cells are read for it."""
+    dataset: Literal["all", "cifar10", "cifar100", "imagenet16"] = "all"
+    """imagenet16 is ImageNet16-120."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +170,20 @@ def run_check(args: list[str]) -> int:
     return 0 if report.sound else 1
 
 
+def run_query(args: list[str]) -> None:
+    from rfdarts_fast.retrain.run import read_genotype
+    from rfdarts_fast.tables import open_table, query
+
+    options = parse_options(QueryOptions, args, "rfdarts query")
+    require(options.best == (options.cell is None), options, "cell", "either a cell or --best")
+    table = open_table(options.table)
+    datasets = table.datasets if options.dataset == "all" else (options.dataset,)
+    if options.cell is None:
+        print(query.best(table, datasets, options.rank))
+    else:
+        print(query.described(table, read_genotype(options.cell), datasets, options.rank))
+
+
 def run_bench(args: list[str]) -> None:
     import torch
 
@@ -197,6 +232,7 @@ COMMANDS = {
     "train": run_train,
     "eval": run_eval,
     "check": run_check,
+    "query": run_query,
     "bench": run_bench,
     "env": run_env,
 }
