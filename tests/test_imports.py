@@ -19,7 +19,7 @@ ALLOWED = {
     "nn": {"ops", "spaces"},
     "tables": {"data", "spaces", "messages"},
     "runs": {"data", "ops", "messages"},
-    "search": {"nn", "data", "runs", "spaces", "ops"},
+    "search": {"nn", "data", "runs", "spaces", "ops", "tables"},
     "retrain": {"nn", "data", "runs", "spaces", "ops", "messages"},
     "drop_in": {"nn", "data", "runs", "spaces", "ops"},
     "bench": {"nn", "data", "runs", "spaces", "ops", "search", "retrain", "drop_in"},

@@ -11,7 +11,7 @@ import numpy as np
 from rfdarts_fast.data import DataError
 from rfdarts_fast.data.texts import read_unzipped
 from rfdarts_fast.messages import reason, shown
-from rfdarts_fast.spaces import NASBENCH201_PRIMITIVES, CellGenotype
+from rfdarts_fast.spaces import NASBENCH201_PRIMITIVES, AnyGenotype
 from rfdarts_fast.tables.table import Table
 
 # the whole table takes a tenth
@@ -73,7 +73,7 @@ class CsvTable(Table):
     def columns(self) -> tuple[str, ...]:
         return tuple(self._columns)
 
-    def accuracies(self, cell: str | CellGenotype) -> dict[str, float]:
+    def accuracies(self, cell: str | AnyGenotype) -> dict[str, float]:
         place = self._place(cell)
         return {name: float(column[place]) for name, column in self._columns.items()}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rfdarts_fast.data import DataError
 from rfdarts_fast.messages import reason
-from rfdarts_fast.spaces import CellGenotype
+from rfdarts_fast.spaces import AnyGenotype
 from rfdarts_fast.tables.table import Table
 
 _META = "meta.pickle.pbz2"
@@ -71,7 +71,7 @@ class NatsTable(Table):
     def columns(self) -> tuple[str, ...]:
         return tuple(_COLUMNS)
 
-    def accuracies(self, cell: str | CellGenotype) -> dict[str, float]:
+    def accuracies(self, cell: str | AnyGenotype) -> dict[str, float]:
         index, name = self._index(cell), str(cell)
         if name not in self._known:
             # the mean over the seeds that were trained for 200 epochs

@@ -9,7 +9,7 @@ import numpy as np
 
 from rfdarts_fast.data import DataError
 from rfdarts_fast.messages import shown
-from rfdarts_fast.spaces import CellGenotype
+from rfdarts_fast.spaces import AnyGenotype
 
 DATASETS = ("cifar10", "cifar100", "imagenet16")
 """Data sets of NAS-Bench-201; imagenet16 is ImageNet16-120."""
@@ -33,7 +33,7 @@ class Table(ABC):
         self._places = {cell: place for place, cell in enumerate(cells)}
 
     @abstractmethod
-    def accuracies(self, cell: str | CellGenotype) -> dict[str, float]:
+    def accuracies(self, cell: str | AnyGenotype) -> dict[str, float]:
         """The cell's accuracies by column; DataError for a cell that the table lacks."""
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Table(ABC):
         """The data sets that the table has test accuracies of."""
         return tuple(dataset for dataset in DATASETS if f"{dataset}_test" in self.columns)
 
-    def rank(self, cell: str | CellGenotype, dataset: str) -> int:
+    def rank(self, cell: str | AnyGenotype, dataset: str) -> int:
         """1 + the number of cells whose test accuracy on the data set is higher."""
         column = self.column(f"{dataset}_test")
         return 1 + int((column > column[self._place(cell)]).sum())
@@ -59,7 +59,7 @@ class Table(ABC):
         """The cell of the highest test accuracy on the data set."""
         return list(self.cells)[int(self.column(f"{dataset}_test").argmax())]
 
-    def entry(self, cell: str | CellGenotype) -> dict[str, dict[str, float]]:
+    def entry(self, cell: str | AnyGenotype) -> dict[str, dict[str, float]]:
         """The cell's test accuracy and rank by data set, of those that the table has."""
         accuracies = self.accuracies(cell)
         return {
@@ -67,13 +67,13 @@ class Table(ABC):
             for dataset in self.datasets
         }
 
-    def _index(self, cell: str | CellGenotype) -> int:
+    def _index(self, cell: str | AnyGenotype) -> int:
         if str(cell) not in self.cells:
             raise DataError(
                 f"cell: expected one of the {len(self.cells):,} in {self.path}, got {shown(str(cell), 120)}"
             )
         return self.cells[str(cell)]
 
-    def _place(self, cell: str | CellGenotype) -> int:
+    def _place(self, cell: str | AnyGenotype) -> int:
         self._index(cell)
         return self._places[str(cell)]
