@@ -21,10 +21,13 @@ ALLOWED = {
     "runs": {"data", "ops", "messages"},
     "search": {"nn", "data", "runs", "spaces", "ops", "tables"},
     "retrain": {"nn", "data", "runs", "spaces", "ops", "messages"},
+    "results": {"runs", "spaces", "messages"},
+    "report": {"results", "nn", "runs", "spaces", "tables"},
+    "study": {"report", "results", "search", "runs", "spaces", "tables", "messages"},
     "drop_in": {"nn", "data", "runs", "spaces", "ops"},
     "bench": {"nn", "data", "runs", "spaces", "ops", "search", "retrain", "drop_in"},
     "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops", "tables"}
-    | {"messages"},
+    | {"results", "report", "study", "messages"},
     "__main__": {"cli"},
     # the package itself offers `accelerate` and `use_backend`, imported on first use
     "__init__": {"drop_in", "ops"},
