@@ -102,7 +102,7 @@ class StudyOptions:
     cluster: Literal["local", "slurm", "debug"] = "local"
     """Processes here, jobs of Slurm, or one after the other in this process. Needs the extra `cluster`."""
     retries: int = 1
-    """How often a failed run is started again; the same command tries it again, too."""
+    """New starts of a run that failed; the same command tries it again, too."""
     hours: float = 72.0
     """Time limit of a job; on Slurm it then goes on as another one."""
     cpus: int = 1

@@ -12,7 +12,7 @@ from rfdarts_fast.nn import NasBench201Network, Network
 from rfdarts_fast.spaces import AnyGenotype, CellGenotype
 
 CONVENTION = "multiply-adds of convolutions and linear layers for one image; no auxiliary head"
-"""What `Counts.multiply_adds` counts; papers differ by some per cent."""
+"""The meaning of `Counts.multiply_adds`; papers differ by some per cent."""
 
 
 @dataclass(frozen=True)

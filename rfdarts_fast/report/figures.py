@@ -1,4 +1,4 @@
-"""What all figures share: the library, the look, and files that are never seen half written."""
+"""The common part of all figures: the library, the look, and files that are never seen half written."""
 
 from __future__ import annotations
 

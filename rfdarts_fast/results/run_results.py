@@ -130,7 +130,7 @@ def load(run: str | os.PathLike[str]) -> RunResults:
         records=records[:count],
         alphas={
             name: np.array([record[name] for record in alphas[:count]])
-            for name in (alphas[0] if count else {})
+            for name in (alphas[0] if alphas and count else {})
             if name != "epoch"
         },
         genotype=_genotype(path / "genotype.json", records[:count]),

@@ -20,7 +20,7 @@ from rfdarts_fast.study.summary import write_study
 
 @dataclass(frozen=True)
 class Resources:
-    """Where jobs run, and what each of them gets.
+    """The place where jobs run, and what each of them gets.
 
     Attributes:
         cluster: as of submitit; debug runs them in this process.

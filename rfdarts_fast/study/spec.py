@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -98,9 +99,8 @@ def read_study(text: str, extra: Sequence[str] = ()) -> Study:
             runs.append(PlannedRun(",".join(words) or "search", seed, (*args, *extra, "--seed", str(seed))))
             if len(runs) > _MOST_RUNS:
                 raise ConfigError(f"study: {path}: expected at most {_MOST_RUNS:,} runs, got more")
-    folders = [run.folder for run in runs]
-    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
-    if twice is not None:
+    twice, count = Counter(run.folder for run in runs).most_common(1)[0]
+    if count > 1:
         raise ConfigError(f"study: {path}: expected different runs, got two that are called {twice}")
     return Study(path.stem, tuple(runs))
 
@@ -160,9 +160,9 @@ def _add(
 ) -> None:
     """Adds an option, whose value begins with `event`: a plain value or a list of them."""
     where = f"study: {place(path, name)}"
-    scalars = [event]
+    scalars: Iterable[yaml.Event] = [event]
     if isinstance(event, yaml.SequenceStartEvent):
-        scalars = list(itertools.takewhile(lambda e: not isinstance(e, yaml.SequenceEndEvent), events))
+        scalars = itertools.takewhile(lambda e: not isinstance(e, yaml.SequenceEndEvent), events)
     values: list[Any] = []
     for scalar in scalars:
         if not isinstance(scalar, yaml.ScalarEvent):

@@ -1,4 +1,4 @@
-"""What comes out of a study: groups with error bars, paired comparisons over seeds, and each run."""
+"""The outcome of a study: groups with error bars, paired comparisons over seeds, and each run."""
 
 from __future__ import annotations
 

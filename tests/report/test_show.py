@@ -1,4 +1,4 @@
-"""`rfdarts show`: counts against published ones, drawings that have every edge, one page without a network."""
+"""`rfdarts show`: counts against published ones, drawings with every edge, one page without a network."""
 
 import re
 import shutil
@@ -60,10 +60,9 @@ def test_published_counts(name, cifar, imagenet):
 
 
 def test_counts_of_a_benchmark_cell():
-    # 5 cells a stage, of C^2 pixels 9 and 1 multiply-adds; the skeleton is what is left
-    both = [
-        count_genotype(parse(text))[0].multiply_adds for text in (CELL, CELL.replace("nor_conv_1x1", "none"))
-    ]
+    # 5 cells in each of 3 stages, whose C^2 times pixels is the same
+    cells = CELL, CELL.replace("nor_conv_1x1", "none")
+    both = [count_genotype(parse(text))[0].multiply_adds for text in cells]
     assert both[0] - both[1] == 5 * 3 * 16**2 * 32**2
 
 
@@ -110,7 +109,7 @@ def test_a_search_is_shown(show, finished, tmp_path, matplotlib):
         "2 of 2, finished",
         "rule",
         "hessian eigenvalue",
-        "NAS-Bench-201, C=16, N=5",
+        "C=16, N=5",
         "multiply-adds",
     ):
         assert text in out
