@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests uses."""
 
 import contextlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,25 @@ def shared_data():
         return path
 
     return find
+
+
+@pytest.fixture
+def rfdarts(monkeypatch, capsys):
+    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*args):
+        from rfdarts_fast import cli
+
+        monkeypatch.setattr(sys, "argv", ["rfdarts", *map(str, args)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

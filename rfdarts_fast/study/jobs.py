@@ -12,10 +12,14 @@ from rfdarts_fast.messages import one_line, reason
 from rfdarts_fast.results import load
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.output import say
+from rfdarts_fast.runs.run import in_one_line
 from rfdarts_fast.runs.run_folder import RunFolderError, differences_of, read_config, to_plain
 from rfdarts_fast.search import SearchConfig, search
 from rfdarts_fast.study.spec import Study
 from rfdarts_fast.study.summary import write_study
+
+# each goes on from where the one before was stopped
+_MOST_TIMEOUTS = 1000
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def run_all(
         error: str | None = None
         for attempt in range(1 + retries):
             if stopped.is_set():
-                return "not started: interrupted"
+                return "interrupted"
             say(f"{name}: {'started' if attempt == 0 else f'retry {attempt} of {retries}'}")
             with lock:
                 job = executor.submit(SearchJob(), todo[name])
@@ -94,8 +98,10 @@ def run_all(
                 error = job.result()
             # submitit has several errors for a job that died; the log is in the folder of jobs
             except Exception as died:
-                error = one_line(f"job {job.job_id}: {reason(died)}")
+                error = one_line(f"job {job.job_id}: {in_one_line(died)}")
             active.discard(job)
+            if stopped.is_set():
+                return "interrupted"
             say(f"{name}: {error or 'done'}")
             if error is None:
                 break
@@ -121,7 +127,9 @@ def _executor(folder: Path, resources: Resources) -> Any:
             "(pip install 'rfdarts_fast[cluster]')"
         ) from None
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=resources.cluster)
+        executor = submitit.AutoExecutor(
+            folder, cluster=resources.cluster, slurm_max_num_timeout=_MOST_TIMEOUTS
+        )
     except RuntimeError as error:
         raise ConfigError(f"cluster: {resources.cluster} cannot be used: {reason(error)}") from None
     executor.update_parameters(name="rfdarts", timeout_min=round(60 * resources.hours))

@@ -149,6 +149,9 @@ def test_environment(output):
         "cpu",
         "torchvision",
         "tensorboard",
+        "nats_bench",
+        "matplotlib",
+        "submitit",
         "triton",
         *(f"{backend} kernels" for backend in backends()),
     ):

@@ -1,31 +1,11 @@
 """Every error of a user: one clear line on stderr, exit code 2, and nothing written to the run's folder."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from rfdarts_fast import cli
-
 CELL = "|skip_connect~0|+|none~0|nor_conv_1x1~1|+|nor_conv_1x1~0|nor_conv_3x3~1|none~2|"
-
-
-@pytest.fixture
-def rfdarts(monkeypatch, capsys):
-    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["rfdarts", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

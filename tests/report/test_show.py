@@ -4,10 +4,10 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
-from rfdarts_fast import cli
 from rfdarts_fast.report.counts import count_genotype
 from rfdarts_fast.retrain import train
 from rfdarts_fast.search import search
@@ -17,19 +17,9 @@ CELL = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|avg_pool_3x3~0|nor_conv_1x1~1|
 
 
 @pytest.fixture
-def show(monkeypatch, capsys):
+def show(rfdarts):
     """Exit code, stdout and stderr of `rfdarts show`."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["rfdarts", "show", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(rfdarts, "show")
 
 
 @pytest.fixture

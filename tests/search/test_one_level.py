@@ -2,23 +2,9 @@
 
 import json
 
-import pytest
 import torch
 
-from rfdarts_fast.runs.run import load_data
-from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.search import search
-from rfdarts_fast.search.run import SearchRun
-
-
-@pytest.fixture
-def start(tiny_search):
-    def run(**changes):
-        config = tiny_search(**changes)
-        config.check()
-        return SearchRun(config, load_data(config), RunFolder(config.out, "search", config))
-
-    return run
 
 
 def test_both_move_along_the_gradients_of_one_pass(start):

@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rfdarts_fast.nn import NasBench201Network
-from rfdarts_fast.runs.run import load_data
-from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.search import probes, search
-from rfdarts_fast.search.run import SearchRun
 from rfdarts_fast.spaces import parse
 from rfdarts_fast.tables import open_table
 
@@ -19,16 +16,6 @@ CELLS = [
     "|{0}~0|+|{0}~0|{0}~1|+|{0}~0|{0}~1|{1}~2|".format(*ops)
     for ops in (("skip_connect", "none"), ("nor_conv_3x3", "nor_conv_1x1"), ("avg_pool_3x3", "skip_connect"))
 ]
-
-
-@pytest.fixture
-def start(tiny_search):
-    def run(**changes):
-        config = tiny_search(**changes)
-        config.check()
-        return SearchRun(config, load_data(config), RunFolder(config.out, "search", config))
-
-    return run
 
 
 @pytest.fixture

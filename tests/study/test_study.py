@@ -4,11 +4,11 @@ import csv
 import dataclasses
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
-from rfdarts_fast import cli
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.search import search
 from rfdarts_fast.study import NAMED, load_study, read_study
@@ -32,19 +32,9 @@ def file(tmp_path, tiny_npz):
 
 
 @pytest.fixture
-def study(monkeypatch, capsys):
+def study(rfdarts):
     """Exit code, stdout and stderr of `rfdarts study`."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["rfdarts", "study", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(rfdarts, "study")
 
 
 TWO = "epochs: 1\nseed: [1, 2]\nvariants:\n  darts: {method: darts}\n  rf: {method: rf-darts}\n"

@@ -2,10 +2,10 @@
 
 import gzip
 import sys
+from functools import partial
 
 import pytest
 
-from rfdarts_fast import cli
 from rfdarts_fast.data import DataError
 from rfdarts_fast.tables import DATASETS, open_table
 
@@ -39,19 +39,9 @@ def nats(shared_data):
 
 
 @pytest.fixture
-def query(monkeypatch, capsys):
+def query(rfdarts):
     """Exit code, stdout and stderr of `rfdarts query`."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["rfdarts", "query", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(rfdarts, "query")
 
 
 @pytest.mark.parametrize(
