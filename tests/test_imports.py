@@ -23,7 +23,7 @@ ALLOWED = {
     "retrain": {"nn", "data", "runs", "spaces", "ops", "messages"},
     "results": {"runs", "spaces", "messages"},
     "report": {"results", "nn", "runs", "spaces", "tables"},
-    "study": {"report", "results", "search", "runs", "spaces", "tables", "messages"},
+    "study": {"report", "results", "search", "retrain", "runs", "spaces", "tables", "messages"},
     "drop_in": {"nn", "data", "runs", "spaces", "ops"},
     "bench": {"nn", "data", "runs", "spaces", "ops", "search", "retrain", "drop_in"},
     "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops", "tables"}

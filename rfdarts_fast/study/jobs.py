@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rfdarts_fast.messages import one_line, reason
 from rfdarts_fast.results import load
+from rfdarts_fast.retrain import TrainConfig, train
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.output import say
 from rfdarts_fast.runs.run import in_one_line
@@ -40,30 +41,35 @@ class Resources:
     partition: str | None = None
 
 
-class SearchJob:
-    """A search in a process of its own; the answer is an error in one line, or None."""
+class RunJob:
+    """A search, and a training of its genotype, in a process of its own; the answer is an error or None."""
 
-    def __call__(self, config: SearchConfig) -> str | None:
+    def __call__(self, config: SearchConfig, train_config: TrainConfig | None) -> str | None:
         try:
             search(config)
+            if train_config is not None:
+                train(train_config)
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             return one_line(f"{type(error).__name__}: {reason(error)}")
         return None
 
-    def checkpoint(self, config: SearchConfig) -> Any:
-        """submitit's question what to do when time is up: the same again, which resumes."""
+    def checkpoint(self, *configs: Any) -> Any:
+        """The job that submitit is to start when time is up: the same again, which resumes."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, config)
+        return DelayedSubmission(self, *configs)
 
 
-def is_done(config: SearchConfig) -> bool:
+def is_done(config: SearchConfig | TrainConfig) -> bool:
     """True for a run that is finished; RunFolderError for one that was begun with other options."""
     if not (config.out / "config.json").exists():
         return False
-    there, here = to_plain(read_config(config.out, "search", SearchConfig)), to_plain(config)
-    # a run notes the size that it found
+    command = "search" if isinstance(config, SearchConfig) else "train"
+    there, here = to_plain(read_config(config.out, command, type(config))), to_plain(config)
+    # a run notes the size that it found, and the genotype itself
     here["image_size"] = here["image_size"] or there["image_size"]
+    if command == "train":
+        here["genotype"] = there["genotype"]
     differences = differences_of(there, here, "there", "in the study")
     if differences:
         raise RunFolderError(f"study: {config.out} belongs to another run: {differences}")
@@ -77,8 +83,12 @@ def run_all(
 
     Options are checked, and done runs compared with them, before the first job starts.
     """
-    configs = {run.folder: run.config(folder) for run in study.runs}
-    todo = {name: config for name, config in configs.items() if not is_done(config)}
+    configs = {run.folder: (run.config(folder), run.train_config(folder)) for run in study.runs}
+    todo = {
+        name: pair
+        for name, pair in configs.items()
+        if not all(is_done(config) for config in pair if config is not None)
+    }
     if len(todo) < len(configs):
         say(f"{len(configs) - len(todo)} of {len(configs)} runs are done")
     executor: Any = _executor(folder / "jobs", resources) if todo else None
@@ -92,7 +102,7 @@ def run_all(
                 return "interrupted"
             say(f"{name}: {'started' if attempt == 0 else f'retry {attempt} of {retries}'}")
             with lock:
-                job = executor.submit(SearchJob(), todo[name])
+                job = executor.submit(RunJob(), *todo[name])
                 active.add(job)
             try:
                 error = job.result()

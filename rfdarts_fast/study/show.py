@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TITLES = {
+    "test": "test accuracy after training (%)",
     "table": "test accuracy in the table (%)",
     "val": "validation accuracy of the supernet (%)",
     "skips": "skip connections in the genotype",
@@ -26,7 +27,7 @@ _TITLES = {
 }
 _GROUPS = ("group", "runs", "mean", "sd", "best", "median rank")
 _PAIRS = ("second - first", "measure", "seeds", "difference", "95 % interval")
-_RUNS = ("run", "epochs", "val %", "table %", "rank", "skips", "rule", "genotype")
+_RUNS = ("run", "epochs", "test %", "val %", "table %", "rank", "skips", "rule", "genotype")
 _COLOURS = ("#1f5fa8", "#d1495b", "#3a9e6f", "#e6a117", "#6a3d9a", "#17becf", "#8d6e63", "#7f7f7f")
 
 
@@ -70,9 +71,9 @@ class ShownStudy(Shown):
         ]  # fmt: skip
         runs: list[tuple[str, ...]] = [
             (
-                row.folder, f"{row.epochs}{'' if row.finished else ' so far'}", _number(row.val),
-                _number(row.table), _number(row.rank), _number(row.skips), row.genotype_rule or "-",
-                row.genotype or "-",
+                row.folder, f"{row.epochs}{'' if row.finished else ' so far'}", _number(row.test),
+                _number(row.val), _number(row.table), _number(row.rank), _number(row.skips),
+                row.genotype_rule or "-", row.genotype or "-",
             )
             for row in self._study.rows
         ]  # fmt: skip

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rfdarts_fast.results import RunResults, load
 from rfdarts_fast.runs.files import write_json
 from rfdarts_fast.runs.run_folder import RunFolderError, read_json
 from rfdarts_fast.spaces import CellGenotype
-from rfdarts_fast.study.spec import PlannedRun, Study
+from rfdarts_fast.study.spec import TRAINED, PlannedRun, Study
 from rfdarts_fast.tables import Table
 
 STUDY_FILE = "study.json"
@@ -29,6 +29,7 @@ class RunRow:
     """A run of the study in one line; None for what is not known (yet).
 
     Attributes:
+        test: test accuracy of the trained genotype in the last epoch, percent.
         val: validation accuracy of the supernet in the last epoch, percent.
         table, rank: test accuracy (percent) and rank in the table, on `table_dataset`.
     """
@@ -38,6 +39,7 @@ class RunRow:
     folder: str
     epochs: int = 0
     finished: bool = False
+    test: float | None = None
     val: float | None = None
     table: float | None = None
     rank: int | None = None
@@ -86,7 +88,7 @@ class StudyResults:
 
     def measures(self) -> list[str]:
         """The fields of `RunRow` that are measured here, the most telling first."""
-        names = ("table", "val", "skips", "parameter_free")
+        names = ("test", "table", "val", "skips", "parameter_free")
         return [name for name in names if any(getattr(row, name) is not None for row in self.rows)]
 
     def by_group(self, measure: str) -> dict[str, dict[int, float]]:
@@ -185,6 +187,10 @@ def load_study(folder: Path, table: Table | None = None, errors: Mapping[str, st
         if (folder / place / "config.json").exists():
             runs[place] = load(folder / place)
             row = _row(row, runs[place], table)
+        trained = folder / f"{place}{TRAINED}"
+        if (trained / "config.json").exists():
+            result = load(trained).result
+            row = replace(row, test=None if result is None else result["test_accuracy"])
         rows.append(row)
     return StudyResults(name, folder, rows, runs)
 
@@ -212,4 +218,9 @@ def _row(row: RunRow, run: RunResults, table: Table | None) -> RunRow:
 
 def planned_runs(rows: Sequence[PlannedRun]) -> str:
     """The runs as commands, for a look before they start."""
-    return "\n".join(f"{run.folder}: rfdarts search {' '.join(run.args)}" for run in rows)
+    lines = []
+    for run in rows:
+        lines.append(f"{run.folder}: rfdarts search {' '.join(run.args)}")
+        if run.train_args is not None:
+            lines.append(f"{run.folder}{TRAINED}: rfdarts train {' '.join(run.train_args)}")
+    return "\n".join(lines)

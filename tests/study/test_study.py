@@ -88,6 +88,10 @@ def test_named_studies_are_listed(study, monkeypatch):
         ("out: x", "line 8: out: expected no such option in a study, got 'x'"),
         ("restart: true", "line 8: restart: expected no such option in a study, got 'true'"),
         ("variants: 3", "line 8: variants: expected names with options each"),
+        ("train: 3", "line 8: train: expected options once, such as {epochs: 3}"),
+        ("train: {epochs: [3, 4]}", "line 8: train: epochs: expected one value, got a list"),
+        ("train: {genotype: DARTS_V1}", "line 8: genotype: expected no such option in a study"),
+        ("train: {latyers: 3}", "line 8: has no such option: 'latyers'"),
         ("variants: {a: 3}", "line 8: 'a': expected options, such as {epochs: 3}"),
         ("variants: {a: {epochs: 1}, a: {epochs: 2}}", "line 8: expected another name, got 'a'"),
         ("variants: {a: {epochs: {b: 2}}}", "line 8: epochs: expected a plain value or a list"),
@@ -178,6 +182,33 @@ def test_a_study_runs_resumes_and_retries(study, file, tmp_path, monkeypatch, su
     assert study(*options)[0] == 0 and started == []
     code, _, err = study(file(TWO.replace("epochs: 1", "epochs: 2")), *options[1:])
     assert code == 2 and "belongs to another run: epochs is 1 there and 2 in the study" in err
+
+
+def test_genotypes_are_trained_on_the_same_data(study, file, tmp_path, submitit):
+    text = "epochs: 1\nmethod: rf-darts\nseed: [4, 5]\nthreads: 1\n"
+    path = file(
+        text + "train: {preset: nasbench201, channels: 4, cells-per-stage: 1, epochs: 2, batch-size: 5}"
+    )
+    options = (path, "--out", tmp_path / "s", "--cluster", "debug")
+    code, out, err = study(*options)
+    assert code == 0, err
+    results = load_study(tmp_path / "s")
+    for row in results.rows:
+        folder = tmp_path / "s" / f"{row.folder}-trained"
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["dataset"], config["seed"], config["threads"], config["batch_size"]) == (
+            "npz",
+            row.seed,
+            1,
+            5,
+        )
+        assert config["genotype"] == row.genotype
+        assert row.test == json.loads((folder / "result.json").read_text())["test_accuracy"]
+    assert "test accuracy after training" in out
+    assert "2 of 2 runs are done" in study(*options)[1]
+    (folder / "result.json").unlink()
+    assert "1 of 2 runs are done" in study(*options)[1]
+    assert study(path, "--out", "x", "--list")[1].count("rfdarts train --preset nasbench201") == 2
 
 
 @pytest.mark.slow
