@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from rfdarts_fast.results import load
 from rfdarts_fast.retrain import TrainConfig, train
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.output import say
-from rfdarts_fast.runs.run import in_one_line
 from rfdarts_fast.runs.run_folder import RunFolderError, differences_of, read_config, to_plain
 from rfdarts_fast.search import SearchConfig, search
 from rfdarts_fast.study.spec import Study
@@ -49,7 +49,9 @@ class RunJob:
             search(config)
             if train_config is not None:
                 train(train_config)
-        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        except Exception as error:
+            # into the job's log; an error that left this function would start submitit's debugger in debug
+            traceback.print_exc()
             return one_line(f"{type(error).__name__}: {reason(error)}")
         return None
 
@@ -106,9 +108,9 @@ def run_all(
                 active.add(job)
             try:
                 error = job.result()
-            # submitit has several errors for a job that died; the log is in the folder of jobs
-            except Exception as died:
-                error = one_line(f"job {job.job_id}: {in_one_line(died)}")
+            # submitit has several errors for a job that was killed or could not begin
+            except Exception:
+                error = one_line(f"job {job.job_id} died; its log is {job.paths.stderr}")
             active.discard(job)
             if stopped.is_set():
                 return "interrupted"

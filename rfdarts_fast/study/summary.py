@@ -87,9 +87,10 @@ class StudyResults:
     runs: dict[str, RunResults]
 
     def measures(self) -> list[str]:
-        """The fields of `RunRow` that are measured here, the most telling first."""
+        """The fields of `RunRow` that finished runs have, the most telling first."""
         names = ("test", "table", "val", "skips", "parameter_free")
-        return [name for name in names if any(getattr(row, name) is not None for row in self.rows)]
+        finished = [row for row in self.rows if row.finished]
+        return [name for name in names if any(getattr(row, name) is not None for row in finished)]
 
     def by_group(self, measure: str) -> dict[str, dict[int, float]]:
         """Group -> seed -> value, of finished runs."""

@@ -211,6 +211,17 @@ def test_genotypes_are_trained_on_the_same_data(study, file, tmp_path, submitit)
     assert study(path, "--out", "x", "--list")[1].count("rfdarts train --preset nasbench201") == 2
 
 
+def test_a_job_that_fails_leaves_its_traceback(study, file, tmp_path, monkeypatch, submitit):
+    def die(config):
+        raise KeyError("no luck")
+
+    monkeypatch.setattr("rfdarts_fast.study.jobs.search", die)
+    text = "epochs: 1\nmethod: rf-darts\nseed: [1]"
+    code, out, err = study(file(text), "--out", tmp_path / "s", "--cluster", "debug", "--retries", 0)
+    assert code == 1 and "0 of 1 runs finished" in out
+    assert "seed-1: KeyError: 'no luck'" in out and 'raise KeyError("no luck")' in err
+
+
 @pytest.mark.slow
 def test_jobs_in_processes_of_their_own(study, file, tmp_path, submitit):
     code, out, _ = study(file(TWO), "--out", tmp_path / "s", "--jobs", 2)
