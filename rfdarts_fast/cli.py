@@ -18,7 +18,13 @@ from rfdarts_fast.ops import BackendError
 from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.retrain.config import preset_values as train_preset
 from rfdarts_fast.runs.checkpoint import CheckpointError
-from rfdarts_fast.runs.config import ConfigError, require, require_not_negative, require_positive
+from rfdarts_fast.runs.config import (
+    ConfigError,
+    one_of,
+    require,
+    require_not_negative,
+    require_positive,
+)
 from rfdarts_fast.runs.files import WriteError, write_text
 from rfdarts_fast.runs.options import as_typed, parse_config, parse_options
 from rfdarts_fast.runs.output import complain, repair_streams, say, silence
@@ -26,6 +32,7 @@ from rfdarts_fast.runs.run import RunFailed, in_one_line, out_of_memory
 from rfdarts_fast.runs.run_folder import RunFolderError
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.config import preset_values as search_preset
+from rfdarts_fast.spaces import SPACES
 
 USAGE = """\
 usage: rfdarts COMMAND [OPTIONS]
@@ -158,8 +165,10 @@ class QueryOptions:
 class BenchOptions:
     """Time one search step of a supernet on this machine, variants taking turns, and measure their memory."""
 
-    method: Literal["rf-darts", "rf-pcdarts"] = "rf-pcdarts"
-    """rf-pcdarts has K = 4."""
+    method: Literal["rf-darts", "rf-pcdarts"] | None = None
+    """rf-pcdarts has K = 4 (default; for nasbench201 rf-darts, the only one)."""
+    space: Annotated[str, one_of(SPACES)] = "darts"
+    """Search space; nasbench201 goes with rf-darts."""
     batch: int = 64
     """Images in a step."""
     size: int = 32
@@ -167,7 +176,7 @@ class BenchOptions:
     channels: int = 16
     """Channels of the first cells."""
     layers: int = 8
-    """Cells of the supernet."""
+    """Cells of the supernet; for nasbench201 cells of each of its three stages."""
     rounds: int = 7
     """Turns of every variant; the median is reported."""
     threads: int | None = None
@@ -306,8 +315,17 @@ def run_bench(args: list[str]) -> None:
         variants.append("compile")
     if backends()["cpu"].status()["built"]:
         variants += ["fast", "recompute", "bfloat16"]
-    shape = {name: getattr(options, name) for name in ("batch", "size", "channels", "layers", "rounds")}
-    print(bench.table(bench.run(options.method, variants, **shape, out=options.out)))
+    method = options.method or ("rf-darts" if options.space == "nasbench201" else "rf-pcdarts")
+    require(
+        (method, options.space) != ("rf-pcdarts", "nasbench201"),
+        options,
+        "method",
+        "rf-darts for nasbench201",
+    )
+    shape = {
+        name: getattr(options, name) for name in ("space", "batch", "size", "channels", "layers", "rounds")
+    }
+    print(bench.table(bench.run(method, variants, **shape, out=options.out)))
 
 
 def run_env(args: list[str]) -> None:

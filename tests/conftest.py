@@ -46,18 +46,16 @@ def shared_data():
 @pytest.fixture
 def rfdarts(monkeypatch, capsys):
     """Runs the command line in this process; returns (exit code, stdout, stderr)."""
+    from rfdarts_fast import cli
 
     def run(*args):
-        from rfdarts_fast import cli
-
         monkeypatch.setattr(sys, "argv", ["rfdarts", *map(str, args)])
         code = 0
         try:
             cli.main()
         except SystemExit as stop:
             code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
+        return code, *capsys.readouterr()
 
     return run
 

@@ -31,6 +31,7 @@ struct Cpu {
   static ScalarType branch_dtype(const Tensor& x, bool bfloat16) {
     return bfloat16 && x.scalar_type() == ScalarType::Float ? ScalarType::BFloat16 : x.scalar_type();
   }
+  static void check(const Cell&) {}
   static void check(const ReLUConvBNArguments&) {}
 
   ScalarType dtype;

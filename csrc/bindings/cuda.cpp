@@ -54,6 +54,11 @@ struct Cuda {
     if (bfloat16) refuse("bfloat16", "false on CUDA, where branch outputs have the dtype of the inputs", "true");
     return x.scalar_type();
   }
+  static void check(const Cell& cell) {
+    for (const Edge& edge : cell.edges)
+      for (const Branch& b : edge.branches)
+        if (b.op == Op::NorConv || b.averages()) refuse("cell", "ops of the DARTS space", cell.text());
+  }
   static void check(const ReLUConvBNArguments& a) {
     if (a.gammas.size() != 1) refuse("gammas", "one layer on CUDA", std::to_string(a.gammas.size()));
     if (a.reduce && a.gammas[0].numel() % 2)

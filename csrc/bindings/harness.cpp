@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -101,7 +102,9 @@ class Harness {
     std::fill_n(dx.mutable_data(), dx.size(), T(0));
     std::vector<T> scratch(ScratchSize<T>::pool_backward(in.w, in.c));
     k_->divide_by_window(share.mutable_data(), in.size(), stride);
-    k_->pool_backward(x.data(), d_max.data(), share.data(), in.size(), stride, dx.mutable_data(), scratch.data());
+    bool finite = std::all_of(x.data(), x.data() + x.size(), [](T v) { return std::isfinite(v); });
+    k_->pool_backward(x.data(), d_max.data(), share.data(), in.size(), stride, finite, dx.mutable_data(),
+                      scratch.data());
     return dx;
   }
 

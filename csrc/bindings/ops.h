@@ -27,6 +27,7 @@ struct Ops {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, nullptr, &noise, &edge_weights,
                             moments ? &*moments : nullptr};
     Cell cell = arguments.check(encoded, !moments, eps, Device::dtypes);
+    Device::check(cell);
     const Tensor& x = inputs[0];
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16);
     Device device(x);
@@ -51,6 +52,7 @@ struct Ops {
                                     const Tensor& moments, const Ints& encoded, double eps, bool bfloat16) {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, &nodes, nullptr, nullptr, &moments};
     Cell cell = arguments.check(encoded, false, eps, Device::dtypes);
+    Device::check(cell);
     ScalarType branch_dtype = Device::branch_dtype(inputs[0], bfloat16);
     Device device(inputs[0]);
     Tensor branch_outputs = device.empty_branch_outputs(cell.branch_outputs_size(), branch_dtype);
@@ -65,6 +67,7 @@ struct Ops {
       bool training, double eps, bool bfloat16, const Ints& needs_input_grad) {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, &nodes, &noise, &edge_weights, &moments};
     Cell cell = arguments.check(encoded, training, eps, Device::dtypes);
+    Device::check(cell);
     const Tensor& x = inputs[0];
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16), dtype = parameter_dtype(x);
     arguments.check_backward(cell, grads, grad_nodes, branch_outputs, branch_dtype, needs_input_grad);

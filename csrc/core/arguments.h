@@ -200,8 +200,7 @@ struct ReLUConvBNArguments {
       ScalarType dtype = parameter_dtype(x);
       expect_tensor({"gammas", i}, gammas[i], {std::max<int64_t>(channels, 1)}, dtype, Layout::Contiguous, x);
       expect_tensor({"betas", i}, betas[i], {channels}, dtype, Layout::Contiguous, x);
-      expect_tensor({"conv_weights", i}, conv_weights[i], {2 * stride() * x.size(1) * channels}, dtype,
-                    Layout::Contiguous, x);
+      expect_tensor({"conv_weights", i}, conv_weights[i], {2 * x.size(1) * channels}, dtype, Layout::Contiguous, x);
       if (moments_given)
         expect_tensor({"moments", i}, moments[i], {2, channels}, ScalarType::Double, Layout::Contiguous, x);
     }

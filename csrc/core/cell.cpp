@@ -32,24 +32,26 @@ Branch read_branch(Reader& read, int norms, int stride) {
     return has ? read.next(name, 0, most) : read.next(name, none, none);
   };
   Branch b{};
-  b.op = Op(read.next("op", int64_t(Op::None), int64_t(Op::Noise)));
-  bool depthwise = b.op == Op::SepConv || b.op == Op::DilConv;
-  b.kernel = int(read.next("kernel", depthwise ? 3 : 0, depthwise ? 5 : 0));
-  expect(b.kernel != 4, "kernel 3 or 5", b.kernel);
+  b.op = Op(read.next("op", int64_t(Op::None), int64_t(Op::NorConv)));
+  bool depthwise = b.op == Op::SepConv || b.op == Op::DilConv, nor = b.op == Op::NorConv;
+  b.kernel = int(read.next("kernel", depthwise ? 3 : nor, depthwise ? 5 : nor ? 3 : 0));
+  expect(b.kernel % 2 || !b.convolves() || b.op == Op::Reduce, "an odd kernel", b.kernel);
   b.dilation = int(read.next("dilation", depthwise ? 1 : 0, depthwise ? 2 : 0));
   b.weight = optional("weight", b.convolves(), INT64_MAX / 2, 0);
-  b.norm = int(optional("norm", b.has_norm(), norms - 1, -1));
+  bool normed = b.convolves() || b.op == Op::MaxPool || (b.op == Op::AvgPool && stride == 2);
+  b.norm = int(read.next("norm", normed ? 0 : -1, normed || b.op == Op::AvgPool ? norms - 1 : -1));
   b.inner_norm = int(optional("inner_norm", b.op == Op::SepConv, norms - 1, -1));
   b.noise = int(optional("noise", b.op == Op::Noise, INT32_MAX - 1, -1));
   expect(b.op != Op::Identity || stride == 1, "stride 1 for an identity", stride);
   expect(b.op != Op::Reduce || stride == 2, "stride 2 for a FactorizedReduce", stride);
+  expect(!nor || stride == 1, "stride 1 for a convolution of NAS-Bench-201", stride);
   return b;
 }
 }  // namespace
 
 int64_t Branch::weight_size(int64_t channels) const {
-  if (op == Op::Reduce) return 4 * channels * channels;
-  int pairs = op == Op::SepConv ? 2 : op == Op::DilConv ? 1 : 0;
+  if (op == Op::NorConv) return (kernel == 1 ? 2 : 2 * (9 + 16)) * channels * channels;
+  int pairs = op == Op::SepConv ? 2 : convolves() ? 1 : 0;
   return pairs * channels * (kernel * kernel + 2 * channels);
 }
 
@@ -70,11 +72,11 @@ CellDescription::CellDescription(const std::vector<int64_t>& encoded) {
   for (int i = 0; i < nodes; i++)
     for (int s = 0; s < incoming(i); s++) {
       Edge edge{s, i, int(read.next("stride", 1, 2)), {}};
-      bool has[int(Op::Noise) + 1] = {};
+      bool has[int(Op::NorConv) + 1] = {};
       for (int p = 0; p < primitives; p++) {
         const Branch& b = edge.branches.emplace_back(read_branch(read, norms, edge.stride));
         // kernels find them on an edge by their op
-        bool once = b.pools() || b.op == Op::Identity;
+        bool once = b.pools() || b.averages() || b.op == Op::Identity;
         expect(!once || !has[int(b.op)], "a pool or identity once on an edge", int64_t(b.op));
         has[int(b.op)] = true;
         for (int norm : {b.norm, b.inner_norm}) {

@@ -7,26 +7,32 @@
 namespace rfdarts {
 
 // The numbers are shared with rfdarts_fast/ops/contract.py.
-enum class Op : int64_t { None, MaxPool, AvgPool, Identity, Reduce, SepConv, DilConv, Noise };
+enum class Op : int64_t { None, MaxPool, AvgPool, Identity, Reduce, SepConv, DilConv, Noise, NorConv };
 
 // One candidate operation of an edge.
 struct Branch {
   Op op;
-  // of depthwise convolutions, else 0
+  // of depthwise convolutions and NorConv, which has no dilation, else 0
   int kernel, dilation;
   // where its packed convolutions begin in conv_weights: depthwise [kernel^2][C], 1x1 [C in][C out] and its transpose,
-  // twice for SepConv; for Reduce one matrix [2 C in][C out] and its transpose. C: mixed channels
+  // twice for SepConv; for Reduce 1x1 and its transpose alone; for NorConv [kernel^2][C in][C out],
+  // [kernel^2][C out][C in] with its taps from last to first, and of 3x3 ones both transformed (cpu/nor_conv.h), to
+  // [16][C in][C out] and [16][C out][C in]. C: mixed channels
   int64_t weight;
-  // rows of gamma, beta and moments: of the last BatchNorm, and of the one between SepConv's halves; -1: none
+  // rows of gamma, beta and moments: of the last BatchNorm, which an average pool may lack, and of the one between
+  // SepConv's halves; -1: none
   int norm, inner_norm;
   // which tensor of `noise`; -1: none
   int noise;
   // numbers of its branch outputs: what the last BatchNorm reads, and what the inner one reads; -1: none
   int output = -1, inner_output = -1;
 
-  bool convolves() const { return op == Op::SepConv || op == Op::DilConv || op == Op::Reduce; }
-  bool pools() const { return op == Op::MaxPool || op == Op::AvgPool; }
-  bool has_norm() const { return convolves() || pools(); }
+  bool convolves() const { return op == Op::SepConv || op == Op::DilConv || op == Op::Reduce || op == Op::NorConv; }
+  bool pools() const { return op == Op::MaxPool || (op == Op::AvgPool && norm >= 0); }
+  // an average pool without BatchNorm: linear, so that those of all edges are one pool of a weighted sum
+  bool averages() const { return op == Op::AvgPool && norm < 0; }
+  // kernels take the convolutions of NAS-Bench-201 that leave a state together, 3x3 ones first: 0 for others
+  int nor_conv_rank() const { return op != Op::NorConv ? 0 : kernel == 3 ? 1 : 2; }
   // numbers in its packed convolutions
   int64_t weight_size(int64_t channels) const;
 };

@@ -43,7 +43,7 @@ struct CellBackward {
 struct ReLUConvBN {
   struct Layer {
     int64_t co;
-    // [inputs][co] and its transpose
+    // [ci][co] and its transpose
     const void *conv_weights, *gamma, *beta;
     void* y;          // [images][oh][ow][co], before the BatchNorm
     double* moments;  // [2][co]; read, not written, where not training
@@ -61,8 +61,6 @@ struct ReLUConvBN {
 
   int64_t oh() const { return reduce ? h / 2 : h; }
   int64_t ow() const { return reduce ? w / 2 : w; }
-  // numbers behind one output: of a pixel, or of two
-  int64_t inputs() const { return reduce ? 2 * ci : ci; }
 };
 
 }  // namespace rfdarts

@@ -243,13 +243,12 @@ void half_pool_backward(ImageView<T> x, const T* d, Size size, T* dx) {
           const T* in = x.data + 2 * r * x.row + 2 * q * x.pixel + k;
           T* to = dx + (2 * r * w + 2 * q) * c + k;
           Vec<T, L> v[4] = {load<L>(in), load<L>(in + x.pixel), load<L>(in + x.row), load<L>(in + x.row + x.pixel)};
-          Vec<T, L> top = max_vec<T, L>(max_vec<T, L>(v[0], v[1]), max_vec<T, L>(v[2], v[3]));
-          Vec<T, L> left = load<L>(d + (r * (w / 2) + q) * c + k);
+          Vec<T, L> top = v[0], left = load<L>(d + (r * (w / 2) + q) * c + k);
+          decltype(top < top) where = {};
+          unroll<4>(RF_LAMBDA(i) { take_larger<T, L>(v[i], i, top, where); });
           unroll<4>(RF_LAMBDA(i) {
-            auto miss = v[i] < top;
             T* at = to + (i / 2 * w + i % 2) * c;
-            store<L>(at, load<L>(at) + (miss ? Vec<T, L>{} : left));
-            left = miss ? left : Vec<T, L>{};
+            store<L>(at, load<L>(at) + (where == int(i) ? left : Vec<T, L>{}));
           });
         }
   });

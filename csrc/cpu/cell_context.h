@@ -54,9 +54,17 @@ struct CellContext {
     const T* dw = base + (b.weight / cm + (second ? taps + 2 * cm : 0)) * row;
     return {b.kernel, b.dilation, stride, dw, dw + taps * row, dw + (taps + cm) * row};
   }
+  // a convolution of NAS-Bench-201, or, for the backward, its transpose: weights and transformed weights
+  std::pair<const T*, const T*> nor_conv(const Branch& b, bool transposed) const {
+    int64_t taps = b.kernel * b.kernel, square = cm * cm;
+    const T* weights = conv_weights + b.weight;
+    return {weights + transposed * taps * square, weights + (2 * taps + transposed * 16) * square};
+  }
   // multiply-adds of 16 lanes that one of its convolutions costs an image; see FetchQueue
   int64_t work(const Branch& b) const {
-    int64_t taps = b.op == Op::Reduce ? 2 * cm : b.kernel * b.kernel + cm;
+    int64_t taps = b.kernel * b.kernel + cm;
+    // Winograd has 16 products for 4 outputs
+    if (b.op == Op::NorConv) taps = (b.kernel == 3 ? 4 : 1) * cm;
     return cell.pixels() * cm / 16 * taps;
   }
   S* branch_output(int i, int64_t n) const {

@@ -33,8 +33,10 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
   using P::cell, P::cm, P::k, P::period, P::run;
   int s;
   const Source& source = cell.sources[s];
-  Frame frame = k.frame(this->run.source_size(s), source.stride);
+  Frame frame = k.frame(this->run.source_size(s), source.stride), nor_frame = k.nor_frame(this->run.source_size(s));
+  // those of NAS-Bench-201 come last, 3x3 ones first
   std::vector<const Branch*> branches;
+  int64_t nor_convs = 0;
   std::vector<int> max_norms, avg_norms;
   int64_t work = 0;
   ImageMoments moments;  // of the branch outputs, then of the pools
@@ -42,42 +44,59 @@ struct FirstConvs : Phase<T, S, CellContext<T, S>> {
   FirstConvs(CellContext<T, S>& run, int s) : P{run}, s(s) {
     for (int e : source.edges)
       for (const Branch& b : cell.edges[e].branches) {
-        if (b.convolves()) branches.push_back(&b), work += run.work(b);
+        if (b.convolves()) branches.push_back(&b), work += run.work(b), nor_convs += b.op == Op::NorConv;
         if (b.pools()) (b.op == Op::MaxPool ? max_norms : avg_norms).push_back(b.norm);
       }
+    std::stable_sort(branches.begin(), branches.end(), [](const Branch* a, const Branch* b) {
+      return a->nor_conv_rank() < b->nor_conv_rank();
+    });
     moments = run.take_moments(branches.size() + 2);
   }
 
   // of one thread
   struct Room {
-    T *framed, *scratch, *shifts;
+    T *framed, *nor_framed, *scratch, *shifts;
+    std::vector<NorConv<T, S>> nor_convs;
     typename CellContext<T, S>::PoolRoom pools;
     Room(Scratch& room, const FirstConvs& convs)
-        : framed(room.take<T>(convs.frame.size, true)),
-          scratch(room.take<T>(std::max({ScratchSize<T>::conv_forward(convs.cell.ow, convs.cm),
-                                         ScratchSize<T>::reduce_forward(convs.cell.ow, convs.cm),
-                                         ScratchSize<T>::sums(convs.cm)}))),
+        : framed(room.take<T>(convs.depthwise() ? convs.frame.size : 0, true)),
+          nor_framed(room.take<T>(convs.nor_convs ? convs.nor_frame.size : 0, true)),
+          scratch(room.take<T>(std::max(
+              {ScratchSize<T>::conv_forward(convs.cell.ow, convs.cm),
+               ScratchSize<T>::conv1x1_forward(convs.cell.ow, convs.cm, 1, convs.cm), ScratchSize<T>::sums(convs.cm),
+               convs.nor_convs ? ScratchSize<T>::nor_convs_forward(convs.cell.ow, convs.cm, convs.nor_convs) : 0}))),
           shifts(room.take<T>(2 * convs.period)), pools(room, convs.run, convs.source.w) {}
   };
-  void image(int64_t n, const Room& room, FetchQueue& queue) const {
+  int64_t depthwise() const { return branches.size() - nor_convs; }
+  void image(int64_t n, Room& room, FetchQueue& queue) const {
     const T* x = run.mixed_image(s, n);
     if (cell.training && source.pools) pool_moments(x, n, room);
     if (branches.empty()) return;
     Size size = run.source_size(s);
-    k.frame_relu({x, size.w * cm, cm}, size, frame, room.framed);
+    ImageView<T> view{x, size.w * cm, cm};
     Ahead ahead = queue.over(work);
     bool bypass_cache = bypasses_cache(run, branches.size());
+    if (depthwise()) k.frame_relu(view, size, frame, room.framed);
+    room.nor_convs.clear();
     for (size_t i = 0; i < branches.size(); i++) {
       const Branch& b = *branches[i];
       ConvOutput<S> out{run.branch_output(b.op == Op::SepConv ? b.inner_output : b.output, n), moments.mean_of(n, i),
                         moments.deviation_of(n, i)};
-      if (b.op == Op::Reduce) {
-        k.reduce_forward(room.framed, frame, size, run.conv_weights + b.weight, out, room.scratch, ahead);
+      if (b.op == Op::NorConv) {
+        out.bypass_cache = bypass_cache;
+        auto [weights, transformed] = run.nor_conv(b, false);
+        room.nor_convs.push_back({b.kernel, weights, transformed, out});
+      } else if (b.op == Op::Reduce) {
+        Conv1x1<T, S> conv{cm, run.conv_weights + b.weight, out};
+        k.conv1x1_forward(view, cell.oh, cell.ow, cm, true, 1, &conv, room.scratch, ahead);
       } else {
         out.bypass_cache = bypass_cache;
         k.conv_forward(room.framed, frame, size, run.conv(b, false, source.stride), out, room.scratch, ahead);
       }
     }
+    if (!nor_convs) return;
+    k.frame_relu(view, size, nor_frame, room.nor_framed);
+    k.nor_convs_forward(room.nor_framed, nor_frame, size, nor_convs, room.nor_convs.data(), room.scratch, ahead);
   }
   void pool_moments(const T* x, int64_t n, const Room& room) const {
     int64_t max = branches.size(), avg = max + 1;

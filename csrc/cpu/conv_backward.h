@@ -27,6 +27,22 @@ RF_INLINE void norm_backward_dense(const NormBackward<T, G, S>& norm, int64_t at
   });
 }
 
+// d = `pixels` pixels from pixel `begin` on, `step` apart, of some of the c channels
+template <class T, class G, class S>
+void norm_backward_pixels(const NormBackward<T, G, S>& norm, int64_t c, Channels some, int64_t begin, int64_t pixels,
+                          T* d, int64_t step) {
+  if (some.count == c && step == c) return norm_backward_dense(norm, begin * c, pixels * c, c, d);
+  int64_t period = period_of<T>(c);
+  const G* g = norm.g + begin * c + some.first;
+  const S* y = norm.y + begin * c + some.first;
+  with_lanes<T>(some.count, [&](auto lanes) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < some.count; k += lanes) {
+      NormCoefficients<T, lanes> gradient(norm.coefficients + some.first + k, period);
+      for (int64_t p = 0; p < pixels; p++) store<lanes>(d + p * step + k, gradient(g + p * c + k, y + p * c + k));
+    }
+  });
+}
+
 template <class T, class G, class S, int L>
 void conv_backward_wide(const NormBackward<T, G, S>& norm, Size size, const Conv<T>& conv, Frame f, T* framed,
                         bool add, T* dx, T* scratch, Ahead& ahead) {
@@ -39,7 +55,7 @@ void conv_backward_wide(const NormBackward<T, G, S>& norm, Size size, const Conv
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
     norm_backward_dense(norm, r0 * ow * c, n * ow * c, c, scratch);
-    pointwise<T, L>(scratch, n * ow, c, conv.pw_t, c, framed + f.origin + r0 * f.pitch, ahead);
+    pointwise<T, L>(scratch, n * ow, c, conv.pw_t, c, c, framed + f.origin + r0 * f.pitch, ahead);
     // rows of dx follow as soon as the framed rows that they need are there, still in the first-level cache
     int64_t ready = r0 + n == oh ? h : conv.stride * (r0 + n) - reach;
     for (; done < ready; done++)
@@ -118,15 +134,17 @@ template <class T, class S>
 void reduce_backward(const NormBackward<T, T, S>& norm, Size size, const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
   auto [h, w, c] = size;
   int64_t ow = w / 2;
-  T* both = scratch + ow * c;
-  for (int64_t r = 0; r < h / 2; r++) {
-    norm_backward_dense(norm, r * ow * c, ow * c, c, scratch);
-    with_lanes<T>(c, [&](auto lanes) { pointwise<T, lanes>(scratch, ow, c, pw_t, 2 * c, both, ahead); });
-    T *even = dx + 2 * r * w * c, *odd = even + (w + 1) * c;
+  T* back = scratch + ow * c;
+  // row y of dx: a pixel of every two, from one half of the outputs
+  for (int64_t y = 0; y < h; y++) {
+    int half = y % 2;
+    Channels part = part_of(c, half, 2);
+    norm_backward_pixels(norm, c, part, y / 2 * ow, ow, scratch, part.count);
+    with_lanes<T>(c, [&](auto lanes) {
+      pointwise<T, lanes>(scratch, ow, part.count, pw_t + part.first * c, c, c, back, ahead);
+    });
+    T* to = dx + (y * w + half) * c;
     for (int64_t q = 0; q < ow; q++)
-      for (int64_t k = 0; k < c; k++) {
-        even[2 * q * c + k] += both[2 * q * c + k];
-        odd[2 * q * c + k] += both[(2 * q + 1) * c + k];
-      }
+      for (int64_t k = 0; k < c; k++) to[2 * q * c + k] += back[q * c + k];
   }
 }

@@ -50,17 +50,18 @@ void pack(ImageView<T> x, Size size, T* dense) {
     });
 }
 
-// Dense rows through the 1x1 convolution, stored, with their moments. ci may differ from the c outputs.
+// Dense rows through the 1x1 convolution, stored, with their moments. ci may differ from the c outputs, and these may
+// be some of co.
 template <class T, class S, int L>
 struct OutputRows {
-  int64_t ci, c;
+  int64_t ci, c, co;
   const T* pw;
   ConvOutput<S> out;
   T *shift, *sum, *square, *few;
   Ahead& ahead;
 
-  OutputRows(int64_t ci, int64_t c, const T* pw, const ConvOutput<S>& out, T* scratch, Ahead& ahead)
-      : ci(ci), c(c), pw(pw), out(out), shift(scratch), sum(scratch + c), square(scratch + 2 * c),
+  OutputRows(int64_t ci, int64_t c, int64_t co, const T* pw, const ConvOutput<S>& out, T* scratch, Ahead& ahead)
+      : ci(ci), c(c), co(co), pw(pw), out(out), shift(scratch), sum(scratch + c), square(scratch + 2 * c),
         few(scratch + 3 * c), ahead(ahead) {}
   // Moments are taken about the mean of a few pixels: no cancellation where the mean is far from zero. Not all of
   // them lie at a border, which differs. The 1x1 convolution of their mean is the mean of theirs.
@@ -75,7 +76,7 @@ struct OutputRows {
           store<lanes>(few + k, load<lanes>(few + k) + load<lanes>(from + k) * part);
       }
     });
-    pointwise<T, L>(few, 1, ci, pw, c, shift, ahead);
+    pointwise<T, L>(few, 1, ci, pw, c, co, shift, ahead);
     fill(out.mean, c, 0.0);
     fill(out.deviation, c, 0.0);
   }
@@ -84,7 +85,7 @@ struct OutputRows {
     for_column_groups<L>(c, [&](auto blocks, int64_t o) {
       constexpr int P = kTilePixels<blocks>;
       auto run = [&](auto kernel) {
-        kernel(d, pixels, ci, pw + o, c, out.y + first * c + o, shift + o, sum + o, square + o, ahead);
+        kernel(d, pixels, ci, pw + o, co, out.y + first * co + o, shift + o, sum + o, square + o, ahead);
       };
       if (out.bypass_cache && L == kLanes<T>)
         run(pointwise_moments<T, S, L, P, blocks, true>);
@@ -106,7 +107,7 @@ void conv_forward_wide(const T* x, Frame f, Size size, const Conv<T>& conv, cons
   int64_t oh = pooled(h, conv.stride), ow = pooled(w, conv.stride), rows = strip_rows<T>(oh, ow * c);
   auto depthwise = depthwise_row_for<T, L, Pass::Forward>(conv);
   T* d = scratch + 4 * round_up(c, kLanes<T>);
-  OutputRows<T, S, L> output(c, c, conv.pw, out, scratch, ahead);
+  OutputRows<T, S, L> output(c, c, c, conv.pw, out, scratch, ahead);
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
     for (int64_t r = 0; r < n; r++)
@@ -220,24 +221,4 @@ void conv_forward(const T* x, Frame f, Size size, const Conv<T>& conv, const Con
     });
   with_lanes<T>(size.c,
                 [&](auto lanes) { conv_forward_wide<T, S, lanes>(x, f, size, conv, out, scratch, ahead); });
-}
-
-template <class T, class S>
-void reduce_forward(const T* x, Frame f, Size size, const T* pw, const ConvOutput<S>& out, T* scratch,
-                    Ahead& ahead) {
-  auto [h, w, c] = size;
-  with_lanes<T>(c, [&](auto lanes) {
-    constexpr int L = lanes;
-    T* d = scratch + 3 * round_up(c, kLanes<T>) + round_up(2 * c, kLanes<T>);
-    OutputRows<T, S, L> output(2 * c, c, pw, out, scratch, ahead);
-    for (int64_t r = 0; r < h / 2; r++) {
-      const T *even = x + f.origin + 2 * r * f.pitch, *odd = even + f.pitch + c;
-      for (int64_t q = 0; q < w / 2; q++) {
-        copy(even + 2 * q * c, c, d + 2 * q * c);
-        copy(odd + 2 * q * c, c, d + (2 * q + 1) * c);
-      }
-      output.strip(d, r * (w / 2), w / 2);
-    }
-    output.finish(h / 2 * (w / 2));
-  });
 }

@@ -40,6 +40,8 @@ struct ConvOutput {
   S* y;
   double *mean, *deviation;
   bool bypass_cache = false;
+
+  ConvOutput from(int64_t channel) const { return {y + channel, mean + channel, deviation + channel, bypass_cache}; }
 };
 
 // The gradient at a BatchNorm's input, scale g + slope (y - mean) + shift, formed where it is used: csrc/README.md.
@@ -52,18 +54,51 @@ struct NormBackward {
 };
 enum NormRow { kScale, kSlope, kMean, kShift, kNormRows };
 
+// Some of a pixel's channels.
+struct Channels {
+  int64_t first, count;
+};
+// Outputs of part 0 of 1, all, or of one of two: FactorizedReduce has a convolution for each half of them.
+inline Channels part_of(int64_t co, int part, int parts) {
+  int64_t first = part * (co / 2), end = part + 1 < parts ? co / 2 : co;
+  return {first, end - first};
+}
+
 // One of several 1x1 convolutions of an image: pw [ci][co]; and the gradient at its output.
-template <class T>
+template <class T, class S>
 struct Conv1x1 {
   int64_t co;
   const T* pw;
-  ConvOutput<T> out;
+  ConvOutput<S> out;
 };
 template <class T>
 struct Conv1x1Backward {
   int64_t co;
   NormBackward<T, T, T> norm;
 };
+
+// A frozen convolution of NAS-Bench-201, kernel 1 or 3: weights [kernel^2][C in][C out], and for kernel 3 those of
+// Winograd's products, [16][C in][C out]. Of the backward: [C out][C in], taps from last to first.
+template <class T, class S>
+struct NorConv {
+  int kernel;
+  const T *weights, *transformed;
+  ConvOutput<S> out;
+};
+template <class T, class S>
+struct NorConvBackward {
+  int kernel;
+  const T *weights, *transformed;
+  NormBackward<T, T, S> norm;
+};
+// lanes of the widest vector: float on avx512
+constexpr int64_t kMaxLanes = 16;
+
+// 2x2 tiles that go through the products together: their values, products and weights fill the caches. How far apart the
+// values of two places lie is no power of two.
+constexpr int64_t kFewTiles = 8, kPlaceSkew = 32;
+constexpr int64_t strip_tiles(int64_t c) { return c > kMaxLanes ? 2 * kFewTiles : kFewTiles; }
+constexpr int64_t place_pitch(int64_t c) { return strip_tiles(c) * c + kPlaceSkew; }
 
 // The gradient of a state, of which the mixed op takes the first C / K channels and the others bypass it:
 // dx = [mixed | 0] + outer + sum over edges of edge_weights[e] unshuffle(g[e]) without the mixed op's channels.
@@ -99,8 +134,6 @@ constexpr int64_t kStripBytes = 12288;
 // What rows of the pools' backward lie further apart than they are long. Rows of a power of two would share cache sets,
 // and loads would wait for stores of other rows.
 constexpr int64_t kPoolSkewBytes = 384;
-// lanes of the widest vector: float on avx512
-constexpr int64_t kMaxLanes = 16;
 
 // Elements of scratch that the kernels need, on any instruction set. w: of the input, ow: of the output.
 template <class T>
@@ -114,8 +147,12 @@ struct ScratchSize {
   static constexpr int64_t moments(int64_t ci, int64_t co) { return 3 * padded(co) + padded(ci); }
   static constexpr int64_t conv_forward(int64_t ow, int64_t c) { return moments(c, c) + strip(ow * c); }
   static constexpr int64_t conv_backward(int64_t ow, int64_t c) { return strip(ow * c); }
-  static constexpr int64_t reduce_forward(int64_t ow, int64_t c) { return moments(2 * c, c) + ow * 2 * c; }
-  static constexpr int64_t reduce_backward(int64_t ow, int64_t c) { return ow * c + ow * 2 * c; }
+  // what is transformed, the products, and moments of n convolutions; or, tap by tap, a row; or a strip of gradients
+  static constexpr int64_t nor_convs_forward(int64_t w, int64_t c, int64_t n) {
+    return max(32 * place_pitch(c) + 3 * n * period(c), 3 * period(c) + w * c);
+  }
+  static constexpr int64_t nor_convs_backward(int64_t w, int64_t c) { return max(32 * place_pitch(c), strip(w * c)); }
+  static constexpr int64_t reduce_backward(int64_t ow, int64_t c) { return 2 * ow * c; }
   // maxima, sums and shares of a row, with a pixel of border
   static constexpr int64_t pool_forward(int64_t w, int64_t c) { return 3 * (w + 2) * c; }
   // a row of lowest values, one of zeros, three of maxima, three of their gradients
@@ -127,6 +164,10 @@ struct ScratchSize {
   static constexpr int64_t bypass_forward(int64_t w, int64_t c) { return w * c; }
   // a row of sums, one of x, and zeros in the place of the mixed op's channels
   static constexpr int64_t bypass_backward(int64_t w, int64_t c) { return (2 * w + 1) * c; }
+  // a strip of inputs; `co`: what all outputs add up to
+  static constexpr int64_t conv1x1_forward(int64_t ow, int64_t ci, int64_t convs, int64_t co) {
+    return kMaxLanes + strip(ow * ci) + 3 * co + convs * padded(ci);
+  }
   // strips of all inputs and of all outputs
   static constexpr int64_t conv1x1_backward(int64_t ow, int64_t inputs, int64_t co) {
     return 2 * strip(ow * max(inputs, co));
@@ -142,6 +183,8 @@ struct Kernels {
   int64_t (*period)(int64_t c);
   Frame (*frame)(Size size, int stride);
 
+  Frame (*nor_frame)(Size size);
+
   // dst frame = relu(x)
   void (*frame_relu)(ImageView<T> x, Size size, Frame frame, T* dst);
   // dst frame = relu(scale y + shift); scale, shift [period]
@@ -150,9 +193,9 @@ struct Kernels {
   // y = pointwise(depthwise(x)), x framed; size: of x
   void (*conv_forward)(const T* x, Frame frame, Size size, const Conv<T>& conv, const ConvOutput<S>& out, T* scratch,
                        Ahead& ahead);
-  // FactorizedReduce: y = [w1 x(2r, 2q) | w2 x(2r+1, 2q+1)], both as one [2C, C] matrix.
-  void (*reduce_forward)(const T* x, Frame frame, Size size, const T* pw, const ConvOutput<S>& out, T* scratch,
-                         Ahead& ahead);
+  // Several convolutions of x, in a frame of nor_frame; 3x3 ones come first.
+  void (*nor_convs_forward)(const T* x, Frame frame, Size size, int n, const NorConv<T, S>* convs, T* scratch,
+                            Ahead& ahead);
   // dense = x without its strides
   void (*pack)(ImageView<T> x, Size size, T* dense);
   // `rows` rows of the 3x3 pools of a dense image
@@ -162,8 +205,9 @@ struct Kernels {
   void (*add_moments)(const T* y, int64_t pixels, int64_t c, bool first, T* shift, double* mean, double* deviation,
                       T* scratch);
   void (*finish_moments)(const T* shift, int64_t pixels, int64_t c, double* mean, double* deviation);
-  // dx += gradients of both pools; d_avg already divided by its window's size
-  void (*pool_backward)(const T* x, const T* d_max, const T* d_avg, Size size, int stride, T* dx, T* scratch);
+  // dx += gradients of both pools; d_avg already divided by its window's size; finite: all that the pools gave is
+  void (*pool_backward)(const T* x, const T* d_max, const T* d_avg, Size size, int stride, bool finite, T* dx,
+                        T* scratch);
 
   // dst = (first ? shift : dst) + sum_k scale[k] (src[k] - mean[k]); scale, mean [n][period], shift [period] or null.
   // Each stream is centred before it is added: all constants at once would be larger than the sum that is left.
@@ -183,7 +227,10 @@ struct Kernels {
   // the same where g is stored as a branch output
   void (*conv_backward_stored)(const NormBackward<T, S, S>& norm, Size size, const Conv<T>& conv, Frame frame,
                                T* framed, bool add, T* dx, T* scratch, Ahead& ahead);
-  // dx += the gradient before reduce_forward
+  // dx = the gradients before nor_convs_forward, summed; 3x3 ones are framed, one after the other
+  void (*nor_convs_backward)(int n, const NorConvBackward<T, S>* convs, Size size, Frame frame, T* framed, T* dx,
+                             T* scratch, Ahead& ahead);
+  // dx += the gradient before a FactorizedReduce's convolutions
   void (*reduce_backward)(const NormBackward<T, T, S>& norm, Size size, const T* pw_t, T* dx, T* scratch,
                           Ahead& ahead);
   // du = dx where scale y + shift > 0; sums of du and of du (y - mean). du may be where the outer branch output was.
@@ -192,10 +239,12 @@ struct Kernels {
   // sum += dx where x > 0
   void (*relu_backward_add)(const T* dx, const T* x, T* sum, int64_t count, int64_t c);
   void (*divide_by_window)(T* d, Size size, int stride);
+  // dst = sums over 3x3 windows, zero around the image, or their average; or added
+  void (*window_sums)(const T* x, Size size, bool average, bool add, T* dst);
 
   // One image through ReLU and 1x1 convolutions, oh x ow outputs; see relu_conv_bn_kernels.h.
   void (*conv1x1_forward)(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
-                          const Conv1x1<T>* convs, T* scratch, Ahead& ahead);
+                          const Conv1x1<T, S>* convs, T* scratch, Ahead& ahead);
   void (*conv1x1_backward)(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
                            const Conv1x1Backward<T>* convs, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
   // dense pixels to pixels `step` apart, past the caches

@@ -9,9 +9,10 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
   using P = Phase<T, S, BackwardContext<T, S>>;
   using P::cell, P::cm, P::k, P::period, P::run;
 
-  // Primitives of an edge whose values are multiplied with g: branch outputs, then streams.
+  // Primitives of an edge whose values are multiplied with g: branch outputs, streams, then average pools without
+  // BatchNorm, for which g takes the way back.
   struct EdgeTerms {
-    std::vector<int> outputs, streams;
+    std::vector<int> outputs, streams, averages;
     Coefficients<T> output_mean, stream_mean;
     int first;  // of this edge's sums
     bool pools = false;
@@ -20,6 +21,8 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
   int64_t sums = 1;  // of g, then for each term of every edge of g (value - mean)
   std::vector<EdgeTerms> edges;
   int64_t widest = 0;  // of its inputs
+  bool averages = false;
+  Coefficients<T> no_mean{1, cm, period};
   // where the node's gradient is made dense: the mixed op's channels, and all
   T *mixed = nullptr, *whole = nullptr;
   double* partials = nullptr;  // [images][sums][C/K]
@@ -45,7 +48,8 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
     for (int p = 0; p < cell.primitives; p++) {
       const Branch& b = edge.branches[p];
       if (b.op == Op::None) continue;
-      auto& list = b.convolves() ? t.outputs : t.streams;
+      auto& list = b.convolves() ? t.outputs : b.averages() ? t.averages : t.streams;
+      averages |= b.averages();
       auto& mean = b.convolves() ? t.output_mean : t.stream_mean;
       for (int64_t c = 0; b.norm >= 0 && c < cm; c++) mean.set(list.size(), c, run.mean(b.norm, c));
       list.push_back(p);
@@ -58,12 +62,14 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
 
   // of one thread
   struct Room {
-    T* scratch;
+    T *scratch, *divided, *averaged;
     typename CellContext<T, S>::PoolRoom pools;
     std::vector<const S*> outputs;
     std::vector<const T*> streams;
     Room(Scratch& room, const NodeBackward& node)
-        : scratch(room.take<T>(ScratchSize<T>::sums(node.cm))), pools(room, node.run, node.widest) {}
+        : scratch(room.take<T>(ScratchSize<T>::sums(node.cm))),
+          divided(room.take<T>(node.averages ? node.run.mixed_size : 0)),
+          averaged(room.take<T>(node.averages ? node.run.mixed_size : 0)), pools(room, node.run, node.widest) {}
   };
   // what `image` reads of image n, as far as the cache holds it
   void fetch(int64_t n, FetchQueue& queue) const {
@@ -78,6 +84,11 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
     std::fill_n(to, sums * cm, 0.0);
     const T* g = run.mixed_grad[i] + n * run.mixed_size;
     k.dot_states(g, 0, nullptr, nullptr, nullptr, to, run.mixed_size, cm, room.scratch);
+    if (averages) {
+      std::copy_n(g, run.mixed_size, room.divided);
+      k.divide_by_window(room.divided, run.output_size(), 1);
+      k.window_sums(room.divided, run.output_size(), false, false, room.averaged);
+    }
     for (size_t s = 0; s < edges.size(); s++) add_edge(s, n, g, to + edges[s].first * cm, room);
   }
   void make_dense(int64_t n) const {
@@ -117,6 +128,9 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
       run.each_pool_rows(s, x, room.pools, dot);
     else
       dot(0, run.mixed_size, nullptr, nullptr);
+    if (!t.averages.empty())
+      k.dot_states(room.averaged, 1, &x, no_mean.row(0), to + (t.outputs.size() + t.streams.size()) * cm, nullptr,
+                   run.mixed_size, cm, room.scratch);
   }
   void finish() const {
     std::vector<double> sum(sums * cm, 0.0);
@@ -127,7 +141,7 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
       const EdgeTerms& t = edges[s];
       double edge_gradient = 0;
       const double* dot = sum.data() + t.first * cm;
-      for (const auto* list : {&t.outputs, &t.streams})
+      for (const auto* list : {&t.outputs, &t.streams, &t.averages})
         for (int p : *list) {
           int norm = branch(s, p).norm;
           double gradient = 0;

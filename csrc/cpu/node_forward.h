@@ -23,6 +23,9 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
   std::vector<T> edge_weights;
   Coefficients<T> shift{1, cm, period};
   int64_t widest = 0;  // of its inputs
+  // the edges with an average pool without BatchNorm, and its weight
+  std::vector<int> averaged;
+  Coefficients<T> average_scale, zeros;
 
   NodeForward(CellContext<T, S>& run, int i) : P{run}, i(i) {
     std::vector<double> sum(cm, 0.0);
@@ -33,6 +36,13 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
       widest = std::max(widest, cell.sources[s].w);
     }
     for (int64_t c = 0; c < cm; c++) shift.set(0, c, sum[c]);
+    average_scale = zeros = Coefficients<T>(edges.size() + 1, cm, period);
+    for (int s = 0; s < cell.incoming(i); s++)
+      for (int e = cell.first_edge(i) + s, p = 0; p < cell.primitives; p++)
+        if (cell.edges[e].branches[p].averages()) {
+          average_scale.set(averaged.size(), run.term_weight(e, p));
+          averaged.push_back(s);
+        }
   }
   EdgeTerms edge_terms(int e, std::vector<double>& shift_sum) const {
     EdgeTerms t;
@@ -42,7 +52,7 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
       for (int p = 0; p < cell.primitives; p++) {
         const Branch& b = cell.edges[e].branches[p];
         bool convolves = b.convolves();
-        if (op == Op::None ? !convolves : b.op != op) continue;
+        if ((op == Op::None ? !convolves : b.op != op) || b.averages()) continue;
         auto& scale = convolves ? t.output_scale : t.stream_scale;
         auto& mean = convolves ? t.output_mean : t.stream_mean;
         int64_t row = convolves ? t.outputs.size() : t.streams.size();
@@ -61,14 +71,16 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
 
   // of one thread
   struct Room {
-    T *scratch, *mixed;
+    T *scratch, *mixed, *weighted;
     typename CellContext<T, S>::PoolRoom pools;
     std::vector<const S*> outputs;
     std::vector<const T*> streams;
     std::vector<ImageView<T>> bypass;
     Room(Scratch& room, const NodeForward& node)
         : scratch(room.take<T>(bypasses(node) * ScratchSize<T>::bypass_forward(node.cell.ow, node.cell.channels))),
-          mixed(room.take<T>(bypasses(node) * node.run.mixed_size)), pools(room, node.run, node.widest) {}
+          mixed(room.take<T>(bypasses(node) * node.run.mixed_size)),
+          weighted(room.take<T>(node.averaged.empty() ? 0 : node.run.mixed_size)),
+          pools(room, node.run, node.widest) {}
     static int64_t bypasses(const NodeForward& node) { return node.cell.K > 1; }
   };
   // what `image` reads of image n, as far as the cache holds it
@@ -84,6 +96,13 @@ struct NodeForward : Phase<T, S, CellContext<T, S>> {
     T* out = run.states[cell.inputs + i].data + n * run.full_size;
     T* sum = cell.K > 1 ? room.mixed : out;
     for (size_t s = 0; s < edges.size(); s++) add_edge(s, n, sum, room);
+    if (!averaged.empty()) {
+      room.streams.clear();
+      for (int s : averaged) room.streams.push_back(run.mixed_image(s, n));
+      k.sum_states(room.weighted, true, averaged.size(), room.streams.data(), average_scale.row(0), zeros.row(0),
+                   nullptr, run.mixed_size, period);
+      k.window_sums(room.weighted, run.output_size(), true, true, sum);
+    }
     if (cell.K > 1) {
       room.bypass.clear();
       for (size_t s = 0; s < edges.size(); s++) room.bypass.push_back(run.bypass[s][n]);

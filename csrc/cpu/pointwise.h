@@ -34,13 +34,16 @@ RF_INLINE void pointwise_columns(const T* d, int64_t pixels, int64_t ci, const T
                                         __attribute__((always_inline)) { out(p + m, n, v); });
 }
 
-// Where the tiles of a strip go: into a framed row or dense rows, plain.
-template <class T, int L, int Pixels, int Blocks>
+// Where the tiles of a strip go: into a framed row or dense rows, plain; Add: to what is there.
+template <class T, int L, int Pixels, int Blocks, bool Add>
 __attribute__((noinline)) void pointwise_plain(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
                                                T* out, Ahead& ahead) {
-  pointwise_columns<T, L, Pixels, Blocks>(d, pixels, ci, w, co, ahead,
-                                          [&](int64_t p, int64_t n, Vec<T, L> v)
-                                              __attribute__((always_inline)) { store<L>(out + p * co + n, v); });
+  pointwise_columns<T, L, Pixels, Blocks>(
+      d, pixels, ci, w, co, ahead, [&](int64_t p, int64_t n, Vec<T, L> v) __attribute__((always_inline)) {
+        T* to = out + p * co + n;
+        if constexpr (Add) v += load<L>(to);
+        store<L>(to, v);
+      });
 }
 
 // Kept as S, with sums of (y - shift) and its square over the strip.
@@ -73,20 +76,22 @@ __attribute__((noinline)) void pointwise_moments(const T* d, int64_t pixels, int
 template <int Blocks>
 constexpr int kTilePixels = kManyRegisters ? (Blocks == 1 ? 16 : Blocks == 2 ? 8 : 4) : (Blocks == 1 ? 8 : 4);
 
-// f(blocks, channel) over groups of output channels
+// f(blocks, channel) over groups of output channels, L or more; the last ones may be in two groups
 template <int L, class F>
 RF_INLINE void for_column_groups(int64_t co, F&& f) {
   int64_t o = 0;
   if constexpr (kManyRegisters)
     for (; o + 4 * L <= co; o += 4 * L) f(std::integral_constant<int, 4>{}, o);
   for (; o + 2 * L <= co; o += 2 * L) f(std::integral_constant<int, 2>{}, o);
-  for (; o < co; o += L) f(std::integral_constant<int, 1>{}, o);
+  for (; o + L <= co; o += L) f(std::integral_constant<int, 1>{}, o);
+  if (o < co) f(std::integral_constant<int, 1>{}, co - L);
 }
 
-template <class T, int L>
-void pointwise(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co, T* out, Ahead& ahead) {
-  for_column_groups<L>(co, [&](auto blocks, int64_t o) {
-    pointwise_plain<T, L, kTilePixels<blocks>, blocks>(d, pixels, ci, w + o, co, out + o, ahead);
+// the first c of co outputs
+template <class T, int L, bool Add = false>
+void pointwise(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t c, int64_t co, T* out, Ahead& ahead) {
+  for_column_groups<L>(c, [&](auto blocks, int64_t o) {
+    pointwise_plain<T, L, kTilePixels<blocks>, blocks, Add>(d, pixels, ci, w + o, co, out + o, ahead);
   });
 }
 

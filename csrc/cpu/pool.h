@@ -9,20 +9,26 @@ RF_INLINE Vec<T, L> keep_nan(Vec<T, L> max, Vec<T, L> sum) {
   return sum != sum ? sum : max;
 }
 
+// A column's sum. Inner: all three rows exist; else a missing one is a copy, which infinity times 0 would not take out.
+template <bool Inner, class V>
+RF_INLINE V column_sum(V up, V mid, V down, bool has_up, bool has_down) {
+  if constexpr (Inner) return up + (down + mid);
+  return (has_up ? up : V{}) + ((has_down ? down : V{}) + mid);
+}
+
 // One row at stride 1 where C fills vectors: columns pass through registers.
-template <class T>
+template <class T, bool Inner>
 RF_INLINE void pool_row(const T* up, const T* mid, const T* down, bool has_up, bool has_down, int64_t w, int64_t c,
                         T* max, T* avg) {
   constexpr int L = kLanes<T>;
   using V = Vec<T, L>;
   T tall = 1 + has_up + has_down;
   V inner = splat<L>(1 / (3 * tall)), outer = splat<L>(1 / (2 * tall));
-  V upper = splat<L>(T(has_up)), lower = splat<L>(T(has_down));
   for (int64_t k = 0; k < c; k += L) {
     auto column = [&](int64_t q, V& top, V& sum) __attribute__((always_inline)) {
       V a = load<L>(up + q * c + k), b = load<L>(mid + q * c + k), d = load<L>(down + q * c + k);
       top = max_or_second<T, L>(max_or_second<T, L>(a, b), d);
-      sum = a * upper + (d * lower + b);
+      sum = column_sum<Inner>(a, b, d, has_up, has_down);
     };
     V top[3], sum[3];
     column(0, top[1], sum[1]);
@@ -44,19 +50,18 @@ RF_INLINE void pool_row(const T* up, const T* mid, const T* down, bool has_up, b
 }
 
 // The same where C divides a vector, which holds several columns; share: one over the sizes of the row's windows.
-template <class T, int C>
+template <class T, int C, bool Inner>
 RF_INLINE void pool_row_flat(const T* up, const T* mid, const T* down, bool has_up, bool has_down, int64_t row,
                              const T* share, T* max, T* avg) {
   constexpr int L = kLanes<T>;
   using V = Vec<T, L>;
-  V upper = splat<L>(T(has_up)), lower = splat<L>(T(has_down));
   V nothing = splat<L>(-std::numeric_limits<T>::infinity());
   auto lanes = std::make_integer_sequence<int, L>{};
   V top[3] = {nothing, nothing, nothing}, sum[3] = {V{}, V{}, V{}};
   auto columns = [&](int64_t i, V& top, V& sum) __attribute__((always_inline)) {
     V a = load<L>(up + i), b = load<L>(mid + i), d = load<L>(down + i);
     top = max_or_second<T, L>(max_or_second<T, L>(a, b), d);
-    sum = a * upper + (d * lower + b);
+    sum = column_sum<Inner>(a, b, d, has_up, has_down);
   };
   columns(0, top[1], sum[1]);
   for (int64_t i = 0; i < row; i += L) {
@@ -90,8 +95,9 @@ void pool_forward(const T* x, Size size, int stride, int64_t first, int64_t rows
     const T *mid = x + y * row, *up = y > 0 ? mid - row : mid, *down = y < h - 1 ? mid + row : mid;
     T *to_max = max + (r - first) * ow * c, *to_avg = avg + (r - first) * ow * c;
     bool has_up = y > 0, has_down = y < h - 1;
+    auto by_place = [&](auto&& run) { has_up && has_down ? run(std::true_type{}) : run(std::false_type{}); };
     if (stride == 1 && c % kLanes<T> == 0 && w > 1) {
-      pool_row(up, mid, down, has_up, has_down, w, c, to_max, to_avg);
+      by_place([&](auto inner) { pool_row<T, inner>(up, mid, down, has_up, has_down, w, c, to_max, to_avg); });
       continue;
     }
     T tall = window(y, h);
@@ -102,7 +108,9 @@ void pool_forward(const T* x, Size size, int stride, int64_t first, int64_t rows
     }
     if (is_flat<T>(c, stride) && row % kLanes<T> == 0) {
       with_flat_channels<T>(c, [&](auto channels) {
-        pool_row_flat<T, channels>(up, mid, down, has_up, has_down, row, share, to_max, to_avg);
+        by_place([&](auto inner) {
+          pool_row_flat<T, channels, inner>(up, mid, down, has_up, has_down, row, share, to_max, to_avg);
+        });
       });
       continue;
     }
@@ -180,7 +188,8 @@ struct PoolRows {
 };
 
 // The first maximum in row-major order takes its window's gradient, as in torch: of the first row that has it, the
-// first column. So a window's gradient goes to the maximum of three in one of its rows, and from there to a pixel.
+// first column. So a window's gradient goes to the maximum of three in one of its rows, and from there to a pixel. All
+// pools are finite.
 // Columns pass through registers. Here, Up: whether rows y and y - 1 exist; after the windows of row y nothing more
 // reaches row y - 1.
 template <class T, int L, int C, bool Here, bool Up>
@@ -218,7 +227,6 @@ __attribute__((noinline)) void pool_backward_row(const PoolRows<T>& rows, int64_
       V most = max_or_second<T, L>(max_or_second<T, L>(up, mid), down);
       store<L>(rows.down + i, down);
       below[0] = below[1], below[1] = below[2];
-      // what no row claims goes to the last, so that no gradient is lost
       V rest = load<L>(rows.d_max + i), d_down = none;
       if constexpr (Up) {
         auto miss = up < most;
@@ -288,9 +296,11 @@ void pool_backward_dense(const T* x, const T* d_max, const T* d_avg, Size size, 
   }
 }
 
+// The last NaN of a window takes its gradient, else the first maximum, as in torch.
 template <class T>
-void pool_backward(const T* x, const T* d_max, const T* d_avg, Size size, int stride, T* dx, T* scratch) {
-  if (stride == 1) return pool_backward_dense(x, d_max, d_avg, size, dx, scratch);
+void pool_backward(const T* x, const T* d_max, const T* d_avg, Size size, int stride, bool finite, T* dx,
+                   T* scratch) {
+  if (stride == 1 && finite) return pool_backward_dense(x, d_max, d_avg, size, dx, scratch);
   auto [h, w, c] = size;
   int64_t oh = pooled(h, stride), ow = pooled(w, stride);
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
@@ -303,16 +313,15 @@ void pool_backward(const T* x, const T* d_max, const T* d_avg, Size size, int st
         for (int64_t k = 0; k < c; k += L) {
           int64_t o = (r * ow + q) * c + k;
           Vec<T, L> top = load<L>(x + (y0 * w + x0) * c + k), dm = load<L>(d_max + o), da = load<L>(d_avg + o);
+          Mask where = {};
+          int place = 0;
           for (int64_t y = y0; y <= y1; y++)
-            for (int64_t p = x0; p <= x1; p++) top = max_vec<T, L>(top, load<L>(x + (y * w + p) * c + k));
-          Mask open = ~Mask{};
+            for (int64_t p = x0; p <= x1; p++) take_larger<T, L>(load<L>(x + (y * w + p) * c + k), place++, top, where);
+          place = 0;
           for (int64_t y = y0; y <= y1; y++)
             for (int64_t p = x0; p <= x1; p++) {
               int64_t i = (y * w + p) * c + k;
-              // true for a NaN maximum too, so that its gradient is not lost
-              Mask hit = ~(load<L>(x + i) < top) & open;
-              open &= ~hit;
-              store<L>(dx + i, load<L>(dx + i) + da + (hit ? dm : Vec<T, L>{}));
+              store<L>(dx + i, load<L>(dx + i) + da + (where == place++ ? dm : Vec<T, L>{}));
             }
         }
       }
@@ -333,4 +342,37 @@ void divide_by_window(T* d, Size size, int stride) {
     if (ow > 1)
       for (int64_t i = (ow - 1) * c; i < ow * c; i++) row[i] *= edges[1];
   }
+}
+
+// Sums over 3x3 windows at stride 1, zero around the image. Divided by the windows' sizes they are the average pool, of
+// what was divided its transpose.
+template <class T>
+void window_sums(const T* x, Size size, bool average, bool add, T* dst) {
+  auto [h, w, c] = size;
+  int64_t row = w * c;
+  with_lanes<T>(c, [&](auto lanes) {
+    constexpr int L = lanes;
+    using V = Vec<T, L>;
+    for (int64_t r = 0; r < h; r++) {
+      bool has_up = r > 0, has_down = r + 1 < h;
+      T inner = average ? 1 / T(window(r, h) * 3) : 1, outer = average ? 1 / T(window(r, h) * window(0, w)) : 1;
+      for (int64_t k = 0; k < c; k += L) {
+        const T* mid = x + r * row + k;
+        T* to = dst + r * row + k;
+        auto column = [&](int64_t q) __attribute__((always_inline)) {
+          V sum = load<L>(mid + q * c);
+          if (has_up) sum += load<L>(mid - row + q * c);
+          if (has_down) sum += load<L>(mid + row + q * c);
+          return sum;
+        };
+        V left{}, here = column(0);
+        for (int64_t q = 0; q < w; q++) {
+          V right = q + 1 < w ? column(q + 1) : V{};
+          V sum = (left + here + right) * (q == 0 || q == w - 1 ? outer : inner);
+          store<L>(to + q * c, add ? load<L>(to + q * c) + sum : sum);
+          left = here, here = right;
+        }
+      }
+    }
+  });
 }

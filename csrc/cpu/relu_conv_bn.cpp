@@ -26,7 +26,7 @@ struct Layers {
   const Kernels<T, T>& k = kernels<T, T>();
   std::vector<Layer> layers;
   BatchView<T> x{a.x};
-  int64_t inputs = a.inputs(), pixels = a.oh() * a.ow(), co = 0;
+  int64_t pixels = a.oh() * a.ow(), co = 0;
   // bytes of an image of x, and multiply-adds of 16 lanes that it costs
   int64_t image_bytes = a.h * x.row * int64_t(sizeof(T)), work;
 
@@ -38,7 +38,7 @@ struct Layers {
                         out(l.grad_gamma), out(l.grad_beta), l.moments, co, {}});
       co += l.co;
     }
-    work = pixels * co / 16 * inputs;
+    work = pixels * co / 16 * a.ci;
   }
 
   // y of all layers, and its statistics in training mode
@@ -47,12 +47,11 @@ struct Layers {
     auto moments = [&](const Layer& l) {
       return ImageMoments{1, l.co, room.data() + ImageMoments::size(a.images, 1, l.first)};
     };
-    int64_t scratch_size = kMaxLanes + ScratchSize<T>::strip(a.ow() * inputs);
-    for (const Layer& l : layers) scratch_size += ScratchSize<T>::moments(inputs, l.co);
+    int64_t scratch_size = ScratchSize<T>::conv1x1_forward(a.ow(), a.ci, layers.size(), co);
     parallel(a.images, [&](ImageQueue& images) {
       Scratch room;
       T* scratch = room.take<T>(scratch_size);
-      std::vector<Conv1x1<T>> convs;
+      std::vector<Conv1x1<T, T>> convs;
       FetchQueue queue;
       images.each([&](int64_t n, int64_t next) {
         queue.clear(), convs.clear();
@@ -139,14 +138,17 @@ struct Layers {
   // of all layers, in one product
   void input_backward() {
     std::vector<T> transposed;
-    for (const Layer& l : layers) {
-      const T* from = l.conv_weights + inputs * l.co;
-      transposed.insert(transposed.end(), from, from + inputs * l.co);
-    }
+    int parts = a.reduce ? 2 : 1;
+    for (int part = 0; part < parts; part++)
+      for (const Layer& l : layers) {
+        Channels some = part_of(l.co, part, parts);
+        const T* from = l.conv_weights + (l.co + some.first) * a.ci;
+        transposed.insert(transposed.end(), from, from + some.count * a.ci);
+      }
     T* grad_x = static_cast<T*>(a.grad_x);
     parallel(a.images, [&](ImageQueue& images) {
       Scratch room;
-      T* scratch = room.take<T>(ScratchSize<T>::conv1x1_backward(a.ow(), inputs, co));
+      T* scratch = room.take<T>(ScratchSize<T>::conv1x1_backward(a.ow(), a.ci, co));
       std::vector<Conv1x1Backward<T>> convs;
       FetchQueue queue;
       images.each([&](int64_t n, int64_t next) {

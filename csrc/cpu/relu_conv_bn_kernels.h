@@ -1,55 +1,52 @@
-// ReLU and a frozen 1x1 convolution of whole images, ci -> co channels. `reduce`: FactorizedReduce, whose rows are
-// [x(2r, 2q) | x(2r+1, 2q+1)], 2 ci wide, for a matrix that holds both convolutions.
+// ReLU and a frozen 1x1 convolution of whole images, ci -> co channels. `reduce`: FactorizedReduce, a convolution of
+// the pixels (2r, 2q) and one of (2r+1, 2q+1), for a half of the outputs each.
 template <class T>
-RF_INLINE void relu_pixels(const T* from, int64_t pixels, int64_t step, int64_t c, T* to, int64_t to_step) {
+RF_INLINE void relu_pixels(const T* from, int64_t pixels, int64_t step, int64_t c, T* to) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     for (int64_t p = 0; p < pixels; p++)
       for (int64_t k = 0; k < c; k += lanes)
-        store<lanes>(to + p * to_step + k, relu_vec<T, lanes>(load<lanes>(from + p * step + k)));
+        store<lanes>(to + p * c + k, relu_vec<T, lanes>(load<lanes>(from + p * step + k)));
   });
 }
 
-template <class T>
-void conv1x1_forward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n, const Conv1x1<T>* convs,
-                     T* scratch, Ahead& ahead) {
-  int64_t inputs = reduce ? 2 * ci : ci, rows = strip_rows<T>(oh, ow * inputs);
-  auto room = [&](const Conv1x1<T>& conv) { return 3 * conv.co + round_up(inputs, kLanes<T>); };
+template <class T, class S>
+void conv1x1_forward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
+                     const Conv1x1<T, S>* convs, T* scratch, Ahead& ahead) {
+  int64_t rows = strip_rows<T>(oh, ow * ci);
+  int parts = reduce ? 2 : 1;
+  auto room = [&](const Conv1x1<T, S>& conv) { return 3 * conv.co + round_up(ci, kLanes<T>); };
   T* d = scratch;
   for (int i = 0; i < n; i++) d += room(convs[i]);
   d = scratch + round_up(d - scratch, kLanes<T>);
-  for (int64_t r0 = 0; r0 < oh; r0 += rows) {
-    int64_t count = least(rows, oh - r0);
-    for (int64_t r = r0; r < r0 + count; r++) {
-      T* to = d + (r - r0) * ow * inputs;
-      if (!reduce) {
-        relu_pixels(x.data + r * x.row, ow, x.pixel, ci, to, inputs);
-        continue;
+  for (int part = 0; part < parts; part++)
+    for (int64_t r0 = 0; r0 < oh; r0 += rows) {
+      int64_t count = least(rows, oh - r0);
+      for (int64_t r = r0; r < r0 + count; r++)
+        relu_pixels(x.data + (parts * r + part) * x.row + part * x.pixel, ow, parts * x.pixel, ci,
+                    d + (r - r0) * ow * ci);
+      T* own = scratch;
+      for (int i = 0; i < n; i++) {
+        const Conv1x1<T, S>& conv = convs[i];
+        Channels some = part_of(conv.co, part, parts);
+        with_most_lanes<T>(some.count, [&](auto lanes) {
+          OutputRows<T, S, lanes> output(ci, some.count, conv.co, conv.pw + some.first, conv.out.from(some.first), own,
+                                         ahead);
+          output.strip(d, r0 * ow, count * ow);
+          if (r0 + count == oh) output.finish(oh * ow);
+        });
+        own += room(conv);
       }
-      const T* even = x.data + 2 * r * x.row;
-      relu_pixels(even, ow, 2 * x.pixel, ci, to, inputs);
-      relu_pixels(even + x.row + x.pixel, ow, 2 * x.pixel, ci, to + ci, inputs);
     }
-    T* own = scratch;
-    for (int i = 0; i < n; i++) {
-      const Conv1x1<T>& conv = convs[i];
-      with_lanes<T>(conv.co, [&](auto lanes) {
-        OutputRows<T, T, lanes> output(inputs, conv.co, conv.pw, conv.out, own, ahead);
-        output.strip(d, r0 * ow, count * ow);
-        if (r0 + count == oh) output.finish(oh * ow);
-      });
-      own += room(conv);
-    }
-  }
 }
 
 template <class T, bool NonTemporal = false>
-RF_INLINE void masked_pixels(const T* d, const T* x, int64_t pixels, int64_t d_step, int64_t x_step, int64_t c,
-                             int64_t to_step, T* to) {
+RF_INLINE void masked_pixels(const T* d, const T* x, int64_t pixels, int64_t x_step, int64_t c, int64_t to_step,
+                             T* to) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     constexpr int L = lanes;
     for (int64_t p = 0; p < pixels; p++)
       for (int64_t k = 0; k < c; k += L) {
-        Vec<T, L> masked = load<L>(x + p * x_step + k) <= 0 ? Vec<T, L>{} : load<L>(d + p * d_step + k);
+        Vec<T, L> masked = load<L>(x + p * x_step + k) <= 0 ? Vec<T, L>{} : load<L>(d + p * c + k);
         if constexpr (NonTemporal && L == kLanes<T>)
           stream<L>(to + p * to_step + k, masked);
         else
@@ -58,45 +55,44 @@ RF_INLINE void masked_pixels(const T* d, const T* x, int64_t pixels, int64_t d_s
   });
 }
 
-// pixels of d, `step` apart
-template <class T>
-RF_INLINE void norm_backward_pixels(const Conv1x1Backward<T>& conv, int64_t first, int64_t pixels, T* d,
-                                    int64_t step) {
-  int64_t c = conv.co, period = period_of<T>(c);
-  if (step == c) return norm_backward_dense(conv.norm, first * c, pixels * c, c, d);
-  const T *g = conv.norm.g + first * c, *y = conv.norm.y + first * c;
-  with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
-    for (int64_t k = 0; k < c; k += lanes) {
-      NormCoefficients<T, lanes> gradient(conv.norm.coefficients + k, period);
-      for (int64_t p = 0; p < pixels; p++) store<lanes>(d + p * step + k, gradient(g + p * c + k, y + p * c + k));
-    }
-  });
-}
-
-// dx dense, and too large to be in the caches when it is read; pw_t: of all convolutions, one below the other
+// dx dense, and too large to be in the caches when it is read; pw_t: of all convolutions, one below the other, with
+// `reduce` all first halves before the second ones
 template <class T>
 void conv1x1_backward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool reduce, int n,
                       const Conv1x1Backward<T>* convs, const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
-  int64_t inputs = reduce ? 2 * ci : ci, co = 0;
-  for (int i = 0; i < n; i++) co += convs[i].co;
-  int64_t rows = strip_rows<T>(oh, ow * most(inputs, co));
-  T* back = scratch + rows * ow * co;
+  int parts = reduce ? 2 : 1;
+  int64_t widths[2] = {}, widest = ci;
+  for (int part = 0; part < parts; part++) {
+    for (int i = 0; i < n; i++) widths[part] += part_of(convs[i].co, part, parts).count;
+    widest = most(widest, widths[part]);
+  }
+  int64_t rows = strip_rows<T>(oh, ow * widest);
+  T* back = scratch + rows * ow * widest;
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t count = least(rows, oh - r0);
-    T* to = scratch;
-    for (int i = 0; i < n; to += convs[i++].co) norm_backward_pixels(convs[i], r0 * ow, count * ow, to, co);
-    with_lanes<T>(inputs, [&](auto lanes) { pointwise<T, lanes>(scratch, count * ow, co, pw_t, inputs, back, ahead); });
-    for (int64_t r = r0; r < r0 + count; r++) {
-      const T* d = back + (r - r0) * ow * inputs;
-      if (!reduce) {
-        masked_pixels<T, true>(d, x.data + r * x.row, ow, inputs, x.pixel, ci, ci, dx + r * ow * ci);
-        continue;
+    for (int part = 0; part < parts; part++) {
+      int64_t width = widths[part];
+      T* to = scratch;
+      for (int i = 0; i < n; i++) {
+        Channels some = part_of(convs[i].co, part, parts);
+        norm_backward_pixels(convs[i].norm, convs[i].co, some, r0 * ow, count * ow, to, width);
+        to += some.count;
       }
-      const T *in = x.data + 2 * r * x.row, *in_odd = in + x.row + x.pixel;
-      T *even = dx + 4 * r * ow * ci, *odd = even + 2 * ow * ci;
-      fill(even, 4 * ow * ci, T(0));
-      masked_pixels(d, in, ow, inputs, 2 * x.pixel, ci, 2 * ci, even);
-      masked_pixels(d + ci, in_odd, ow, inputs, 2 * x.pixel, ci, 2 * ci, odd + ci);
+      const T* matrix = pw_t + part * widths[0] * ci;
+      with_lanes<T>(ci, [&](auto lanes) {
+        pointwise<T, lanes>(scratch, count * ow, width, matrix, ci, ci, back, ahead);
+      });
+      for (int64_t r = r0; r < r0 + count; r++) {
+        const T *d = back + (r - r0) * ow * ci, *in = x.data + (parts * r + part) * x.row + part * x.pixel;
+        if (!reduce) {
+          masked_pixels<T, true>(d, in, ow, x.pixel, ci, ci, dx + r * ow * ci);
+          continue;
+        }
+        // a pixel of every two
+        T* row = dx + (2 * r + part) * 2 * ow * ci;
+        fill(row, 2 * ow * ci, T(0));
+        masked_pixels(d, in, ow, 2 * x.pixel, ci, 2 * ci, row + part * ci);
+      }
     }
   }
 }

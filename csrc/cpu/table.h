@@ -14,6 +14,7 @@ namespace RFDARTS_ISA {
 #include "cpu/bypass.h"
 #include "cpu/conv_forward.h"
 #include "cpu/conv_backward.h"
+#include "cpu/nor_conv.h"
 
 #include "cpu/relu_conv_bn_kernels.h"
 
@@ -23,10 +24,11 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.name = name;
   k.period = period_of<T>;
   k.frame = make_frame<T>;
+  k.nor_frame = nor_frame<T>;
   k.frame_relu = frame_relu<T>;
   k.frame_affine_relu = frame_affine_relu<T, S>;
   k.conv_forward = conv_forward<T, S>;
-  k.reduce_forward = reduce_forward<T, S>;
+  k.nor_convs_forward = nor_convs_forward<T, S>;
   k.pack = pack<T>;
   k.pool_forward = pool_forward<T>;
   k.add_moments = add_moments<T>;
@@ -41,11 +43,13 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.dot_states = dot_streams<T, T>;
   k.conv_backward = conv_backward<T, T, S>;
   k.conv_backward_stored = conv_backward<T, S, S>;
+  k.nor_convs_backward = nor_convs_backward<T, S>;
   k.reduce_backward = reduce_backward<T, S>;
   k.relu_backward_inner = relu_backward_inner<T, S>;
   k.relu_backward_add = relu_backward_add<T>;
   k.divide_by_window = divide_by_window<T>;
-  k.conv1x1_forward = conv1x1_forward<T>;
+  k.window_sums = window_sums<T>;
+  k.conv1x1_forward = conv1x1_forward<T, S>;
   k.conv1x1_backward = conv1x1_backward<T>;
   k.affine = affine<T>;
   k.spread = spread<T>;

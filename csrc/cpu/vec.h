@@ -141,6 +141,14 @@ RF_INLINE Vec<T, L> max_vec(Vec<T, L> a, Vec<T, L> b) {
   return a != a ? a : max_or_second<T, L>(a, b);
 }
 
+// the larger so far and its place, as in torch's pools: the first of equals, the last NaN
+template <class T, int L, class Places>
+RF_INLINE void take_larger(Vec<T, L> v, int place, Vec<T, L>& top, Places& where) {
+  auto larger = (v > top) | (v != v);
+  top = larger ? v : top;
+  where = larger ? place - Places{} : where;
+}
+
 // lanes First, First + 1, ... of [a | b]
 template <int First, class V, int... l>
 RF_INLINE auto consecutive_lanes(V a, V b, std::integer_sequence<int, l...>) {
@@ -155,5 +163,18 @@ RF_INLINE void with_lanes(int64_t c, F&& f) {
   if (c % full == 0) return f(std::integral_constant<int, full>{});
   if constexpr (full > 4)
     if (c % 4 == 0) return f(std::integral_constant<int, 4>{});
+  f(std::integral_constant<int, 1>{});
+}
+// The widest vector that C channels fill, not always without a remainder.
+template <class T, class F>
+RF_INLINE void with_most_lanes(int64_t c, F&& f) {
+  constexpr int full = kLanes<T>;
+  if (c >= full) return f(std::integral_constant<int, full>{});
+  if constexpr (full > 8)
+    if (c >= 8) return f(std::integral_constant<int, 8>{});
+  if constexpr (full > 4)
+    if (c >= 4) return f(std::integral_constant<int, 4>{});
+  if constexpr (full > 2)
+    if (c >= 2) return f(std::integral_constant<int, 2>{});
   f(std::integral_constant<int, 1>{});
 }

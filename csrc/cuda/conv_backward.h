@@ -87,19 +87,19 @@ struct BranchBackward {
   int first_y = y0 - corner.y / S, first_x = x0 - corner.x / S;
   int pitch = tile_pitch(columns, tile.lanes, sizeof(A));  // of grad_ds
   // the transposed 1x1 convolution lies behind the forward one
-  int ldw = reduces ? 2 * a.c : a.c;
-  const A* weights = a.conv_weights + branch.weight + (reduces ? 2 * a.c * a.c : taps * a.c + a.c * a.c);
+  const A* weights = a.conv_weights + branch.weight + taps * a.c + a.c * a.c;
 
-  // Phase 1, with the barriers around it: grad_ys = channels [c0, c0 + part); 0 outside the image. Returns part.
-  __device__ int load(int c0) const {
+  // Phase 1, with the barriers around it: grad_ys = channels [c0, c0 + part); 0 outside the image and, of
+  // FactorizedReduce, for the other convolution's outputs. Returns part.
+  __device__ int load(int pass, int c0) const {
     int part = min(a.tiling.ck, a.c - c0);
     __syncthreads();
-    with_width<T>(a.wide, [&]<int V>() { load_gradient<V>(c0, part); });
+    with_width<T>(a.wide, [&]<int V>() { load_gradient<V>(pass, c0, part); });
     __syncthreads();
     return part;
   }
   template <int V>
-  __device__ void load_gradient(int c0, int part) const {
+  __device__ void load_gradient(int pass, int c0, int part) const {
     Lanes<V> lane(part);
     NormBackward<A, V> backward(branch.coefficients + c0 + lane.channel, a.c);
     for (int p = lane.pixel; p < pixels; p += lane.step) {
@@ -110,7 +110,8 @@ struct BranchBackward {
         rfdarts::cuda::load<V>(branch.g.at(corner.n, y, x) + c0 + lane.channel, g);
         rfdarts::cuda::load<V>(branch.y + corner.n * a.image + (int64_t(y) * a.ow + x) * a.c + c0 + lane.channel, output);
 #pragma unroll
-        for (int i = 0; i < V; i++) v[i] = backward(i, g[i], output[i]);
+        for (int i = 0; i < V; i++)
+          v[i] = !reduces || (c0 + lane.channel + i >= a.c / 2) == pass ? backward(i, g[i], output[i]) : A(0);
       }
 #pragma unroll
       for (int i = 0; i < V; i++) grad_ys[p * tile.ld + lane.channel + i] = v[i];
@@ -120,19 +121,19 @@ struct BranchBackward {
   __device__ A* grad_d(int pixel, int channel) const {
     return grad_ds + pixel / columns * pitch + pixel % columns * tile.lanes + channel;
   }
-  __device__ const A* chunk_weights(int pass, int c0) const { return weights + int64_t(c0) * ldw + pass * a.c + d0; }
+  __device__ const A* chunk_weights(int c0) const { return weights + int64_t(c0) * a.c + d0; }
 
   // Phases 1 and 2 with sums in registers.
   __device__ void multiply_in_registers(int pass) const {
     int apart = ceil_div(pixels, 4), groups = ceil_div(count, 4);
     A acc[kItems][4][4] = {};
     for (int c0 = 0; c0 < a.c; c0 += a.tiling.ck) {
-      int part = load(c0);
-      const A* w = chunk_weights(pass, c0);
+      int part = load(pass, c0);
+      const A* w = chunk_weights(c0);
 #pragma unroll
       for (int k = 0; k < kItems; k++) {
         int i = threadIdx.x + k * kThreads, o = i % groups * 4, p = i / groups;
-        if (p < apart) multiply(grad_ys + p * tile.ld, apart * tile.ld, part, w + o, ldw, count - o, acc[k]);
+        if (p < apart) multiply(grad_ys + p * tile.ld, apart * tile.ld, part, w + o, a.c, count - o, acc[k]);
       }
     }
 #pragma unroll
@@ -152,8 +153,8 @@ struct BranchBackward {
   __device__ void multiply_on_tensor_cores(int pass) const {
     int across = count / 8, tiles = ceil_div(pixels, 16) * across, g = threadIdx.x % 32 / 4;
     for (int c0 = 0; c0 < a.c; c0 += a.tiling.ck) {
-      int part = load(c0);
-      const A* w = chunk_weights(pass, c0);
+      int part = load(pass, c0);
+      const A* w = chunk_weights(c0);
       for (int i = threadIdx.x / 32; i < tiles; i += kWarps) {
         int p0 = i / across * 16, o0 = i % across * 8, o = o0 + threadIdx.x % 4 * 2;
         A *low = grad_d(p0 + g, o), *high = grad_d(p0 + g + 8, o);
@@ -161,7 +162,7 @@ struct BranchBackward {
         float acc[4] = {};
         if (c0 && has_low) acc[0] = low[0], acc[1] = low[1];
         if (c0 && has_high) acc[2] = high[0], acc[3] = high[1];
-        multiply_warp<T>(grad_ys, tile.ld, p0, part, w, ldw, o0, acc);
+        multiply_warp<T>(grad_ys, tile.ld, p0, part, w, a.c, o0, acc);
         if (has_low) low[0] = acc[0], low[1] = acc[1];
         if (has_high) high[0] = acc[2], high[1] = acc[3];
       }

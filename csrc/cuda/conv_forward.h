@@ -186,8 +186,8 @@ struct ForwardBlock {
       // ds is complete, or ys of pools
       __syncthreads();
       if (pools) continue;
-      int64_t taps = reduces ? int64_t(pass) * c : branch.kernel * branch.kernel;
-      int half = c / 2, begin = reduces && pass ? half : 0, end = reduces && !pass ? half : c;
+      int taps = branch.kernel * branch.kernel, half = c / 2;
+      int begin = reduces && pass ? half : 0, end = reduces && !pass ? half : c;
       pointwise<T>(ds, tile.ld, tile.pixels, weights + taps * c, c, begin, end, ys);
       // ys is complete
       __syncthreads();

@@ -5,7 +5,7 @@
 namespace rfdarts::cuda {
 
 // 3x3 windows with padding 1, clipped at the border; at(y, x) gives the values of V channels. The maximum as in
-// torch: a NaN wins, and the first of equals. The mean is rounded as if it were stored.
+// torch: the last NaN wins, else the first of equals. The mean is rounded as if it were stored.
 template <class T, int V>
 struct Pooled {
   Acc<T> max[V], avg[V];
@@ -14,9 +14,10 @@ struct Pooled {
 
   template <class At>
   __device__ void compute(int y, int x, int h, int w, At&& at) {
-    int size = 0;
+    // where all are lowest, the first one inside the image
+    int size = 0, first = 3 * (y == 0) + (x == 0);
 #pragma unroll
-    for (int i = 0; i < V; i++) max[i] = Acc<T>(-INFINITY), avg[i] = 0, where[i] = 0;
+    for (int i = 0; i < V; i++) max[i] = Acc<T>(-INFINITY), avg[i] = 0, where[i] = first;
 #pragma unroll
     for (int u = -1; u <= 1; u++)
 #pragma unroll

@@ -9,8 +9,7 @@ struct ReLUConvBN {
   bool reduce, training;
   double eps;
   States x;
-  // [ci][co] and its transpose; 2 ci instead of ci where `reduce`: the first half of the outputs has its matrix in the
-  // upper left, the second in the lower right
+  // [ci][co] and its transpose
   const void *conv_weights, *gamma, *beta;
   void* y;          // [images][oh][ow][co]: before the BatchNorm
   double* moments;  // [2][co]; read instead of written where not training

@@ -122,10 +122,9 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
   T* grad_xs = reinterpret_cast<T*>(shared + at.ys);
   int64_t* places = reinterpret_cast<int64_t*>(shared + at.places);
   int begin = int(blockIdx.x) * s.pixels, valid = min(s.pixels, a.pixels - begin), half = a.half();
-  int inputs = a.passes * a.ci;
   for (int pass = 0; pass < a.passes; pass++) {
     for (int d0 = 0; d0 < a.ci; d0 += kFewColumns) {
-      int count = min(kFewColumns, a.ci - d0), i0 = pass * a.ci + d0;
+      int count = min(kFewColumns, a.ci - d0);
       Product<T, TensorCores, kFewColumns> product(s);
       for (int c0 = 0; c0 < half; c0 += s.ck) {
         int k = min(s.ck, half - c0), o0 = pass * half + c0;
@@ -142,8 +141,8 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
           else
             load_norm_gradient<T, 1>(a, begin, valid, o0, k, grad_ys, at.ldd);
         }
-        stage_weights<TensorCores>(a.transposed() + int64_t(o0) * inputs + i0, inputs,
-                                   a.conv_weights + int64_t(i0) * a.co + o0, a.co, k, count, s.columns, ws, at.ldw);
+        stage_weights<TensorCores>(a.transposed() + int64_t(o0) * a.ci + d0, a.ci,
+                                   a.conv_weights + int64_t(d0) * a.co + o0, a.co, k, count, s.columns, ws, at.ldw);
         __syncthreads();
         product.add(grad_ys, at.ldd, ws, at.ldw, k, count);
       }

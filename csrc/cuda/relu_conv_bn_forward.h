@@ -18,7 +18,7 @@ struct ReLUConvBNLayout {
 
   // of y's channels, those of one convolution
   __host__ __device__ int half() const { return co / passes; }
-  __device__ const Acc<T>* transposed() const { return conv_weights + int64_t(passes) * ci * co; }
+  __device__ const Acc<T>* transposed() const { return conv_weights + int64_t(ci) * co; }
   // where the pixel of x that a convolution reads for pixel p lies
   __device__ int64_t place(int p, int pass) const {
     int row = p / ow, n = row / oh;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
   int64_t* places = reinterpret_cast<int64_t*>(shared + at.places);
   int groups = int(gridDim.y) / a.passes, pass = int(blockIdx.y) / groups;
   int within = int(blockIdx.y) % groups * Columns, count = min(Columns, a.half() - within);
-  int o0 = pass * a.half() + within, i0 = pass * a.ci, inputs = a.passes * a.ci;
+  int o0 = pass * a.half() + within;
   MomentShare<T> moments(count);
   int first = int(blockIdx.x) * a.rounds * s.pixels, total = min(a.rounds * s.pixels, a.pixels - first);
 
@@ -138,9 +138,9 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
                     [&]<int V>() { load_relu<T, V, kAhead>(a.x.data, places, s.pixels, c0, k, ds, at.ldd); });
       // weights that all fit stay
       if (c0 % s.wk == 0 && (done == 0 || s.wk < a.ci))
-        stage_weights<TensorCores>(a.conv_weights + int64_t(i0 + c0) * a.co + o0, a.co,
-                                   a.transposed() + int64_t(o0) * inputs + i0 + c0, inputs,
-                                   min(s.wk, a.ci - c0), count, s.columns, ws, at.ldw);
+        stage_weights<TensorCores>(a.conv_weights + int64_t(c0) * a.co + o0, a.co,
+                                   a.transposed() + int64_t(o0) * a.ci + c0, a.ci, min(s.wk, a.ci - c0), count,
+                                   s.columns, ws, at.ldw);
       // ds and ws are complete
       __syncthreads();
       int skipped = c0 % s.wk * (TensorCores ? 1 : at.ldw);

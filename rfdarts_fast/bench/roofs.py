@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from rfdarts_fast.bench.variants import Method, make_network
+from rfdarts_fast.bench.variants import Method, is_nasbench201, make_network, search_cells
 
 # times that a branch output is written or read in one step with the kernels (forward, backward)
 _TOUCHED = {"inner": 5, "outer": 6, "single": 4}
@@ -33,16 +33,18 @@ def step_counts(
 ) -> dict[str, float]:
     """Floating-point operations and float32 bytes of the mixed ops in one step with the kernels.
 
-    Counted are the convolutions (forward, and backward to their inputs) and the branch outputs; states,
-    pools, bypass and preprocessing come on top.
+    Counted are the convolutions (forward, and backward to their inputs, tap by tap) and the branch outputs;
+    states, pools, bypass and preprocessing come on top.
     """
     network = make_network(method, channels, layers, space)
     flops = moved = 0.0
-    for cell in network.cells:
-        if cell.reduction:
+    for cell in search_cells(network):
+        if getattr(cell, "reduction", False):
             size //= 2
-        pixels = batch * size * size
-        for edge in cell._ops:  # type: ignore[union-attr]
+        # in NAS-Bench-201 residual blocks halve the image and double the channels
+        side = size * channels // cell._ops[0].channels if is_nasbench201(space) else size
+        pixels = batch * side * side
+        for edge in cell._ops:
             width = edge.channels // edge.K
             for name in edge.primitives:
                 if name.startswith(("sep_conv", "dil_conv")):
@@ -51,6 +53,9 @@ def step_counts(
                     flops += 2 * 2 * halves * pixels * width * (taps + width)
                     touched = _TOUCHED["inner"] + _TOUCHED["outer"] if halves == 2 else _TOUCHED["single"]
                     moved += 4 * pixels * width * touched
+                elif name.startswith("nor_conv"):
+                    flops += 2 * 2 * pixels * width * width * int(name[-1]) ** 2
+                    moved += 4 * pixels * width * _TOUCHED["single"]
                 elif name == "skip_connect" and edge.stride == 2:
                     flops += 2 * 2 * pixels * width * width
                     moved += 4 * pixels * width * _TOUCHED["single"]

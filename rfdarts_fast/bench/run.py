@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 
 from rfdarts_fast.bench.roofs import machine_roofs, step_counts
-from rfdarts_fast.bench.variants import PLAIN, VARIANTS, Method, resident, step_of
+from rfdarts_fast.bench.variants import (
+    PLAIN,
+    VARIANTS,
+    Method,
+    check_method,
+    is_nasbench201,
+    resident,
+    step_of,
+)
 from rfdarts_fast.ops import backends
 from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.runs.files import write_json
@@ -60,6 +68,7 @@ def run(
 
     Args:
         method: "rf-darts" or "rf-pcdarts" (K = 4).
+        layers: cells; of NAS-Bench-201 those of each stage.
         variants: keys of `VARIANTS`; "compile" takes minutes before its first step.
         out: folder for a JSON file with the results, the machine, its roofs and versions.
 
@@ -67,7 +76,8 @@ def run(
         The report, as the JSON file holds it; `table` prints it.
 
     Raises:
-        ValueError: for a variant that does not exist or that this machine cannot run.
+        ValueError: for a variant that does not exist or that this machine cannot run, and for partial
+            channels in NAS-Bench-201.
     """
     status = backends()["cpu"].status()
     for variant in variants:
@@ -75,6 +85,7 @@ def run(
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
         if variant not in PLAIN and not status["built"]:
             raise ValueError(f"variant: {variant} needs the compiled kernels: {status['reason']}")
+    check_method(method, space)
     shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
     turns: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     peaks: dict[str, int | None] = {}
@@ -109,7 +120,7 @@ def run(
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        name = f"step-{method}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        name = f"step-{space}-{method}-{time.strftime('%Y%m%d-%H%M%S')}.json"
         write_json(out / name, report)
     return report
 
@@ -122,8 +133,9 @@ def table(report: dict) -> str:
     smallest = min((r["memory"] for r in eager if r["memory"]), default=None)
     roofs, counts = report["roofs"], report["counts"]
     lines = [
-        f"{report['method']}, batch {report['batch']}, {report['size']}x{report['size']}, "
-        f"C={report['channels']}, {report['layers']} cells, {report['threads']} threads, "
+        f"{report['method']}, space {report['space']}, batch {report['batch']}, {report['size']}x"
+        f"{report['size']}, C={report['channels']}, {report['layers']} cells"
+        f"{' a stage' * is_nasbench201(report['space'])}, {report['threads']} threads, "
         f"kernels: {report['kernels'].get('isa', 'none')}, load {report['load']:.1f}",
         f"roofs: {roofs['gflops']:.0f} GFLOP/s, {roofs['gbytes']:.1f} GB/s; mixed ops alone: "
         f"{counts['flops'] / 1e9:.1f} GFLOP = {counts['flops'] / roofs['gflops'] / 1e9:.3f} s, "

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfdarts_fast import ops
-from rfdarts_fast.nn import SearchNetwork
+from rfdarts_fast.nn import NasBench201SearchNetwork, SearchNetwork, Supernet
+from rfdarts_fast.nn.nasbench201 import NasBench201SearchCell
 from rfdarts_fast.nn.random_features import freeze_random_features
 from rfdarts_fast.nn.supernet import MixedOp
 from rfdarts_fast.ops import reference
@@ -32,13 +33,31 @@ VARIANTS = {
 PLAIN = ("eager", "eager-cl", "compile")
 
 
-def make_network(method: Method, channels: int, layers: int, space: str) -> SearchNetwork:
-    """The supernet of an RF method with frozen convolutions, from a fixed seed."""
+def is_nasbench201(space: str) -> bool:
+    return get_space(space).family.name == "nasbench201"
+
+
+def check_method(method: str, space: str) -> None:
+    """Raises ValueError for partial channels in NAS-Bench-201, which has none."""
+    if method == "rf-pcdarts" and is_nasbench201(space):
+        raise ValueError(f"method: expected rf-darts for the space {space}, got {method}")
+
+
+def make_network(method: Method, channels: int, layers: int, space: str) -> Supernet:
+    """The supernet of an RF method with frozen convolutions, from a fixed seed; for NAS-Bench-201 `layers` is
+    N, the cells of each stage.
+
+    Raises:
+        ValueError: for partial channels in NAS-Bench-201, which has none.
+    """
+    check_method(method, space)
     torch.manual_seed(0)
-    partial = method == "rf-pcdarts"
-    network = SearchNetwork(
-        get_space(space), C=channels, layers=layers, K=4 if partial else 1, edge_norm=partial
-    )
+    partial, searched = method == "rf-pcdarts", get_space(space)
+    network: Supernet
+    if is_nasbench201(space):
+        network = NasBench201SearchNetwork(searched, C=channels, N=layers)
+    else:
+        network = SearchNetwork(searched, C=channels, layers=layers, K=4 if partial else 1, edge_norm=partial)
     freeze_random_features(network)
     return network
 
@@ -80,8 +99,7 @@ class _CompiledCell(nn.Module):
         super().__init__()
         self.cell = cell
         self.reduction = cell.reduction
-        # each shape for itself: Inductor fails on a graph of all of them
-        self._edges: list[Any] = [torch.compile(edge, mode=mode, dynamic=False) for edge in cell._ops]
+        self._edges = _compiled(cell, mode)
 
     def forward(
         self, s0: Tensor, s1: Tensor, op_weights: Tensor, edge_weights: Tensor | None = None
@@ -91,16 +109,43 @@ class _CompiledCell(nn.Module):
         return torch.cat(nodes, dim=1)
 
 
+class _CompiledCell201(NasBench201SearchCell):
+    """The same of NAS-Bench-201."""
+
+    def __init__(self, cell: NasBench201SearchCell, mode: str) -> None:
+        nn.Module.__init__(self)
+        self._ops, self._edges = cell._ops, _compiled(cell, mode)
+
+    def forward(self, x: Tensor, op_weights: Tensor) -> Tensor:
+        return reference.mixed_cell(self._edges, [x], op_weights, None, _call)[-1]
+
+
+def _compiled(cell: Any, mode: str) -> list[Any]:
+    # each shape for itself: Inductor fails on a graph of all of them
+    return [torch.compile(edge, mode=mode, dynamic=False) for edge in cell._ops]
+
+
 def _call(edge: Any, x: Tensor, op_weights: Tensor) -> Tensor:
     return edge(x, op_weights)
 
 
-def compile_mixed_ops(network: SearchNetwork, mode: str = "default") -> None:
+def search_cells(network: Supernet) -> list[Any]:
+    """The cells with mixed ops, without the residual blocks of NAS-Bench-201."""
+    return [cell for cell in network.cells if hasattr(cell, "_ops")]  # type: ignore[union-attr]
+
+
+def compile_mixed_ops(network: Supernet, mode: str = "default") -> None:
     """In place; `mode` is torch.compile's."""
-    assert all(isinstance(op, MixedOp) for cell in network.cells for op in cell._ops)  # type: ignore[union-attr]
+    assert all(isinstance(op, MixedOp) for cell in search_cells(network) for op in cell._ops)
+
+    def compiled(cell: Any) -> nn.Module:
+        if not hasattr(cell, "_ops"):
+            return cell
+        return (_CompiledCell201 if isinstance(cell, NasBench201SearchCell) else _CompiledCell)(cell, mode)
+
     # thousands of graphs of the same shape family: each is its own
     torch._dynamo.config.cache_size_limit = 4096
-    network.cells = nn.ModuleList([_CompiledCell(cell, mode) for cell in network.cells])
+    network.cells = nn.ModuleList(map(compiled, network.cells))  # type: ignore[arg-type]
 
 
 def resident(field: str) -> int:

@@ -1,10 +1,12 @@
 """Cutting a training set into disjoint parts: as published, per class, or from a NAS-Bench-201 split file.
 
-Every function returns int64 index tensors and raises DataError for bad input.
+Every function returns int64 index tensors and raises DataError for bad input. Names are what errors
+call a number: an option, for one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -28,31 +30,38 @@ _MOST_BYTES = 64_000_000
 _INDEX = re.compile(r"-?[0-9]{1,18}")
 
 
-def split_half(n: int, portion: float = 0.5, seed: int | None = None) -> tuple[Tensor, Tensor]:
+def split_half(
+    n: int, portion: float = 0.5, seed: int | None = None, name: str = "portion"
+) -> tuple[Tensor, Tensor]:
     """The first floor(portion * n) of n images and the rest, both in data set order.
 
     That is the published split (quark0/darts, PC-DARTS and RobustDARTS cut `list(range(n))` with
     train_portion 0.5). With a `seed` the images are shuffled before the cut.
     """
     require_int(n, "n", 2)
-    require(0 < portion < 1, f"portion: expected a number between 0 and 1, got {portion!r}")
+    require(0 < portion < 1, f"{name}: expected a number between 0 and 1, got {portion!r}")
     cut = math.floor(portion * n)
-    require(0 < cut < n, f"portion: {portion!r} of {n} images leaves one part empty")
+    require(0 < cut < n, f"{name}: {portion!r} of {n} images leaves one part empty")
     order = torch.arange(n) if seed is None else torch.from_numpy(_random(seed).permutation(n))
     return order[:cut], order[cut:]
 
 
-def split_stratified(labels: Tensor, portion: float = 0.5, seed: int = 0) -> tuple[Tensor, Tensor]:
+def split_stratified(
+    labels: Tensor, portion: float = 0.5, seed: int = 0, name: str = "portion"
+) -> tuple[Tensor, Tensor]:
     """Two parts that hold `portion` and the rest of every class: for sets too small to trust to chance.
 
     `labels` is int64 [N]. Every class needs at least one image in each part.
     """
-    require(0 < portion < 1, f"portion: expected a number between 0 and 1, got {portion!r}")
-    first, second = split_per_class(labels, (portion, 1 - portion), seed)
+    require(0 < portion < 1, f"{name}: expected a number between 0 and 1, got {portion!r}")
+    names = name, f"what {name} leaves"
+    first, second = split_per_class(labels, (portion, 1 - portion), seed, names)
     return first, second
 
 
-def split_per_class(labels: Tensor, fractions: Sequence[float], seed: int = 0) -> tuple[Tensor, ...]:
+def split_per_class(
+    labels: Tensor, fractions: Sequence[float], seed: int = 0, names: Sequence[str] = ()
+) -> tuple[Tensor, ...]:
     """Disjoint random parts, the k-th holding `fractions[k]` of each class; what is left over is in no part.
 
     `labels` is int64 [N]. (0.1, 0.025) is PC-DARTS's search on ImageNet: 10% and 2.5% of each class for
@@ -70,12 +79,13 @@ def split_per_class(labels: Tensor, fractions: Sequence[float], seed: int = 0) -
     for label in np.unique(values):
         members = random.permutation(np.flatnonzero(values == label))
         cuts = [0, *(round(len(members) * c) for c in np.cumsum(fractions))]
-        for part, fraction, start, stop in zip(parts, fractions, cuts, cuts[1:], strict=False):
+        for k, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            name = names[k] if names else "fractions"
             require(
                 stop > start,
-                f"fractions: {fraction:g} of class {label} is no image (the class has {len(members)})",
+                f"{name}: {fractions[k]:g} of class {label} is no image (the class has {len(members)})",
             )
-            part.append(members[start:stop])
+            parts[k].append(members[start:stop])
     return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts)
 
 

@@ -74,9 +74,10 @@ class Op(IntEnum):
     SEP_CONV = 5
     DIL_CONV = 6
     NOISE = 7
+    NOR_CONV = 8
 
 
-_OUTPUTS = {Op.SEP_CONV: 2, Op.DIL_CONV: 1, Op.REDUCE: 1}
+_OUTPUTS = {Op.SEP_CONV: 2, Op.DIL_CONV: 1, Op.REDUCE: 1, Op.NOR_CONV: 1}
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ class Branch:
     """One candidate operation of an edge.
 
     Attributes:
-        kernel, dilation: of depthwise convolutions, else 0.
+        kernel, dilation: of depthwise convolutions and NOR_CONV, which has no dilation, else 0.
         convs: frozen convolutions: [depthwise, pointwise] once (DIL_CONV) or twice (SEP_CONV), or the two of
-            FactorizedReduce (REDUCE).
+            FactorizedReduce (REDUCE), or one from all channels to all (NOR_CONV).
         norm: row of the last BatchNorm in gamma, beta and moments; -1 without one.
         inner_norm: row of the BatchNorm between the halves of SEP_CONV, else -1.
         noise: index of the drawn tensor of NOISE, else -1.
@@ -107,8 +108,8 @@ class Branch:
 
     def packed_size(self, channels: int) -> int:
         """Numbers in the packed convolutions, for so many mixed channels; see `compiled.packing`."""
-        if self.op is Op.REDUCE:
-            return 4 * channels * channels
+        if self.op is Op.NOR_CONV:
+            return (2 if self.kernel == 1 else 2 * (9 + 16)) * channels * channels
         return self.outputs * channels * (self.kernel * self.kernel + 2 * channels)
 
 
@@ -201,6 +202,12 @@ class CellPlan:
     @cached_property
     def noises(self) -> int:
         return sum(branch.op is Op.NOISE for branch in self.branches())
+
+    @cached_property
+    def nasbench201(self) -> bool:
+        """True with an op that only NAS-Bench-201 has: an ordinary convolution, an average pool without
+        BatchNorm."""
+        return any(b.op is Op.NOR_CONV or (b.op is Op.AVG_POOL and b.norm < 0) for b in self.branches())
 
     @property
     def eps(self) -> float:

@@ -83,12 +83,12 @@ def _branch(
             y = F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
         case Op.REDUCE:
             y = _reduce(F.relu(x), branch.convs)
-        case Op.DIL_CONV:
+        case Op.DIL_CONV | Op.NOR_CONV:
             y = _apply(F.relu(x), branch.convs)
         case Op.SEP_CONV:
             inner = norm(_apply(F.relu(x), branch.convs[:2]), branch.inner_norm)
             y = _apply(F.relu(inner), branch.convs[2:])
-    return norm(y, branch.norm)
+    return y if branch.norm < 0 else norm(y, branch.norm)
 
 
 def _apply(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:

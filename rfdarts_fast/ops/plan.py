@@ -137,9 +137,7 @@ class _Reader:
         return Branch(Op.NOISE, noise=self.noises - 1)
 
     def pool(self, op: nn.Module, channels: int, stride: int) -> Branch:
-        if not isinstance(op, nn.Sequential) or len(op) != 2:
-            raise Unsupported("a pool without BatchNorm")
-        pool = op[0]
+        pool, norm = op if isinstance(op, nn.Sequential) and len(op) == 2 else (op, None)
         if type(pool) not in (nn.MaxPool2d, nn.AvgPool2d) or (
             (pool.kernel_size, pool.stride, pool.padding) != (3, stride, 1)
         ):
@@ -147,9 +145,13 @@ class _Reader:
         # torch averages over the padding too unless told not to: every published supernet tells it
         if isinstance(pool, nn.AvgPool2d) and pool.count_include_pad:
             raise Unsupported("an average pool that counts its padding")
-        self.modules.add(op, "0", "1")
         code = Op.MAX_POOL if isinstance(pool, nn.MaxPool2d) else Op.AVG_POOL
-        return Branch(code, norm=self.norm(op[1], channels))
+        if norm is not None:
+            self.modules.add(op, "0", "1")
+            return Branch(code, norm=self.norm(norm, channels))
+        if code is Op.MAX_POOL or stride == 2:
+            raise Unsupported("a max pool or a pool of stride 2 without BatchNorm")
+        return Branch(code)
 
     def skip(self, op: nn.Module, channels: int, stride: int) -> Branch:
         if isinstance(op, nn.Identity):
@@ -163,7 +165,7 @@ class _Reader:
             shape = (conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.bias)
             if shape != (channels, (1, 1), (2, 2), (0, 0), None):
                 raise Unsupported("a FactorizedReduce of an unexpected shape")
-        if one.out_channels + two.out_channels != channels:
+        if (one.out_channels, two.out_channels) != (channels // 2, channels - channels // 2):
             raise Unsupported("a FactorizedReduce of an unexpected shape")
         self.modules.add(op, "conv_1", "conv_2", "bn")
         return Branch(Op.REDUCE, convs=(one, two), norm=self.norm(norm, channels))
@@ -186,6 +188,29 @@ class _Reader:
         code = Op.SEP_CONV if len(halves) == 2 else Op.DIL_CONV
         inner = norms[0] if len(halves) == 2 else -1
         return Branch(code, *shapes[0], convs=convs, norm=norms[-1], inner_norm=inner)  # type: ignore[arg-type]
+
+    def nor_conv(self, op: nn.Module, channels: int, stride: int) -> Branch:
+        """ReLUConvBN of NAS-Bench-201, an ordinary 1x1 or 3x3 convolution."""
+        layers = getattr(op, "op", None)
+        if not isinstance(layers, nn.Sequential) or len(layers) != 3:
+            raise Unsupported("a ReLU-conv-BN of unexpected layers")
+        relu, conv, norm = layers
+        if type(relu) is not nn.ReLU or type(conv) is not nn.Conv2d or stride != 1:
+            raise Unsupported("a ReLU-conv-BN of unexpected layers or stride 2")
+        kernel = conv.kernel_size[0]
+        regular = (
+            kernel in (1, 3)
+            and conv.in_channels == conv.out_channels == channels
+            and (conv.kernel_size, conv.stride) == ((kernel, kernel), (1, 1))
+            and (conv.padding, conv.dilation, conv.groups) == ((kernel // 2, kernel // 2), (1, 1), 1)
+            and conv.bias is None
+            and conv.padding_mode == "zeros"
+        )
+        if not regular:
+            raise Unsupported("a convolution of an unexpected shape")
+        self.modules.add(op, "op")
+        self.modules.add(layers, *layers._modules)
+        return Branch(Op.NOR_CONV, kernel, convs=(conv,), norm=self.norm(norm, channels))
 
 
 def _kernel_and_dilation(half: Sequence[nn.Module], channels: int, stride: int) -> tuple[int, int]:
@@ -227,4 +252,6 @@ _READERS: dict[str, Callable[[_Reader, nn.Module, int, int], Branch]] = {
     "sep_conv_5x5": _Reader.separable,
     "dil_conv_3x3": _Reader.separable,
     "dil_conv_5x5": _Reader.separable,
+    "nor_conv_1x1": _Reader.nor_conv,
+    "nor_conv_3x3": _Reader.nor_conv,
 }

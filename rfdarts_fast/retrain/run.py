@@ -28,6 +28,7 @@ from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import load_checkpoint, misfit, restoring
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.fingerprint import fingerprint
+from rfdarts_fast.runs.output import complain
 from rfdarts_fast.runs.run import (
     Run,
     check_network,
@@ -42,7 +43,9 @@ from rfdarts_fast.runs.run_folder import (
     RunFolder,
     RunFolderError,
     check_config,
+    position,
     read_config,
+    read_last,
     refuse_other_data,
     to_plain,
 )
@@ -272,17 +275,14 @@ def evaluate_run(path: Path, checkpoint: str = "best", **changes: Any) -> dict[s
 
     Args:
         path: folder of a `rfdarts train` run.
-        checkpoint: "best" or "last".
+        checkpoint: "best" or "last"; where the last is damaged or missing, the one before it, said on stderr.
         changes: values that replace those of the run's config, such as device or data_root.
     """
     stored = read_config(path, "train", TrainConfig)
     config = dataclasses.replace(stored, **changes)
     config.check()
-    file = path / ("best.pt" if checkpoint == "best" else LAST)
-    if not file.exists():
-        raise RunFolderError(f"run: expected a checkpoint {file.name} in {path}, got none yet")
     device = choose_device(config.device)
-    state = load_checkpoint(file)
+    file, state = _checkpoint(path, checkpoint)
     check_config(file, state, "train", to_plain(stored))
     source = load_data(config)
     parts = fingerprint(source)
@@ -294,3 +294,16 @@ def evaluate_run(path: Path, checkpoint: str = "best", **changes: Any) -> dict[s
     with restoring(file):
         network.load_state_dict(state["network"])
     return evaluate(place(network, config, device), _test_batches(config, source, device))
+
+
+def _checkpoint(path: Path, which: str) -> tuple[Path, dict[str, Any]]:
+    file = path / ("best.pt" if which == "best" else LAST)
+    if which == "best" and file.exists():
+        return file, load_checkpoint(file)
+    last = read_last(path) if which == "last" else None
+    if last is None:
+        raise RunFolderError(f"run: expected a checkpoint {file.name} in {path}, got none yet")
+    there, state, damage = last
+    if there != file:
+        complain(f"{damage or f'run: {file} is missing'}; evaluating {there.name}, {position(state)}")
+    return there, state

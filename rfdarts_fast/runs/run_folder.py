@@ -211,37 +211,31 @@ class RunFolder:
             CheckpointError: for one that does not fit the run, and if all there are are damaged.
             RunFolderError: if the history does not fit it, or is there without any checkpoint.
         """
-        damage: DamagedError | None = None
-        for name in (LAST, PREVIOUS):
-            file = self.path / name
-            if not file.exists():
-                continue
-            try:
-                state = load_checkpoint(file)
-            except DamagedError as error:
-                damage = damage or error
-                continue
-            check_config(file, state, self._command, self._config)
-            wrong = misfit_of(state)
-            if wrong:
-                raise misfit(file, wrong)
-            self._check_history(file, state)
-            self._epoch = state["epoch"]
-            if name == PREVIOUS:
-                self._damaged = damage is not None
-                what = f"{damage} (kept as {DAMAGED})" if damage else f"run: {self.checkpoint} is missing"
-                self.notes.append(f"{what}; going on from {name}, {position(state)}")
-            self.last_saved = f"{file}, {position(state)}"
-            return state
-        if damage:
-            raise DamagedError(f"{damage}; --restart sets the run aside and begins anew")
-        written = [name for name in (*HISTORY, "best.pt") if (self.path / name).exists()]
-        if written:
-            raise RunFolderError(
-                f"run: {self.path} has {' and '.join(written)} but no {LAST} to go on from; --restart sets "
-                "them aside and begins anew"
-            )
-        return None
+        try:
+            found = read_last(self.path)
+        except DamagedError as error:
+            raise DamagedError(f"{error}; --restart sets the run aside and begins anew") from None
+        if found is None:
+            written = [name for name in (*HISTORY, "best.pt") if (self.path / name).exists()]
+            if written:
+                raise RunFolderError(
+                    f"run: {self.path} has {' and '.join(written)} but no {LAST} to go on from; --restart "
+                    "sets them aside and begins anew"
+                )
+            return None
+        file, state, damage = found
+        check_config(file, state, self._command, self._config)
+        wrong = misfit_of(state)
+        if wrong:
+            raise misfit(file, wrong)
+        self._check_history(file, state)
+        self._epoch = state["epoch"]
+        if file.name == PREVIOUS:
+            self._damaged = damage is not None
+            what = f"{damage} (kept as {DAMAGED})" if damage else f"run: {self.checkpoint} is missing"
+            self.notes.append(f"{what}; going on from {file.name}, {position(state)}")
+        self.last_saved = f"{file}, {position(state)}"
+        return state
 
     def _check_history(self, file: Path, state: Mapping[str, Any]) -> None:
         """RunFolderError unless the records are those of the epochs that the checkpoint has finished."""
@@ -299,6 +293,24 @@ class RunFolder:
         )
         if name == LAST:
             self.last_saved = f"{self.path / name}, {position(state)}"
+
+
+def read_last(path: Path) -> tuple[Path, dict[str, Any], DamagedError | None] | None:
+    """The last checkpoint of the run in `path`, its state and None; None if there is no checkpoint.
+
+    The one before stands in for one that is damaged, with the damage, or missing. Raises DamagedError if all
+    there are are damaged, CheckpointError for one that this version cannot read.
+    """
+    damage: DamagedError | None = None
+    for file in (path / LAST, path / PREVIOUS):
+        if file.exists():
+            try:
+                return file, load_checkpoint(file), damage
+            except DamagedError as error:
+                damage = damage or error
+    if damage:
+        raise damage
+    return None
 
 
 def position(state: Mapping[str, Any]) -> str:

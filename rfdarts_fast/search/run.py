@@ -60,11 +60,12 @@ def split(config: SearchConfig, source: DataSource) -> tuple[Tensor, Tensor]:
     labels = source.train.labels
     match config.split:
         case "half":
-            return split_half(len(labels), config.train_portion)
+            return split_half(len(labels), config.train_portion, name="train-portion")
         case "stratified":
-            return split_stratified(labels, config.train_portion, config.seed)
+            return split_stratified(labels, config.train_portion, config.seed, "train-portion")
         case "per-class":
-            train, val = split_per_class(labels, (config.train_fraction, config.val_fraction), config.seed)
+            fractions = config.train_fraction, config.val_fraction
+            train, val = split_per_class(labels, fractions, config.seed, ("train-fraction", "val-fraction"))
             return train, val
     assert config.split_file is not None
     return read_split_file(config.split_file, len(labels))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,16 +19,13 @@ from rfdarts_fast.search.config import preset_values
 
 
 @pytest.fixture
-def output(monkeypatch, capsys):
+def output(rfdarts):
     """stdout of a command that succeeds."""
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["rfdarts", *map(str, args)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            assert not stop.code
-        return capsys.readouterr().out
+        code, out, _ = rfdarts(*args)
+        assert not code
+        return out
 
     return run
 

@@ -13,6 +13,12 @@ from pathlib import Path
 import numpy as np
 
 SECONDS = 20
+# what may be where a file should be, and how to put it there
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "FIFO": os.mkfifo,
+    "folder": Path.mkdir,
+    "loop": lambda path: path.symlink_to(path),
+}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Options, on the command line and in YAML files: numbers out of their range, texts that are no numbers."""
 
 import dataclasses
-import os
 from typing import Literal, get_args, get_origin
 
 from rfdarts_fast.retrain.config import TrainConfig
@@ -11,7 +10,7 @@ from rfdarts_fast.runs.options import parse_config, read_yaml
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.config import preset_values as search_preset
 
-from .case import Case, damaged
+from .case import NO_FILES, Case, damaged
 
 COMMANDS = {"search": (SearchConfig, search_preset), "train": (TrainConfig, train_preset)}
 # no number and no range has them
@@ -120,11 +119,7 @@ def yaml_cases():
             # nothing is null, and two lines are another document; text may be a float
             either = value in ("", " ", "1\n2") or (name == "learning_rate" and what in ("block", "folded"))
             yield yaml_case(f"{name}: {what}", f"{name}: {value}", None if either else False)
-    for name, make in {
-        "FIFO": os.mkfifo,
-        "folder": lambda p: p.mkdir(),
-        "loop": lambda p: p.symlink_to(p),
-    }.items():
+    for name, make in NO_FILES.items():
 
         def run(folder, make=make):
             make(folder / "a.yaml")

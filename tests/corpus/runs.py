@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import pickle
 import zipfile
 
@@ -15,7 +14,7 @@ from rfdarts_fast.runs.files import JsonLines
 from rfdarts_fast.runs.run_folder import read_config, to_plain
 from rfdarts_fast.search.config import SearchConfig
 
-from .case import Case, damaged
+from .case import NO_FILES, Case, damaged
 
 CONFIG = {"command": "search", **to_plain(SearchConfig(out="x"))}
 
@@ -55,11 +54,7 @@ def folder_cases():
             yield folder_case(
                 f"{field}: {name}", json.dumps({**CONFIG, field: value}), None if either else False
             )
-    for name, make in {
-        "FIFO": os.mkfifo,
-        "folder": lambda p: p.mkdir(),
-        "loop": lambda p: p.symlink_to(p),
-    }.items():
+    for name, make in NO_FILES.items():
 
         def run(folder, make=make):
             make(folder / "config.json")

@@ -8,7 +8,7 @@ from rfdarts_fast.data import read_split_file
 from rfdarts_fast.retrain.run import read_genotype
 from rfdarts_fast.spaces import PUBLISHED, parse, to_json
 
-from .case import Case, damaged
+from .case import NO_FILES, Case, damaged
 
 GENES = [["skip_connect", 0], ["sep_conv_3x3", 1]]
 FIELDS = {"normal": GENES, "normal_concat": [2], "reduce": GENES, "reduce_concat": [2]}
@@ -88,8 +88,7 @@ def genotype_cases():
     }.items():  # fmt: skip
         yield genotype_case(name, text)
     for name, write in {
-        "FIFO": os.mkfifo, "folder": lambda p: p.mkdir(), "loop": lambda p: p.symlink_to(p),
-        "absent": lambda p: None,
+        **NO_FILES, "absent": lambda p: None,
         "empty": lambda p: p.touch(), "bytes": lambda p: p.write_bytes(b"\xff\xfe"),
         "zeros": lambda p: p.write_bytes(bytes(999)),
         "a gigabyte": lambda p: os.truncate(p, 10**9) if p.touch() is None else None,
@@ -157,8 +156,7 @@ def split_cases():
     }.items():  # fmt: skip
         yield split_case(name, content, name == "UTF-16")
     for name, make in {
-        "FIFO": os.mkfifo, "folder": lambda p: p.mkdir(), "loop": lambda p: p.symlink_to(p),
-        "absent": lambda p: None,
+        **NO_FILES, "absent": lambda p: None,
         "device": lambda p: p.symlink_to("/dev/zero"),
     }.items():  # fmt: skip
 

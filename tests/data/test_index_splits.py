@@ -85,7 +85,7 @@ def test_stratified_halves_of_digits():
         (lambda: split_half(10, seed=-1), "seed: expected"),
         (lambda: split_half(10, seed=2**32), "seed: expected"),
         (lambda: split_stratified(torch.arange(3), 1.5), "portion: expected"),
-        (lambda: split_stratified(torch.tensor([0, 0, 1])), r"fractions: 0.5 of class 1 is no image"),
+        (lambda: split_stratified(torch.tensor([0, 0, 1])), r"portion: 0.5 of class 1 is no image"),
         (lambda: split_per_class(torch.zeros(9), (0.6, 0.6)), "fractions: expected numbers above 0"),
         (lambda: split_per_class(torch.zeros(9), (0.5, 0.0)), "fractions: expected numbers above 0"),
         (lambda: split_per_class(torch.zeros(9), ()), "fractions: expected numbers above 0"),

@@ -125,6 +125,7 @@ class CellProblem(Problem):
     Args:
         shape: N, H and W of the inputs.
         primitives: names, of every edge or edge by edge.
+        batch_norm: pools have a BatchNorm behind them.
         place: changes an input in place.
     """
 
@@ -143,14 +144,16 @@ class CellProblem(Problem):
         affine: bool = True,
         track: bool = True,
         edge_weights: bool | None = None,
+        batch_norm: bool = True,
         place: Callable[[Tensor], object] | None = None,
     ) -> None:
         sources = [j for node in range(nodes) for j in range(inputs + node)]
         same = isinstance(primitives[0], str)
         names = [primitives] * len(sources) if same else primitives
+        strides = [stride if source < inputs else 1 for source in sources]
         edges = [
-            MixedOp(names[edge], channels, stride if source < inputs else 1, K, affine, track)
-            for edge, source in enumerate(sources)
+            MixedOp(names[edge], channels, strides[edge], K, affine, track, batch_norm)
+            for edge in range(len(sources))
         ]
         super().__init__(edges, dtype, train)
         n, h, w = shape

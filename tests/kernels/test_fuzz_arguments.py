@@ -36,13 +36,15 @@ def build(folder, csrc):
 
 
 def fuzz(folder, seed, seconds=SECONDS):
-    asan = subprocess.run(
-        [emulation.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
+    # it looks for what throws as it is loaded, and Python has no libstdc++
+    libraries = [
+        subprocess.check_output([emulation.compiler(), f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = {
         **os.environ,
         "PYTHONPATH": str(folder),
-        "LD_PRELOAD": asan.stdout.strip(),
+        "LD_PRELOAD": " ".join(libraries),
         # torch keeps what it has; the allocator may say that there is no memory
         "ASAN_OPTIONS": "detect_leaks=0,allocator_may_return_null=1",
         "OMP_NUM_THREADS": "1",

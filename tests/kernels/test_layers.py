@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch import library
+from torch import library, nn
 
+from rfdarts_fast.ops.contract import ReLUConvBNLayer
 from tests.kernels.oracles import Kernels, RecordedOps, grid, on, over
 from tests.kernels.problems import LayerProblem
 from tests.kernels.tolerances import TRUTH, assert_as_good_as_torch, assert_same_bits
@@ -164,17 +165,30 @@ def test_gradients_in_any_layout(backend, dtype, options):
         assert_same_bits(problem.run(backend, grad_view=view), expected)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("reduce", BOTH)
 @EVERYWHERE
-def test_nan_in_nan_out(backend, reduce):
+def test_what_is_not_finite_spreads_as_in_pytorch(backend, reduce, value):
+    """FactorizedReduce's halves of the outputs read different pixels, and send gradients to these alone."""
     problem = LayerProblem((1, 8, 8), reduce=reduce, train=False)
-    problem.inputs[0][0, 2, 4, 4] = torch.nan
-    [found], [expected] = (problem.run(each)["output 0"] for each in (backend, TRUTH))
-    assert expected.isnan().any() and found[expected.isnan()].isnan().all()
-    if backend.name == "cpu" and reduce:
-        # the zeros in the matrix of both convolutions let it pass to all channels
-        expected[:, :, 2, 2] = torch.nan
+    problem.inputs[0][0, 2, 4, 4] = problem.inputs[0][0, 1, 1, 1] = value
+    problem.grads[0][0, 1, 3, 3] = problem.grads[0][0, 2, 3, 2] = value
+    found, expected = problem.run(backend), problem.run(TRUTH)
+    for key in ("output 0", "gradient of input 0"):
+        assert not expected[key][0].isfinite().all()
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(("halves", "taken"), [((2, 3), True), ((3, 2), False), ((1, 3), False)])
+@on("cpu")
+def test_halves_of_outputs(backend, halves, taken):
+    """FactorizedReduce's first convolution has half of the outputs, rounded down; others are refused."""
+    convs = tuple(nn.Conv2d(6, c, 1, 2, bias=False, dtype=F64).requires_grad_(False) for c in halves)
+    layer = ReLUConvBNLayer(convs, nn.BatchNorm2d(sum(halves), dtype=F64))
+    x = torch.randn(2, 6, 4, 8, dtype=F64)
+    assert (backend.backend.unsupported_layer(x, layer) is None) == taken
+    if taken:
+        torch.testing.assert_close(*(each.layers(x, [layer]) for each in (backend, TRUTH)))
 
 
 @pytest.mark.parametrize("reduce", BOTH)

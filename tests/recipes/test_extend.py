@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import rfdarts_fast
-from rfdarts_fast import cli
 from rfdarts_fast.data import DATASETS, default_augment, load
 from rfdarts_fast.drop_in.recognise import Recognised, recognise
 from rfdarts_fast.nn import PRIMITIVES
@@ -124,7 +123,7 @@ def test_the_example_has_the_code_of_the_recipes_and_runs(monkeypatch, tmp_path,
 
 
 @pytest.fixture
-def rfdarts(monkeypatch, tmp_path, capsys):
+def rfdarts(rfdarts, monkeypatch, tmp_path):
     """Runs the command line beside an installed package whose plugin is the given module."""
 
     def run(plugin, *args):
@@ -134,13 +133,8 @@ def rfdarts(monkeypatch, tmp_path, capsys):
         (info / "entry_points.txt").write_text(f"[rfdarts_fast.plugins]\nmine = {plugin}\n")
         for path in (info.parent, ROOT / "examples"):
             monkeypatch.syspath_prepend(str(path))
-        monkeypatch.setattr(sys, "argv", ["rfdarts", *args])
         monkeypatch.setenv("COLUMNS", "300")
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return stop.code, *capsys.readouterr()
-        return 0, *capsys.readouterr()
+        return rfdarts(*args)
 
     return run
 

@@ -1,29 +1,20 @@
 """`rfdarts check`: a folder's state, and what can be resumed, without a change."""
 
-import sys
-
 import pytest
 from test_damage import DAMAGE, MISFITS, contents
 
-from rfdarts_fast import cli
 from rfdarts_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from rfdarts_fast.runs.lock import FolderLock
 from rfdarts_fast.search import search
 
 
 @pytest.fixture
-def check(monkeypatch, capsys):
+def check(rfdarts):
     """Exit code and lines of `rfdarts check`, by file; the folder is as it was."""
 
     def run(folder, *options):
         before = contents(folder)
-        monkeypatch.setattr(sys, "argv", ["rfdarts", "check", str(folder), *map(str, options)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
+        code, out, err = rfdarts("check", folder, *options)
         assert contents(folder) == before
         lines = [line.split(None, 1) for line in out.splitlines()]
         return code, dict(lines), err

@@ -348,10 +348,26 @@ def test_evaluation_of_a_damaged_checkpoint(all_runs, tmp_path, case, checkpoint
     change, part = DAMAGE[case]
     file = folder / ("best.pt" if checkpoint == "best" else LAST)
     file.write_bytes(change(file.read_bytes()))
+    # nothing stands in for the best
+    (folder / PREVIOUS).unlink()
     with pytest.raises(CheckpointError, match=part) as raised:
         evaluate_run(folder, checkpoint)
     assert str(file) in str(raised.value)
     assert "weights_only" not in str(raised.value)
+
+
+def test_evaluation_of_the_checkpoint_before_the_last(all_runs, tmp_path, capsys):
+    """As a run goes on from it."""
+    folder = all_runs["train"].copy(tmp_path / "run")
+    (folder / LAST).replace(tmp_path / "last.pt")
+    shutil.copy(folder / PREVIOUS, folder / LAST)
+    expected = evaluate_run(folder, "last")
+    assert capsys.readouterr().err == ""
+    for said in ("is missing", "is damaged or no checkpoint: it is empty"):
+        (folder / LAST).unlink() if said == "is missing" else (folder / LAST).touch()
+        assert evaluate_run(folder, "last") == expected
+        [line] = capsys.readouterr().err.splitlines()
+        assert f"{folder / LAST} {said}; evaluating {PREVIOUS}, epoch 0, step 0" in line
 
 
 @pytest.mark.parametrize("case", ["empty", "no-network", "no-classifier", "shape", "nan", "newer", "config"])

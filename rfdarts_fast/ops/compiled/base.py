@@ -160,6 +160,8 @@ def unsupported_layer(x: Tensor, layer: ReLUConvBNLayer, dtype: torch.dtype) -> 
     stride = len(convs)
     if stride == 2 and (x.shape[2] % 2 or x.shape[3] % 2):
         return "a reduction of an odd image size"
+    if stride == 2 and convs[0].out_channels != sum(conv.out_channels for conv in convs) // 2:
+        return "a FactorizedReduce of unequal halves"
     for conv in convs:
         if type(conv) is not nn.Conv2d or conv.bias is not None or conv.groups != 1:
             return "a convolution of an unexpected shape"

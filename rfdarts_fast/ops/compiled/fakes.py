@@ -121,7 +121,6 @@ def _expect_layers(
     gammas: list[Tensor],
     betas: list[Tensor],
     moments: list[Tensor],
-    reduce: bool,
 ) -> None:
     _expect("x", x, (None,) * 4)
     _expect_count("gammas", gammas, len(conv_weights))
@@ -132,7 +131,7 @@ def _expect_layers(
         _expect("gammas", gamma, (None,))
         _expect("betas", beta, gamma.shape)
         # the matrix and its transpose
-        _expect("conv_weights", weights, (2 * (2 if reduce else 1) * x.shape[1] * gamma.shape[0],))
+        _expect("conv_weights", weights, (2 * x.shape[1] * gamma.shape[0],))
         if moments:
             _expect("moments", moments[i], (2, gamma.shape[0]))
 
@@ -143,7 +142,7 @@ def _layer_outputs(x: Tensor, gammas: list[Tensor], reduce: bool) -> list[Tensor
 
 
 def _relu_conv_bn_forward(x, conv_weights, gammas, betas, moments, eps, reduce):
-    _expect_layers(x, conv_weights, gammas, betas, moments, reduce)
+    _expect_layers(x, conv_weights, gammas, betas, moments)
     used_moments = [x.new_empty(2, gamma.shape[0], dtype=torch.float64) for gamma in gammas]
     return _layer_outputs(x, gammas, reduce), _layer_outputs(x, gammas, reduce), used_moments
 
@@ -151,7 +150,7 @@ def _relu_conv_bn_forward(x, conv_weights, gammas, betas, moments, eps, reduce):
 def _relu_conv_bn_backward(
     grads, x, conv_outputs, conv_weights, gammas, betas, moments, eps, training, reduce, needs_input_grad
 ):
-    _expect_layers(x, conv_weights, gammas, betas, moments, reduce)
+    _expect_layers(x, conv_weights, gammas, betas, moments)
     for name, tensors in (("grads", grads), ("conv_outputs", conv_outputs)):
         _expect_count(name, tensors, len(conv_weights))
         for tensor, output in zip(tensors, _layer_outputs(x, gammas, reduce), strict=True):

@@ -109,6 +109,8 @@ class Cell:
         self.weights = Weights(self.op_weights, edge_weights, plan.primitives)
         self.BC = tuning.channel_block(self.C)
         self.blocks = triton.cdiv(self.C, self.BC)
+        # outputs of FactorizedReduce's two convolutions
+        self.halves = slice(self.C // 2), slice(self.C // 2, self.C)
         self.ACC = tl.float64 if self.op_weights.dtype == torch.float64 else tl.float32
 
     def launch(self, kernel: Any, grid: Grid, **arguments: Any) -> None:
@@ -197,13 +199,21 @@ class Cell:
             self.statistics(source.outer_slot, last, source.late)
 
     def reduce(self, x: State, weights: Tensor, out: Tensor) -> None:
-        """FactorizedReduce's convolutions: one product with the two pixels of each window that they read."""
+        """FactorizedReduce's convolutions: of the first and of the last pixel of each 2x2 window."""
         n, h, w = self.options.size
         image, line = 4 * h * w * x.row, 2 * w * x.row
         windows = x.data.as_strided((n, h, 2, w, 2, self.C), (image, 2 * line, line, 2 * x.row, x.row, 1))
-        pair = torch.cat([windows[:, :, 0, :, 0], windows[:, :, 1, :, 1]], dim=-1).relu_()
-        pair = pair.view(1, self.M, 2 * self.C).expand(len(weights), -1, -1)
-        torch.bmm(pair, weights.mT, out=out)
+        for place, half in enumerate(self.halves):
+            pixels = windows[:, :, place, :, place].relu().view(1, self.M, self.C)
+            torch.bmm(pixels.expand(len(weights), -1, -1), weights[:, half].mT, out=out[..., half])
+
+    def reduce_backward(self, grads: Tensor, weights: Tensor) -> Tensor:
+        """Gradients [branches, M, 2, C] of these two pixels, from those of the outputs [branches, M, C]."""
+        out = self.empty(*grads.shape[:2], 2, self.C)
+        if len(grads):
+            for place, half in enumerate(self.halves):
+                torch.bmm(grads[..., half], weights[:, half], out=out[:, :, place])
+        return out
 
     def statistics(self, first: int, last: int, terms: Span) -> None:
         """The moments of the terms' BatchNorms, which are behind the slots from `first` to `last`."""
@@ -328,7 +338,7 @@ class Cell:
         )  # fmt: skip
         self.launch(
             backward.input_gradient_kernel, self.tiles(rows),
-            depthwise=depthwise, reduce_grads=self.product(of_reduces, weights.reduces),
+            depthwise=depthwise, reduce_grads=self.reduce_backward(of_reduces, weights.reduces),
             pools=Pools(of_pools, self.argmax[index]), g=self.mixed_grads,
             KERNELS=tuple((group.kernel, group.dilation) for group in source.groups), REDUCES=reduces,
             MAX=Op.MAX_POOL in source.pools, AVERAGE=Op.AVG_POOL in source.pools, **shared,

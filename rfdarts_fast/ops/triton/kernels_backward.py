@@ -273,8 +273,8 @@ def pools_backward(
 
 @triton.jit
 def reduces_backward(total, grads, exist, n, iy, ix, cols, sizes, REDUCES: tl.constexpr, ACC: tl.constexpr):
-    """`total` plus the gradients [REDUCES, M, 2 C] of the two pixels of a window that FactorizedReduce reads:
-    the first convolution's (even, even), the second's (odd, odd)."""
+    """`total` plus the gradients [REDUCES, M, 2, C] of the two pixels of a window that FactorizedReduce
+    reads: the first convolution's (even, even), the second's (odd, odd)."""
     _, C, OH, OW = sizes
     read = (exist & (iy % 2 == ix % 2))[:, None] & (cols < C)[None, :]
     at = ((n * OH + iy // 2) * OW + ix // 2) * (2 * C) + (iy % 2) * C
@@ -349,7 +349,7 @@ def bypass_backward_kernel(
     STRIDE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a state's bypassed channels; g [nodes, M, C * K]: gradients of the nodes' states, in
-    their order of channels. With stride 2 it goes to the first maximum of each 2x2 window."""
+    their order of channels. With stride 2 it goes to the first maximum, or last NaN, of each 2x2 window."""
     M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // (BC * K)
     rows = block_of(0, BM)
@@ -366,8 +366,10 @@ def bypass_backward_kernel(
         for q in tl.static_range(4):
             corner = (n * (2 * OH) + iy - iy % 2 + q // 2) * (2 * OW) + ix - ix % 2 + q % 2
             other = tl.load(x.data + corner[:, None, None] * x.row + channel, mask=mask, other=0.0).to(ACC)
-            earlier = ((iy % 2) * 2 + ix % 2 > q)[:, None, None]
-            reached = reached & tl.where(earlier, ~(other >= own), ~(other > own))
+            place = ((iy % 2) * 2 + ix % 2)[:, None, None]
+            taken = (other > own) | ((other == own) & (place > q))
+            taken |= (other != other) & ((own == own) | (place < q))
+            reached = reached & ~taken
     total = tl.zeros((BM, BC, K), ACC)
     for place in range(edges.first, edges.last):
         edge = edge_at(edges.table, place)

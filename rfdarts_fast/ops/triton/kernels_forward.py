@@ -81,7 +81,7 @@ def pools_kernel(
     ACC: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y [MAX + AVERAGE, M, C]: 3x3 max pool and average pool of x, the latter without its padding; argmax
-    uint8 [M, C]: which of the nine is the maximum, the first of equals."""
+    uint8 [M, C]: which of the nine is the maximum, the first of equals or the last NaN."""
     M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // BC
     rows = block_of(0, BM)
@@ -89,7 +89,8 @@ def pools_kernel(
     exist = rows < M
     cols = block_of(1, BC)
     largest = tl.full((BM, BC), float("-inf"), ACC)
-    place = tl.zeros((BM, BC), tl.int32)
+    # where all are lowest, the first one inside the image
+    place = tl.zeros((BM, BC), tl.int32) + ((oy == 0) * 3 + (ox == 0)).to(tl.int32)[:, None]
     total = tl.zeros((BM, BC), ACC)
     count = tl.zeros((BM,), tl.int32)
     IH = OH * STRIDE

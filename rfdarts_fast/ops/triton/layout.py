@@ -116,7 +116,7 @@ class Node(NamedTuple):
 @dataclass
 class SourceWeights:
     """Frozen convolutions of a state's branches: depthwise ones flat, [branch, kernel^2, C]; pointwise ones
-    [branch, out, in]; FactorizedReduce's two as one matrix [branch, out, 2 C]."""
+    [branch, out, in]; FactorizedReduce's two as one matrix, one below the other."""
 
     depthwise: Tensor
     pointwise: Tensor
@@ -290,5 +290,5 @@ def _pack(plan: CellPlan, source: Source, dtype: torch.dtype) -> SourceWeights:
         stacked([b.convs[1].weight.flatten(1) for b in first]),
         flat([b.convs[2] for b in source.separable]),
         stacked([b.convs[3].weight.flatten(1) for b in source.separable]),
-        stacked([torch.block_diag(*(conv.weight.flatten(1) for conv in b.convs)) for b in source.reduces]),
+        stacked([torch.cat([conv.weight.flatten(1) for conv in b.convs]) for b in source.reduces]),
     )

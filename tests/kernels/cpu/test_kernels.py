@@ -110,17 +110,21 @@ def test_pools(kind, isa, shape, stride, values):
 
 
 @codes
-def test_a_nan_passes_the_pools(kind, isa):
+@shapes
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_passes_the_pools(kind, isa, shape, stride, value):
     run = Run(kind, isa)
-    for row, column in ((0, 0), (2, 3), (4, 6)):
-        x = run.random(5, 7, 4)
-        x[row, column] = np.nan
-        near = np.zeros((5, 7), bool)
-        near[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
-        for pool in run.kernels.pool_forward(x):
-            assert (np.isnan(pool).all(-1) == near).all()
-        d = np.where(near[..., None], np.nan, 1).astype(run.dtype) * np.ones(4, run.dtype)
-        assert np.isnan(run.kernels.pool_backward(x, d, np.zeros_like(d))).any((0, 1)).all()
+    for share in (0.05, 0.5, 1):
+        x = run.random(*shape)
+        x[run.generator.random(shape) < share] = value
+        leaf = tensor(x).requires_grad_()
+        pools = F.max_pool2d(leaf, 3, stride, 1), F.avg_pool2d(leaf, 3, stride, 1, count_include_pad=False)
+        for ours, truth in zip(run.kernels.pool_forward(x, stride), pools, strict=True):
+            np.testing.assert_allclose(ours, image(truth), 10 * run.tolerance, 10 * run.tolerance)
+        d_max, d_avg = (run.random(*image(pool).shape) for pool in pools)
+        (truth,) = torch.autograd.grad(pools, leaf, (tensor(d_max), tensor(d_avg)))
+        run.close(run.kernels.pool_backward(x, d_max, d_avg, stride), image(truth))
 
 
 @codes
