@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"^\{\{ (include|help)(?: (.*?))? \}\}$", re.MULTILINE)
 CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 # a link to another file of the repository, which the site does not have
-FILE_LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)[^)]*\)")
+FILE_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!\w+:|#)[^)]*\)")
+# an image, which it has
+IMAGE = re.compile(r"(!\[[^\]]*\]\()docs/")
 
 
 def sections(text: str) -> list[tuple[str, str]]:
@@ -40,7 +42,9 @@ def include(argument: str) -> str:
     if not found:
         raise ValueError(f"{name} has no section whose heading begins with {heading!r}")
     parts = CODE.split("\n".join(found))
-    return "".join(part if i % 2 else FILE_LINK.sub(r"\1", part) for i, part in enumerate(parts))
+    return "".join(
+        part if i % 2 else IMAGE.sub(r"\1", FILE_LINK.sub(r"\1", part)) for i, part in enumerate(parts)
+    )
 
 
 def command_help(command: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: rfdarts search | train | eval | check | bench | env."""
+"""The command line: rfdarts search | train | eval | check | study | show | query | bench | env."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from rfdarts_fast.ops import BackendError
 from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.retrain.config import preset_values as train_preset
 from rfdarts_fast.runs.checkpoint import CheckpointError
-from rfdarts_fast.runs.config import ConfigError, one_of, require, require_positive
+from rfdarts_fast.runs.config import (
+    ConfigError,
+    one_of,
+    require,
+    require_not_negative,
+    require_positive,
+)
+from rfdarts_fast.runs.files import WriteError, write_text
 from rfdarts_fast.runs.options import as_typed, parse_config, parse_options
 from rfdarts_fast.runs.output import complain, repair_streams, say, silence
 from rfdarts_fast.runs.run import RunFailed, in_one_line, out_of_memory
@@ -37,6 +44,9 @@ commands:
   train     train the network of a genotype from scratch
   eval      evaluate a training run on the test images
   check     verify a run's folder and say what can be resumed
+  study     many searches as one resumable job, summarised with error bars
+  show      a run or a genotype as text, figures and one HTML page
+  query     look a NAS-Bench-201 cell up in a table of the benchmark
   bench     step time and memory here: reference, torch.compile, compiled kernels
   env       what is installed and built here
 
@@ -46,7 +56,8 @@ rfdarts COMMAND --help lists the options of a command. To begin:
 
 exit codes:
   0    done
-  1    the run cannot go on (disk, memory, loss), and names its last good state; or `check` finds damage
+  1    the run cannot go on (disk, memory, loss), and names its last good state; `check` finds damage; a run
+       of a `study` failed
   2    an option, a file or a folder does not fit: nothing was begun or changed
   130  interrupted (Ctrl-C), 143 terminated: the state is saved, and the same command resumes
   141  nobody reads the output any more
@@ -78,6 +89,76 @@ class CheckOptions:
     """Folder of a `rfdarts search` or `rfdarts train` run."""
     data_root: Path | None = None
     """The data set's npz file or folder, if it has moved since."""
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Run the searches of a study, all that are not done; then write a summary with error bars.
+
+    The same command again goes on. Every run is an ordinary run folder below --out. Behind -- stand options
+    of `rfdarts search` for all runs: rfdarts study nb201 --out runs/nb201 -- --dataset cifar10 --epochs 20
+    """
+
+    study: Annotated[str, tyro.conf.Positional]
+    """A YAML file of search options, some with lists of values and some in `variants`, or one of nb201,
+    robustness, cifar, ablations."""
+    out: Path
+    """The study's folder."""
+    jobs: int = 1
+    """Runs at a time."""
+    cluster: Literal["local", "slurm", "debug"] = "local"
+    """Processes here, jobs of Slurm, or one after the other in this process. Needs the extra `cluster`."""
+    retries: int = 1
+    """New starts of a run that failed; the same command tries it again, too."""
+    hours: float = 72.0
+    """Time limit of a job; on Slurm it then goes on as another one."""
+    cpus: int = 1
+    """slurm: cores of a job."""
+    gpus: int = 0
+    """slurm: GPUs of a job."""
+    memory_gb: float | None = None
+    """slurm: memory of a job (default: the cluster's)."""
+    partition: str | None = None
+    """slurm: where jobs run (default: the cluster's)."""
+    list: bool = False
+    """Print the runs as commands, and stop."""
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """Show a run, a study or a genotype: a summary here, and figures and a report in files.
+
+    The run may still go on. Figures need the extra `report`.
+    """
+
+    what: Annotated[str, tyro.conf.Positional]
+    """Folder of a search, a training or a study; or a genotype as of `rfdarts train --genotype`."""
+    html: Path | None = None
+    """Write a report to this file: one page with everything inside, to open in a browser or to send."""
+    figures: Path | None = None
+    """Write every figure to this folder, as SVG and PNG."""
+    table: Path | None = None
+    """A table as of `rfdarts query`, to look NAS-Bench-201 cells up in."""
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """Look a NAS-Bench-201 cell up in a table: its accuracies in percent after the benchmark's full training.
+
+    A cell is looked up by its string: isomorphic cells have results of their own, as in the benchmark.
+    """
+
+    table: Path
+    """A CSV file, plain or gzipped, with a column arch and some named like cifar10_test, or the official
+    NATS-Bench file or folder (needs the extra `nasbench`; it is a pickle, so take it from its authors)."""
+    cell: Annotated[str | None, tyro.conf.Positional] = None
+    """A cell string such as '|skip_connect~0|+|none~0|...', or the genotype.json of a search."""
+    best: bool = False
+    """The best cell by test accuracy instead of a given one."""
+    rank: bool = False
+    """The cell's rank by test accuracy, too. In a NATS-Bench folder all cells are read for it."""
+    dataset: Literal["all", "cifar10", "cifar100", "imagenet16"] = "all"
+    """imagenet16 is ImageNet16-120."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +233,72 @@ def run_check(args: list[str]) -> int:
     return 0 if report.sound else 1
 
 
+def run_study(args: list[str]) -> int:
+    from rfdarts_fast.study import load_study, read_study
+    from rfdarts_fast.study.jobs import Resources, run_all
+    from rfdarts_fast.study.show import ShownStudy, write_summary
+    from rfdarts_fast.study.summary import planned_runs
+
+    own, extra = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+    options = parse_options(StudyOptions, own, "rfdarts study")
+    require_positive(options, "jobs", "hours", "cpus", most=100_000)
+    require_not_negative(options, "retries", "gpus", most=1000)
+    study = read_study(options.study, extra)
+    if options.list:
+        print(planned_runs(study.runs))
+        return 0
+    names = ("cluster", "hours", "cpus", "gpus", "memory_gb", "partition")
+    resources = Resources(**{name: getattr(options, name) for name in names})
+    errors = run_all(study, options.out, resources, options.jobs, options.retries)
+    results = load_study(options.out, errors=errors)
+    written = write_summary(results)
+    print(f"\n{ShownStudy(results).text()}\n\nwrote {', '.join(map(str, written))}")
+    return 1 if errors else 0
+
+
+def run_show(args: list[str]) -> None:
+    from rfdarts_fast.report.figures import write_figures
+    from rfdarts_fast.report.show import Shown, ShownGenotype, ShownRun
+    from rfdarts_fast.results import load
+    from rfdarts_fast.retrain.run import read_genotype
+    from rfdarts_fast.study import load_study
+    from rfdarts_fast.study.show import ShownStudy
+    from rfdarts_fast.study.summary import STUDY_FILE
+    from rfdarts_fast.tables import open_table
+
+    options = parse_options(ShowOptions, args, "rfdarts show")
+    table = None if options.table is None else open_table(options.table)
+    shown: Shown
+    if (Path(options.what) / STUDY_FILE).is_file():
+        shown = ShownStudy(load_study(Path(options.what), table))
+    elif Path(options.what).is_dir():
+        shown = ShownRun(load(options.what), table)
+    else:
+        shown = ShownGenotype(read_genotype(options.what), options.what, table)
+    # files first: what is missing for them is an error before any output
+    if options.html is not None:
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.html, shown.page())
+    written = [] if options.figures is None else write_figures(options.figures, shown.figures())
+    print(shown.text())
+    for file in (*([options.html] if options.html else []), *written):
+        print(f"wrote {file}")
+
+
+def run_query(args: list[str]) -> None:
+    from rfdarts_fast.retrain.run import read_genotype
+    from rfdarts_fast.tables import open_table, query
+
+    options = parse_options(QueryOptions, args, "rfdarts query")
+    require(options.best == (options.cell is None), options, "cell", "either a cell or --best")
+    table = open_table(options.table)
+    datasets = table.datasets if options.dataset == "all" else (options.dataset,)
+    if options.cell is None:
+        print(query.best(table, datasets, options.rank))
+    else:
+        print(query.described(table, read_genotype(options.cell), datasets, options.rank))
+
+
 def run_bench(args: list[str]) -> None:
     import torch
 
@@ -209,6 +356,9 @@ COMMANDS = {
     "train": run_train,
     "eval": run_eval,
     "check": run_check,
+    "study": run_study,
+    "show": run_show,
+    "query": run_query,
     "bench": run_bench,
     "env": run_env,
 }
@@ -228,7 +378,7 @@ def run_command(args: list[str]) -> int:
     except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
         complain(f"rfdarts {args[0]}: {as_typed(str(error), args)}")
         return 2
-    except RunFailed as error:
+    except (RunFailed, WriteError) as error:
         complain(f"rfdarts {args[0]}: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:

@@ -12,7 +12,19 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-REFERENCE = ("ops", "nn", "spaces", "data", "search", "retrain", "runs", "drop_in")
+REFERENCE = [
+    "ops",
+    "nn",
+    "spaces",
+    "data",
+    "search",
+    "retrain",
+    "runs",
+    "tables",
+    "results",
+    "study",
+    "drop_in",
+]
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
@@ -77,7 +89,9 @@ def test_sections_end_at_headings_outside_code_and_links_to_files_are_text(tmp_p
     assert hooks.include("f.md").split() == hooks.include("f.md: A").join(["intro\n", "## B\nb\n"]).split()
 
 
-@pytest.mark.parametrize("command", ["search", "train", "eval", "check", "bench", "env"])
+@pytest.mark.parametrize(
+    "command", ["search", "train", "eval", "check", "study", "show", "query", "bench", "env"]
+)
 def test_help_of_each_command_is_on_the_page(command):
     page = (DOCS / "command_line.md").read_text()
     assert f"{{{{ help {command} }}}}" in page

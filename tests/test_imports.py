@@ -17,17 +17,23 @@ ALLOWED = {
     "ops": set(),
     "data": {"messages"},
     "nn": {"ops", "spaces"},
+    "tables": {"data", "spaces", "messages"},
     "runs": {"data", "ops", "messages"},
-    "search": {"nn", "data", "runs", "spaces", "ops"},
+    "search": {"nn", "data", "runs", "spaces", "ops", "tables"},
     "retrain": {"nn", "data", "runs", "spaces", "ops", "messages"},
+    "results": {"runs", "spaces", "messages"},
+    "report": {"results", "nn", "runs", "spaces", "tables"},
+    "study": {"report", "results", "search", "retrain", "runs", "spaces", "tables", "messages"},
     "drop_in": {"nn", "data", "runs", "spaces", "ops"},
     "bench": {"nn", "data", "runs", "spaces", "ops", "search", "retrain", "drop_in"},
-    "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops", "messages"},
+    "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops", "tables"}
+    | {"results", "report", "study", "messages"},
     "__main__": {"cli"},
     # the package itself offers `accelerate` and `use_backend`, imported on first use
     "__init__": {"drop_in", "ops"},
 }
-OPTIONAL = {"torchvision", "triton", "tensorboard", "matplotlib"}
+# not pandas: scikit-learn loads it where it is installed
+OPTIONAL = {"torchvision", "triton", "tensorboard", "matplotlib", "nats_bench", "submitit"}
 
 
 def part_of(path):

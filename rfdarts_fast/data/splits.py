@@ -6,13 +6,11 @@ call a number: an option, for one.
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import math
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rfdarts_fast.messages import reason, shown, thing_at
+from rfdarts_fast.messages import reason, shown
 
 from .errors import DataError, require, require_int
+from .texts import read_unzipped
 
 # the largest split file of NAS-Bench-201 takes a hundredth
 _MOST_BYTES = 64_000_000
@@ -112,21 +111,14 @@ def read_split_file(
 
 
 def _read_json(file: Path) -> object:
-    there = thing_at(file)
     expected = f"{file}: expected a readable NAS-Bench-201 split file"
-    require(there == "a file", f"{expected}, got {there}")
+    text = read_unzipped(file, expected, _MOST_BYTES)
     try:
-        with file.open("rb") as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            # a few bytes may unpack to any number
-            text = (gzip.GzipFile(fileobj=raw) if zipped else raw).read(_MOST_BYTES + 1)
-        require(len(text) <= _MOST_BYTES, f"{expected} of at most {_MOST_BYTES:,} bytes, got more")
         return json.loads(text, object_pairs_hook=lambda pairs: _named_once(pairs, expected))
     except DataError:
         raise
     # ValueError: text that is no JSON, and integers of more digits than Python reads
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{expected}, got {reason(error)}") from error
 
 

@@ -18,7 +18,7 @@ from rfdarts_fast.nn.primitives import (
     runs_only,
 )
 from rfdarts_fast.nn.stems import cifar_stem, imagenet_stem
-from rfdarts_fast.spaces import AnyGenotype, Space, derive
+from rfdarts_fast.spaces import AnyGenotype, GenotypeRule, Space, derive
 
 ARCH_INIT_STD = 1e-3
 
@@ -170,14 +170,14 @@ class Supernet(nn.Module):
         return op_weights, torch.cat([betas[node].softmax(dim=0) for node in self.space.node_slices()])
 
     @torch.no_grad()
-    def genotype(self) -> AnyGenotype:
-        """The genotype that the current architecture weights stand for."""
+    def genotype(self, rule: GenotypeRule = "published") -> AnyGenotype:
+        """The genotype that the current architecture weights stand for, by a rule of the space's family."""
         term_weights = {}
         for cell in self.space.cells:
             op_weights, edge_weights = self.cell_weights(cell)
             weights = op_weights if edge_weights is None else op_weights * edge_weights[:, None]
             term_weights[cell] = weights.tolist()
-        return derive(self.space, term_weights)
+        return derive(self.space, term_weights, rule)
 
 
 class SearchNetwork(Supernet):

@@ -26,8 +26,15 @@ from rfdarts_fast.runs.run_folder import (
 
 # a run's config class, and its `opened`
 Command = tuple[type[RunConfig], Callable[..., AbstractContextManager[Run]]]
-# where a run ran; the folder is verified here
-_HERE = {"device": "cpu", "backend": "auto", "cuda_graph": "auto", "download": False, "restart": False}
+# where a run ran, and what it looked at besides; the folder is verified here
+_HERE = {
+    "table": None,
+    "device": "cpu",
+    "backend": "auto",
+    "cuda_graph": "auto",
+    "download": False,
+    "restart": False,
+}
 
 
 class Report:

@@ -20,6 +20,9 @@ from rfdarts_fast.ops import backends
 _OPTIONAL = {
     "torchvision": "data sets cifar10, cifar100, svhn (pip install 'rfdarts_fast[vision]')",
     "tensorboard": "event files of a run (pip install 'rfdarts_fast[log]')",
+    "nats_bench": "official tables of NAS-Bench-201 (pip install 'rfdarts_fast[nasbench]')",
+    "matplotlib": "figures of `rfdarts show` and `study` (pip install 'rfdarts_fast[report]')",
+    "submitit": "`rfdarts study` (pip install 'rfdarts_fast[cluster]')",
     "triton": "GPU kernels in Triton (pip install 'rfdarts_fast[triton]')",
 }
 

@@ -7,7 +7,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
@@ -128,73 +128,90 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Entry]:
     Numbers are decimal; what YAML 1.1 makes of 010, 0x10, 1_000 or 1:30 is text. Raises ConfigError that
     names file and line, also for an unknown name and a value of another type.
     """
-    hints = type_hints(config_class)
-    known = {field.name for field in fields(config_class)}
     entries: dict[str, Entry] = {}
     for name_event, event in _pairs(path):
-        typed = name_event.value
-        where = _place(path, name_event)
-        name = typed.replace("-", "_")
-        if name not in known:
-            raise ConfigError(f"{where}: has no such option: {shown(typed)}")
+        where = f"config: {place(path, name_event)}"
+        name, entry = option_entry(name_event.value, event, config_class, where)
         if name in entries:
-            raise ConfigError(f"{where}: expected {typed} once, got it twice")
-        where = f"{where}: {typed}"
-        value = _scalar(event, hints[name])
-        entries[name] = Entry(from_plain({name: value}, config_class, {name: where})[name], where)
+            raise ConfigError(f"{where}: expected {name_event.value} once, got it twice")
+        entries[name] = entry
     return entries
+
+
+def option_entry(typed: str, event: yaml.ScalarEvent, config_class: type, where: str) -> tuple[str, Entry]:
+    """The field that `typed` names, and its value out of YAML; ConfigError for an unknown one or a misfit."""
+    name = typed.replace("-", "_")
+    hints = type_hints(config_class)
+    if name not in {field.name for field in fields(config_class)}:
+        raise ConfigError(f"{where}: has no such option: {shown(typed)}")
+    where = f"{where}: {typed}"
+    value = _scalar(event, hints[name])
+    return name, Entry(from_plain({name: value}, config_class, {name: where})[name], where)
+
+
+def yaml_events(path: Path, option: str) -> Iterator[yaml.Event]:
+    """The events of a YAML file without anchors, aliases and tags, of one document.
+
+    Raises ConfigError that names the option that gave the file, the file and the line.
+    """
+    last: yaml.Event | None = None
+    try:
+        for event in yaml.parse(_read(path, option), Loader=yaml.SafeLoader):
+            where = f"{option}: {place(path, event)}"
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise ConfigError(f"{where}: expected no anchors and aliases")
+            tag = getattr(event, "tag", None)
+            if tag:
+                raise ConfigError(f"{where}: expected no tags, got {shown(tag)}")
+            if isinstance(event, yaml.DocumentStartEvent) and isinstance(last, yaml.DocumentEndEvent):
+                raise ConfigError(f"{where}: expected one document, got another")
+            yield event
+            last = event
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}," if error.problem_mark else ""
+        raise ConfigError(f"{option}: {path}{line} cannot be read as YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{option}: {path} cannot be read as YAML: {error}") from None
 
 
 def _pairs(path: Path) -> list[tuple[yaml.ScalarEvent, yaml.ScalarEvent]]:
     """The names and values of the mapping that is all of a YAML file."""
     scalars: list[yaml.ScalarEvent] = []
     last: yaml.Event | None = None
-    try:
-        for event in yaml.parse(_read(path), Loader=yaml.SafeLoader):
-            where = _place(path, event)
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise ConfigError(f"{where}: expected no anchors and aliases")
-            tag = getattr(event, "tag", None)
-            if tag:
-                raise ConfigError(f"{where}: expected no tags, got {shown(tag)}")
-            if isinstance(event, yaml.MappingStartEvent) and not isinstance(last, yaml.DocumentStartEvent):
-                raise ConfigError(f"{where}: expected a plain value, got a mapping")
-            if isinstance(event, yaml.SequenceStartEvent):
-                inside = "a plain value" if scalars else "names and values"
-                raise ConfigError(f"{where}: expected {inside}, got a list")
-            if isinstance(event, yaml.DocumentStartEvent) and isinstance(last, yaml.DocumentEndEvent):
-                raise ConfigError(f"{where}: expected one document, got another")
-            if isinstance(event, yaml.ScalarEvent):
-                if isinstance(last, yaml.DocumentStartEvent) and event.value:
-                    raise ConfigError(f"{where}: expected names and values, got {shown(event.value)}")
-                scalars.append(event)
-            last = event
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}," if error.problem_mark else ""
-        raise ConfigError(f"config: {path}{line} cannot be read as YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} cannot be read as YAML: {error}") from None
+    for event in yaml_events(path, "config"):
+        where = f"config: {place(path, event)}"
+        if isinstance(event, yaml.MappingStartEvent) and not isinstance(last, yaml.DocumentStartEvent):
+            raise ConfigError(f"{where}: expected a plain value, got a mapping")
+        if isinstance(event, yaml.SequenceStartEvent):
+            inside = "a plain value" if scalars else "names and values"
+            raise ConfigError(f"{where}: expected {inside}, got a list")
+        if isinstance(event, yaml.ScalarEvent):
+            if isinstance(last, yaml.DocumentStartEvent) and event.value:
+                raise ConfigError(f"{where}: expected names and values, got {shown(event.value)}")
+            scalars.append(event)
+        last = event
     return list(zip(scalars[::2], scalars[1::2], strict=False))
 
 
-def _place(path: Path, event: yaml.Event) -> str:
-    return f"config: {path}, line {event.start_mark.line + 1 if event.start_mark else 1}"
+def place(path: Path, event: yaml.Event) -> str:
+    """The file and line of an event."""
+    return f"{path}, line {event.start_mark.line + 1 if event.start_mark else 1}"
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, option: str) -> str:
     there = thing_at(path)
     if there == "nothing there":
-        raise ConfigError(f"config: there is no file {path}")
+        raise ConfigError(f"{option}: there is no file {path}")
     if there != "a file":
-        raise ConfigError(f"config: expected a file, got {there}: {path}")
+        raise ConfigError(f"{option}: expected a file, got {there}: {path}")
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_YAML_BYTES + 1)
         if len(content) > _MOST_YAML_BYTES:
-            raise ConfigError(f"config: {path} has more than {_MOST_YAML_BYTES} bytes")
+            raise ConfigError(f"{option}: {path} has more than {_MOST_YAML_BYTES} bytes")
         return content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} cannot be read as YAML: {reason(error)}") from None
+        raise ConfigError(f"{option}: {path} cannot be read as YAML: {reason(error)}") from None
 
 
 _WORDS = {

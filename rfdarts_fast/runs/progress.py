@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -67,7 +68,7 @@ class EventWriter:
         if self._writer is None:
             return
         try:
-            for name, value in _numbers(record):
+            for name, value in numbers(record):
                 self._writer.add_scalar(name, value, record["epoch"])
             self._writer.flush()
         except OSError as error:
@@ -79,9 +80,10 @@ class EventWriter:
             self._writer.close()
 
 
-def _numbers(record: dict, prefix: str = ""):
+def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a metrics record, those of nested parts as "train/loss"."""
     for name, value in record.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
+            yield from numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}{name}", value

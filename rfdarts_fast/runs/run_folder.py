@@ -39,7 +39,7 @@ from rfdarts_fast.runs.lock import HOLDER, LOCK, FolderLock, InUse
 # where and how fast a run runs, not what it computes
 FREE_FIELDS = frozenset(
     {"out", "config", "preset", "data_root", "download", "workers", "checkpoint_minutes", "tensorboard"}
-    | {"restart"}
+    | {"restart", "table", "diagnose_every", "diagnose_images", "diagnose_cells"}
 )
 
 
@@ -171,7 +171,7 @@ class RunFolder:
             self._set_aside()
         if file.exists():
             there = to_plain(read_config(self.path, command, type(config)))
-            differences = _differences(there, self._config, "there", "here")
+            differences = differences_of(there, self._config, "there", "here")
             if self._read_only:
                 self._config = there
             elif differences:
@@ -323,7 +323,7 @@ def check_config(file: Path, state: Mapping[str, Any], command: str, config: dic
     saved = state.get("config", {})
     if not isinstance(saved, dict):
         raise misfit(file, f"config: expected named options, got {saved!r}")
-    differences = _differences(renamed(saved, command), config, "in the checkpoint", "in config.json")
+    differences = differences_of(renamed(saved, command), config, "in the checkpoint", "in config.json")
     if differences:
         raise misfit(file, differences)
 
@@ -344,7 +344,7 @@ def refuse_other_data(path: Path, data: Fingerprint) -> None:
         )
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], at: str, or_at: str) -> str:
+def differences_of(there: Mapping[str, Any], here: Mapping[str, Any], at: str, or_at: str) -> str:
     """The options whose values differ, in words."""
     return "; ".join(
         f"{name} is {there[name]!r} {at} and {here[name]!r} {or_at}"

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 Part = nn.Module | Optimizer | Tensor | dict | list | tuple | str | float | int | None
 
-LATER_PARTS = frozenset({"version", "config", "history"})
+LATER_PARTS = frozenset({"version", "config", "history", "alpha_gradients"})
 """Parts that checkpoints of earlier versions lack: read with a default."""
 
 # how an optimiser computes, not what; a checkpoint may come from another device

@@ -5,7 +5,8 @@ DARTS, arXiv 1806.09055, section 2.3; quark0/darts cnn/architect.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,15 @@ def descend(
         nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def kept_buffers(network: nn.Module) -> Iterator[None]:
+    """Puts the network's buffers, such as running statistics, back at the end."""
+    before = [buffer.clone() for buffer in network.buffers()]
+    yield
+    for buffer, kept in zip(network.buffers(), before, strict=True):
+        buffer.copy_(kept)
 
 
 class Architect:
@@ -78,11 +88,9 @@ class Architect:
         rate = self.weight_optimizer.param_groups[0]["lr"]
         self._look_ahead(gradients(self.loss(train)[0], self.weights))
         # the published code looks ahead with a copy of the network, so its running statistics stay put
-        buffers = [b.clone() for b in self.network.buffers()]
-        loss, logits = self.loss(val)
-        grads = gradients(loss, [*self.arch, *self.weights])
-        for buffer, kept in zip(self.network.buffers(), buffers, strict=True):
-            buffer.copy_(kept)
+        with kept_buffers(self.network):
+            loss, logits = self.loss(val)
+            grads = gradients(loss, [*self.arch, *self.weights])
         arch_grads, direction = grads[: len(self.arch)], grads[len(self.arch) :]
 
         radius = FINITE_DIFFERENCE / torch.linalg.vector_norm(torch.cat([v.flatten() for v in direction]))

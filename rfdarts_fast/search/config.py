@@ -17,7 +17,7 @@ from rfdarts_fast.runs.config import (
     require_not_negative,
     require_positive,
 )
-from rfdarts_fast.spaces import NASBENCH201, SPACES
+from rfdarts_fast.spaces import NASBENCH201, SPACES, GenotypeRule
 
 Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
 Preset = Literal[
@@ -107,6 +107,10 @@ class SearchConfig(RunConfig):
     """Epochs before the architecture starts to move. Our choice for rf-pcdarts: PC-DARTS's."""
     order: Literal["first", "second"] = "first"
     """Order of the architecture's gradient. Our choice for rf methods: first."""
+    levels: int = 2
+    """2: weights and architecture learn on different images, the two parts of the split. 1: both move along
+    one backward pass on a batch of the part that trains the weights, at half the cost; the other part is only
+    evaluated, and --step-order has no meaning. Our choice: 2, as published."""
     step_order: Literal["arch-first", "weights-first"] = "arch-first"
     """The half of a bilevel step that comes first. DARTS: architecture; NAS-Bench-201: weights."""
 
@@ -125,6 +129,21 @@ class SearchConfig(RunConfig):
     """Side of the square cut out of training images, in pixels; 0 for none."""
     validate_every: int = 1
     """Epochs between evaluations on the validation half; 0 for never."""
+
+    genotype_rule: GenotypeRule = "published"
+    """published: NAS-Bench-201 takes the argmax with `none`, other spaces never choose it. without-none: that
+    argmax without `none`. Noted in genotype.json and metrics.jsonl."""
+    table: Path | None = None
+    """NAS-Bench-201: a table as of `rfdarts query`; each epoch notes the accuracies and ranks of its
+    genotype. A NATS-Bench folder is read as a whole, which takes minutes."""
+    diagnose_every: int = 0
+    """Epochs between costly diagnostics on the validation half: largest Hessian eigenvalue of the loss in the
+    alphas (on one batch), accuracy of supernet and pruned supernet, and with --table Kendall's tau of their
+    rankings; 0 for never. They do not change the search."""
+    diagnose_images: int = 1024
+    """Validation images of the accuracies in these diagnostics."""
+    diagnose_cells: int = 50
+    """Cells whose ranking by the supernet is compared with the table's."""
 
     backend: Annotated[str, one_of(backend_names)] = "auto"
     """Computes the mixed ops: auto takes the fastest that can run, reference is plain PyTorch; the command
@@ -151,8 +170,9 @@ class SearchConfig(RunConfig):
         require_positive(self, "learning_rate", "arch_learning_rate")
         require_not_negative(
             self, "learning_rate_min", "learning_rate_warmup_epochs", "momentum", "weight_decay", "grad_clip",
-            "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs", "validate_every",
+            "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs", "validate_every", "diagnose_every",
         )  # fmt: skip
+        require_positive(self, "diagnose_images", "diagnose_cells")
         require_not_negative(self, "cutout", most=MOST_SIDE)
         require(self.momentum < 1, self, "momentum", "less than 1")
         partial = self.method in ("pc-darts", "rf-pcdarts")
@@ -166,7 +186,18 @@ class SearchConfig(RunConfig):
             self.cuda_graph != "on" or self.order == "first", self, "cuda_graph",
             "off or auto with the second order",
         )  # fmt: skip
-        if SPACES[self.space].family is NASBENCH201:
+        require(self.levels in (1, 2), self, "levels", "1 or 2")
+        require(self.levels == 2 or self.order == "first", self, "order", "first with --levels 1")
+        family = SPACES[self.space].family
+        rules = " or ".join(family.rules)
+        require(
+            self.genotype_rule in family.rules, self, "genotype_rule", f"{rules} in the space {self.space}"
+        )
+        require(
+            self.table is None or family is NASBENCH201, self, "table",
+            f"none in the space {self.space}, whose cells no table has",
+        )  # fmt: skip
+        if family is NASBENCH201:
             require(not partial, self, "method", f"darts or rf-darts in the space {self.space}")
             require(self.stem == "cifar", self, "stem", f"cifar in the space {self.space}")
         require(

@@ -39,8 +39,15 @@ from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
 from rfdarts_fast.search.architect import Architect, Batch, descend, gradients
 from rfdarts_fast.search.build import build_supernet, weight_groups
 from rfdarts_fast.search.config import SearchConfig
-from rfdarts_fast.search.diagnostics import alphas, architecture_diagnostics, gamma_diagnostics
+from rfdarts_fast.search.diagnostics import (
+    AlphaGradients,
+    alphas,
+    architecture_diagnostics,
+    gamma_diagnostics,
+)
+from rfdarts_fast.search.probes import diagnose, kendall_tau
 from rfdarts_fast.spaces import AnyGenotype, to_json
+from rfdarts_fast.tables import Table, open_table
 
 
 def uses_graph(config: SearchConfig, device: torch.device) -> bool:
@@ -64,12 +71,20 @@ def split(config: SearchConfig, source: DataSource) -> tuple[Tensor, Tensor]:
     return read_split_file(config.split_file, len(labels))
 
 
+def sample(indices: Tensor, count: int) -> Tensor:
+    """`count` of the indices, or all if there are fewer: always the same, spread over them all."""
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+    return indices[order[:count].sort().values]
+
+
 class SearchRun(Run):
     """One search: two optimisers, two streams of images, one supernet."""
 
     results = ("genotype.json",)
 
-    def __init__(self, config: SearchConfig, source: DataSource, folder: RunFolder) -> None:
+    def __init__(
+        self, config: SearchConfig, source: DataSource, folder: RunFolder, table: Table | None = None
+    ) -> None:
         device = choose_device(config.device)
         channels_last = config.memory_format == "channels_last"
         train_indices, val_indices = split(config, source)
@@ -81,12 +96,11 @@ class SearchRun(Run):
 
         super().__init__(folder, config, batches(train_indices), config.epochs, f"search {config.method}")
         self.config = config
+        self.table = table
         self.val_batches = batches(val_indices, seed=config.seed + 1)
-        self.held_out = batches(
-            val_indices,
-            augment=evaluation_augment(source, channels_last=channels_last),
-            shuffle=False,
-        )
+        unchanged = {"augment": evaluation_augment(source, channels_last=channels_last), "shuffle": False}
+        self.held_out = batches(val_indices, **unchanged)
+        self.diagnosed = batches(sample(val_indices, config.diagnose_images), **unchanged)
         self.val_position = 0
         self.val_meter = Meter(device)
 
@@ -109,6 +123,7 @@ class SearchRun(Run):
             weight_decay=config.arch_weight_decay,
             capturable=device.type == "cuda",
         )
+        self.alpha_gradients = AlphaGradients(self.network)
         self.architect = Architect(self.network, self.weight_optimizer, config.order, config.amp == "bf16")
         self._graph: GraphedStep | None = None
         if graphed:
@@ -124,12 +139,18 @@ class SearchRun(Run):
         }
 
     def values(self) -> dict[str, Any]:
-        return {"val_position": self.val_position, "val_meter": self.val_meter.sums}
+        return {
+            "val_position": self.val_position,
+            "val_meter": self.val_meter.sums,
+            "alpha_gradients": self.alpha_gradients.state(),
+        }
 
     def load_values(self, state: dict[str, Any]) -> None:
         self._keep_modes()
         self.val_position = state["val_position"]
         self.val_meter.sums.copy_(state["val_meter"])
+        if "alpha_gradients" in state:
+            self.alpha_gradients.load(state["alpha_gradients"])
 
     def _keep_modes(self) -> None:
         """A checkpoint brings the modes of its run's optimisers, which may have run on another device."""
@@ -147,17 +168,22 @@ class SearchRun(Run):
         set_learning_rate(self.weight_optimizer, self._learning_rate())
         batches = [images, labels]
         searching = self.epoch >= self.config.arch_warmup_epochs
-        if searching:
+        bilevel = searching and self.config.levels == 2
+        if bilevel:
             batches += next(self._val_stream)
         compute = self._compute if self._graph is None else self._graph
-        compute("step", *batches)
-        self.val_position += searching
+        compute("one level" if searching and not bilevel else "step", *batches)
+        self.val_position += bilevel
 
     def _compute(self, variant: Hashable, *batches: Tensor) -> None:
         """A step on training images and labels and, once the architecture moves, on validation images too.
 
+        In the variant "one level" the training images move both.
         Everything that changes is a tensor on the device, so that a CUDA graph can hold it.
         """
+        if variant == "one level":
+            self._one_level_step(batches)
+            return
         train, val = batches[:2], batches[2:]
         if val and self.config.step_order == "arch-first":
             self._arch_step(train, val)
@@ -185,25 +211,50 @@ class SearchRun(Run):
 
     def _arch_step(self, train: Batch, val: Batch) -> None:
         grads, loss, logits = self.architect.gradients(train, val)
-        descend(self.arch_optimizer, self.architect.arch, grads, self.config.arch_grad_clip)
+        self._move_architecture(grads)
         self.val_meter.add(loss, logits, val[1])
+
+    def _one_level_step(self, batch: Batch) -> None:
+        weights = self.architect.weights
+        loss, logits = self.architect.loss(batch)
+        grads = gradients(loss, [*weights, *self.architect.arch])
+        descend(self.weight_optimizer, weights, grads[: len(weights)], self.config.grad_clip)
+        self._move_architecture(grads[len(weights) :])
+        self.meter.add(loss, logits, batch[1])
+
+    def _move_architecture(self, grads: list[Tensor]) -> None:
+        self.alpha_gradients.add(grads)
+        descend(self.arch_optimizer, self.architect.arch, grads, self.config.arch_grad_clip)
 
     def finish_epoch(self) -> dict[str, Any]:
         images = self.meter.images + self.val_meter.images
+        rule = self.config.genotype_rule
+        genotype = self.network.genotype(rule)
         record: dict[str, Any] = {
             "train": self.meter.result(),
             "arch": self.val_meter.result(),
             "images_per_second": images / self.seconds if self.seconds else None,
             "learning_rate": float(self.weight_optimizer.param_groups[0]["lr"]),
             "arch_learning_rate": self.arch_optimizer.param_groups[0]["lr"],
-            **architecture_diagnostics(self.network),
+            **architecture_diagnostics(self.network, genotype, rule),
             "gamma": gamma_diagnostics(self.network),
+            "alpha_gradient": self.alpha_gradients.result(),
         }
+        if self.table is not None:
+            record["table"] = self.table.entry(genotype) if str(genotype) in self.table.cells else None
         every = self.config.validate_every
         if every and (self.epoch + 1) % every == 0:
             record["val"] = evaluate(self.network, self.held_out)
+        every = self.config.diagnose_every
+        if every and (self.epoch + 1) % every == 0:
+            record["diagnostics"] = diagnose(self.architect, self.diagnosed, genotype)
+            if self.table is not None:
+                record["diagnostics"]["kendall_tau"] = kendall_tau(
+                    self.network, self.diagnosed, self.table, self._table_dataset, self.config.diagnose_cells
+                )
         self.folder.alphas.append({"epoch": self.epoch, **alphas(self.network)})
         self.val_meter.reset()
+        self.alpha_gradients.reset()
         return record
 
     def summary(self, record: dict[str, Any]) -> str:
@@ -214,8 +265,22 @@ class SearchRun(Run):
             f"epoch {record['epoch']:3d}/{self.epochs}  train {train['loss']:.3f} {train['accuracy']:.1f}%"
             f"{held_out}  {record['images_per_second']:.0f} images/s  lr {record['learning_rate']:.4f}"
             f"  entropy {entropy}  skips {record['skip_connects']}"
-            f"  parameter-free {record['parameter_free_ops']}"
+            f"  parameter-free {record['parameter_free_ops']}{self._in_table(record)}"
         )
+
+    @property
+    def _table_dataset(self) -> str:
+        """The table's data set that is the run's own, or else its first."""
+        assert self.table is not None
+        return self.config.dataset if self.config.dataset in self.table.datasets else self.table.datasets[0]
+
+    def _in_table(self, record: dict[str, Any]) -> str:
+        if self.table is None:
+            return ""
+        entry = (record["table"] or {}).get(self._table_dataset)
+        if entry is None:
+            return "  table: no such cell"
+        return f"  table: {self._table_dataset} {entry['test']:.2f}% rank {entry['rank']}"
 
 
 @contextmanager
@@ -231,21 +296,25 @@ def opened(config: SearchConfig, read_only: bool = False) -> Iterator[SearchRun]
     device = choose_device(config.device)
     on_gpu = device.type == "cuda"
     require(config.cuda_graph != "on" or on_gpu, config, "cuda_graph", f"off or auto on device {device}")
+    table = None if config.table is None else open_table(config.table)
     source = load_data(config)
     parts = split(config, source)
+    sizes = [len(indices) for indices in parts]
+    if config.diagnose_every:
+        sizes.append(min(config.diagnose_images, sizes[1]))
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend
     with use_backend(backend, config.memory):
         check_network(
             lambda: build_supernet(config, source.num_classes),
             config.batch_size,
-            [len(indices) for indices in parts],
+            sizes,
             source.image_size,
         )
         config = dataclasses.replace(config, image_size=source.image_size)
         data = fingerprint(source, dict(zip(("weights", "architecture"), parts, strict=True)))
         with RunFolder(config.out, "search", config, data, read_only) as folder:
-            yield SearchRun(config, source, folder)
+            yield SearchRun(config, source, folder, table)
 
 
 def search(config: SearchConfig) -> AnyGenotype:
@@ -256,6 +325,6 @@ def search(config: SearchConfig) -> AnyGenotype:
     """
     with opened(config) as run:
         run.run()
-        genotype = run.network.genotype()
-        run.write_result("genotype.json", to_json(genotype) + "\n")
+        genotype = run.network.genotype(config.genotype_rule)
+        run.write_result("genotype.json", to_json(genotype, config.genotype_rule) + "\n")
     return genotype

@@ -1,6 +1,6 @@
 """Search spaces, genotypes and the rules from one to the other. Imports no other folder of the package."""
 
-from rfdarts_fast.spaces.derive import derive
+from rfdarts_fast.spaces.derive import GenotypeRule, derive
 from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Genotype, GenotypeError
 from rfdarts_fast.spaces.space import (
     DARTS,
@@ -28,6 +28,7 @@ __all__ = [
     "Family",
     "Genotype",
     "GenotypeError",
+    "GenotypeRule",
     "Space",
     "derive",
     "get_space",

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Gene, Genotype
 
 if TYPE_CHECKING:
     from rfdarts_fast.spaces.space import Space
 
+GenotypeRule = Literal["published", "without-none"]
+"""published: that of the space's authors. without-none: NAS-Bench-201's, `none` left out of the argmax."""
+
 # [edges][primitives], in the space's order
 TermWeights = Sequence[Sequence[float]]
 
 
-def derive(space: Space, term_weights: Mapping[str, TermWeights]) -> AnyGenotype:
-    """The strongest genotype, by the rule of the space's family.
+def derive(
+    space: Space, term_weights: Mapping[str, TermWeights], rule: GenotypeRule = "published"
+) -> AnyGenotype:
+    """The strongest genotype, by a rule of the space's family.
 
     Args:
+        space: the space.
         term_weights: cell type -> weights [edges][primitives] of that cell's edges, in the space's order: the
             softmax of the alphas, in PC-DARTS multiplied by the edge's weight (alpha x beta).
     """
-    return space.family.rule(space, term_weights)
+    return space.family.rules[rule](space, term_weights)
 
 
 def two_strongest_edges(space: Space, term_weights: Mapping[str, TermWeights]) -> Genotype:
@@ -36,8 +42,17 @@ def two_strongest_edges(space: Space, term_weights: Mapping[str, TermWeights]) -
 
 def strongest_primitives(space: Space, term_weights: Mapping[str, TermWeights]) -> CellGenotype:
     """NAS-Bench-201's rule (AutoDL-Projects): the best primitive of each edge, `none` included."""
+    return _each_edge(space, term_weights)
+
+
+def strongest_without_none(space: Space, term_weights: Mapping[str, TermWeights]) -> CellGenotype:
+    """The best primitive of each edge other than `none`, which the DARTS space never chooses either."""
+    return _each_edge(space, term_weights, leave_out="none")
+
+
+def _each_edge(space: Space, term_weights: Mapping[str, TermWeights], leave_out: str = "") -> CellGenotype:
     edges = zip(space.cells["cell"], term_weights["cell"], strict=True)
-    return CellGenotype(tuple(_strongest(names, weights)[0] for names, weights in edges))
+    return CellGenotype(tuple(_strongest(names, weights, leave_out)[0] for names, weights in edges))
 
 
 def _genes(space: Space, cell: str, term_weights: TermWeights) -> tuple[Gene, ...]:

@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from rfdarts_fast.spaces.derive import TermWeights, strongest_primitives, two_strongest_edges
+from rfdarts_fast.spaces.derive import (
+    GenotypeRule,
+    TermWeights,
+    strongest_primitives,
+    strongest_without_none,
+    two_strongest_edges,
+)
 from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Genotype
 
 EdgePrimitives = tuple[tuple[str, ...], ...]
@@ -24,7 +30,7 @@ class Family:
         inputs: states that enter a cell.
         cells: its cell types.
         genotype: the form of its results; the derived network follows from it (`retrain/run.py`).
-        rule: derives a genotype; see `derive`.
+        rules: by name, what derives a genotype; see `derive`. Each family has "published".
         nodes: states that a cell computes, where the family fixes it.
     """
 
@@ -32,13 +38,20 @@ class Family:
     inputs: int
     cells: tuple[str, ...]
     genotype: type[AnyGenotype]
-    rule: Callable[[Space, Mapping[str, TermWeights]], AnyGenotype]
+    rules: Mapping[GenotypeRule, Callable[[Space, Mapping[str, TermWeights]], AnyGenotype]]
     nodes: int | None = None
 
 
-DARTS = Family("darts", 2, ("normal", "reduce"), Genotype, two_strongest_edges)
+DARTS = Family("darts", 2, ("normal", "reduce"), Genotype, {"published": two_strongest_edges})
 """DARTS and its variants: pairs of cells, two inputs, two edges kept for each node."""
-NASBENCH201 = Family("nasbench201", 1, ("cell",), CellGenotype, strongest_primitives, nodes=3)
+NASBENCH201 = Family(
+    "nasbench201",
+    1,
+    ("cell",),
+    CellGenotype,
+    {"published": strongest_primitives, "without-none": strongest_without_none},
+    nodes=3,
+)
 """NAS-Bench-201: one cell of three nodes, all six edges kept."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from rfdarts_fast.messages import shown
+from rfdarts_fast.spaces.derive import GenotypeRule
 from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Gene, Genotype, GenotypeError
 from rfdarts_fast.spaces.space import SPACES
 
@@ -16,9 +17,10 @@ _MOST_STATES = 1000
 MOST_CHARACTERS = 200_000
 
 
-def to_json(genotype: AnyGenotype) -> str:
-    """JSON text that `parse` reads back; the published literal is kept beside the fields for readers."""
-    return json.dumps({**asdict(genotype), "text": str(genotype)}, indent=2)
+def to_json(genotype: AnyGenotype, rule: GenotypeRule | None = None) -> str:
+    """JSON text that `parse` reads back; for readers, the literal and the rule are beside the fields."""
+    derived = {} if rule is None else {"rule": rule}
+    return json.dumps({**asdict(genotype), "text": str(genotype), **derived}, indent=2)
 
 
 def parse(text: str) -> AnyGenotype:
@@ -67,7 +69,8 @@ def _from_json(text: str) -> AnyGenotype:
     # ValueError: an integer of more digits than Python reads, too
     except (ValueError, RecursionError) as error:
         raise GenotypeError(f"genotype: expected JSON, got an error: {error}") from None
-    values.pop("text", None)
+    for name in ("text", "rule"):
+        values.pop(name, None)
     return _from_fields(values)
 
 

@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from . import archives, images, options, runs, texts
+from . import archives, ground_truth, images, options, runs, texts
 from .case import Case, tried
 
 
 def all_cases() -> list[Case]:
-    return [case for module in (archives, images, options, texts, runs) for case in module.cases()]
+    return [
+        case for module in (archives, ground_truth, images, options, texts, runs) for case in module.cases()
+    ]
 
 
 def failures(cases: Iterable[Case]) -> Iterator[tuple[Case, str | None]]:

@@ -5,6 +5,7 @@ from test_damage import DAMAGE, MISFITS, contents
 
 from rfdarts_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from rfdarts_fast.runs.lock import FolderLock
+from rfdarts_fast.search import search
 
 
 @pytest.fixture
@@ -124,3 +125,14 @@ def test_a_folder_in_use(check, all_runs, tmp_path):
     lock.release()
     assert code == 0
     assert lines[".lock"].startswith("in use   by process ")
+
+
+def test_a_table_is_not_needed(check, tiny_search, tmp_path):
+    """It may be gone: the folder does not depend on it."""
+    table = tmp_path / "table.csv"
+    table.write_text("arch,cifar10_test\n|none~0|+|none~0|none~1|+|none~0|none~1|none~2|,10\n")
+    config = tiny_search(table=table, epochs=1)
+    search(config)
+    table.unlink()
+    code, _, err = check(config.out)
+    assert (code, err) == (0, "")

@@ -6,23 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rfdarts_fast.runs.run import load_data
-from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.search import run as search_module
-from rfdarts_fast.search.run import SearchRun
-
-
-@pytest.fixture
-def start(tiny_search, tmp_path):
-    """A search at its first step, its folder written."""
-
-    def start(**changes):
-        config = tiny_search(**changes)
-        config.check()
-        return SearchRun(config, load_data(config), RunFolder(config.out, "search", config))
-
-    return start
-
 
 RF = {
     "rf-darts": {"method": "rf-darts", "space": "s1", "layers": 3, "channels": 2},

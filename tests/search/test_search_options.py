@@ -242,6 +242,14 @@ def check_step_order(lab):
         assert seen[0] == first
 
 
+def check_levels(lab):
+    for levels, passes in ((1, 1), (2, 2)):
+        run, seen = lab.start(levels=levels), []
+        run.network.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        run.train_step(*next(run.batches.epoch(0)))
+        assert len(seen) == passes
+
+
 def check_split(lab):
     halves = {}
     for split in ("half", "stratified", "per-class"):
@@ -285,6 +293,63 @@ def check_validate_every(lab):
     for every, expected in ((0, [False] * 3), (1, [True] * 3), (2, [False, True, False])):
         lines = (lab.finish(validate_every=every, epochs=3) / "metrics.jsonl").read_text().splitlines()
         assert ["val" in json.loads(line) for line in lines] == expected
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_genotype_rule(lab):
+    step = SearchRun.train_step
+
+    def step_and_set_alphas(run, *batch):
+        step(run, *batch)
+        # none wins everywhere, skip_connect comes second
+        with torch.no_grad():
+            run.network.alphas.copy_(torch.tensor([4.0, 3, 2, 1, 0]).expand(6, 5))
+
+    lab.monkeypatch.setattr(SearchRun, "train_step", step_and_set_alphas)
+    for rule, op in (("published", "none"), ("without-none", "skip_connect")):
+        folder = lab.finish(genotype_rule=rule, epochs=1)
+        result = json.loads((folder / "genotype.json").read_text())
+        assert (set(result["edges"]), result["rule"]) == ({op}, rule)
+        assert (records(folder)[0]["genotype"], records(folder)[0]["genotype_rule"]) == (result["text"], rule)
+
+
+def check_table(lab):
+    file = lab.tmp_path / "table.csv"
+    file.write_text("arch,cifar10_test\n|none~0|+|none~0|none~1|+|none~0|none~1|none~2|,10\n")
+    printed = []
+    lab.monkeypatch.setattr("rfdarts_fast.runs.progress.say", printed.append)
+    folder = lab.finish(table=file, epochs=1)
+    cell = records(folder)[0]["genotype"]
+    assert records(folder)[0]["table"] is None and printed[-1].endswith("  table: no such cell")
+    file.write_text(file.read_text() + f"{cell},90.5\n")
+    assert records(lab.finish(table=file, epochs=1))[0]["table"] == {"cifar10": {"test": 90.5, "rank": 1}}
+    assert printed[-1].endswith("  table: cifar10 90.50% rank 1")
+    # it may come later, and go
+    without = lab.finish(epochs=1)
+    assert "table" not in records(without)[0]
+    lab.finish(out=without, epochs=1, table=file)
+
+
+def check_diagnose_every(lab):
+    for every, expected in ((0, [False] * 3), (2, [False, True, False])):
+        folder = lab.finish(diagnose_every=every, epochs=3)
+        assert ["diagnostics" in record for record in records(folder)] == expected
+
+
+def check_diagnose_images(lab):
+    assert [len(lab.start(diagnose_images=n).diagnosed.indices) for n in (5, 1024)] == [5, 12]
+
+
+def check_diagnose_cells(lab):
+    asked = []
+    lab.monkeypatch.setattr(search_module, "kendall_tau", lambda *args: asked.append(args[-1]))
+    file = lab.tmp_path / "table.csv"
+    file.write_text("arch,cifar10_test\n|none~0|+|none~0|none~1|+|none~0|none~1|none~2|,10\n")
+    lab.finish(table=file, diagnose_every=1, epochs=1, diagnose_cells=7)
+    assert asked == [7]
 
 
 def backends(lab, **changes):

@@ -1,0 +1,56 @@
+"""Parameters and multiply-adds of the networks that a genotype stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rfdarts_fast.nn import NasBench201Network, Network
+from rfdarts_fast.spaces import AnyGenotype, CellGenotype
+
+CONVENTION = "multiply-adds of convolutions and linear layers for one image; no auxiliary head"
+"""The meaning of `Counts.multiply_adds`; papers differ by some per cent."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A network's size.
+
+    Attributes:
+        network: its shape in words.
+        parameters: all of them, without an auxiliary head.
+        multiply_adds: as in `CONVENTION`.
+    """
+
+    network: str
+    parameters: int
+    multiply_adds: int
+
+    def __str__(self) -> str:
+        return f"{self.network}: {self.parameters / 1e6:.3f} M parameters, {self.multiply_adds / 1e6:.1f} M"
+
+
+def counted(network: nn.Module, image_size: int, words: str) -> Counts:
+    """The counts of a network on the meta device, so that nothing is computed."""
+    network.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, image_size, image_size, device="meta"))
+    # the library counts a multiply-add as two operations
+    return Counts(words, sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2)
+
+
+def count_genotype(genotype: AnyGenotype, classes: int = 10) -> list[Counts]:
+    """The counts of the networks that papers report: for CIFAR and ImageNet, or the benchmark's."""
+    with torch.device("meta"):
+        if isinstance(genotype, CellGenotype):
+            words = f"NAS-Bench-201, C=16, N=5, 32x32, {classes} classes"
+            return [counted(NasBench201Network(genotype, num_classes=classes), 32, words)]
+        cifar = Network(genotype, 36, classes, 20)
+        imagenet = Network(genotype, 48, 1000, 14, stem="imagenet")
+    return [
+        counted(cifar, 32, f"CIFAR, C=36, 20 cells, 32x32, {classes} classes"),
+        counted(imagenet, 224, "ImageNet, C=48, 14 cells, 224x224, 1000 classes"),
+    ]
