@@ -103,8 +103,8 @@ class Branch:
 
     @property
     def outputs(self) -> int:
-        """Outputs that a cell keeps for its backward: one for each BatchNorm behind a convolution, but none for
-        a 1x1 NOR_CONV, which is made again."""
+        """Outputs that a cell keeps for its backward: one for each BatchNorm behind a convolution, but none
+        of a 1x1 NOR_CONV, which are made again."""
         return 0 if self.op is Op.NOR_CONV and self.kernel == 1 else _OUTPUTS.get(self.op, 0)
 
     def packed_size(self, channels: int) -> int:
