@@ -31,8 +31,9 @@ def last(x):
 
 def noisy_plan(space="s4"):
     """The plan of a cell with noise, partial channels and two nodes."""
-    names = DARTS_PRIMITIVES if space == "darts" else get_space(space).cells["normal"][0]
-    edges = [MixedOp(names, 8, 1, K=2).requires_grad_(False) for _ in range(5)]
+    names = DARTS_PRIMITIVES if space == "darts" else next(iter(get_space(space).cells.values()))[0]
+    batch_norm = space != "nasbench201"
+    edges = [MixedOp(names, 8, 1, K=2, batch_norm=batch_norm).requires_grad_(False) for _ in range(5)]
     return cell_call(edges, [torch.randn(2, 8, 6, 6)] * 2, torch.rand(5, len(names)), torch.rand(5)).plan
 
 
@@ -71,12 +72,12 @@ def layer_arguments():
         )
 
 
-def arguments_of(name):
-    """Arguments that an op takes."""
+def arguments_of(name, space="s4"):
+    """Arguments that an op takes; those of a cell in a space."""
     ops = torch.ops.rfdarts
     torch.manual_seed(0)
     if name.startswith("cell"):
-        forward = cell_arguments()
+        forward = cell_arguments(space)
         if name == "cell_forward":
             return forward
         nodes, _, branch_outputs, moments = ops.cell_forward(**forward)
@@ -163,9 +164,10 @@ def refused_of_fakes(op, arguments, name):
         refused(op, arguments, name, Exception)
 
 
+@pytest.mark.parametrize("space", ["s4", "nasbench201"])
 @pytest.mark.parametrize("op", FAKES)
-def test_good_arguments_are_taken(op):
-    getattr(torch.ops.rfdarts, op)(**arguments_of(op))
+def test_good_arguments_are_taken(op, space):
+    getattr(torch.ops.rfdarts, op)(**arguments_of(op, space))
 
 
 @pytest.mark.parametrize("change", CHANGES)
