@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -12,20 +13,26 @@ from rfdarts_fast.bench.variants import Method, is_nasbench201, make_network, se
 _TOUCHED = {"inner": 5, "outer": 6, "single": 4}
 
 
-def machine_roofs() -> dict[str, float]:
-    """GFLOP/s of a large matrix product and GB/s (read + written) of a large copy, the best of several."""
-    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
-    source = torch.randn(48 << 20)
+def machine_roofs(device: str = "cpu") -> dict[str, float]:
+    """GFLOP/s of a large float32 matrix product and GB/s (read + written) of a large copy, the best of
+    several."""
+    side = 1536 if device == "cpu" else 8192
+    a, b = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    source = torch.randn(48 << 20, device=device)
     target = torch.empty_like(source)
-    best_product = best_copy = float("inf")
-    for _ in range(7):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best_product = min(best_product, time.perf_counter() - start)
-        start = time.perf_counter()
-        target.copy_(source)
-        best_copy = min(best_copy, time.perf_counter() - start)
-    return {"gflops": 2 * 1536**3 / best_product / 1e9, "gbytes": 2 * source.numel() * 4 / best_copy / 1e9}
+
+    def best(function: Callable[[], object]) -> float:
+        seconds = float("inf")
+        for _ in range(7):
+            start = time.perf_counter()
+            function()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            seconds = min(seconds, time.perf_counter() - start)
+        return seconds
+
+    product, copy = best(lambda: torch.mm(a, b)), best(lambda: target.copy_(source))
+    return {"gflops": 2 * side**3 / product / 1e9, "gbytes": 2 * source.numel() * 4 / copy / 1e9}
 
 
 def step_counts(
