@@ -171,12 +171,6 @@ void nor_conv_direct(const T* x, Frame f, Size size, const NorConv<T, S>& conv, 
   finish_moments(shift, h * w, c, conv.out.mean, conv.out.deviation);
 }
 
-inline bool all_finite(const double* values, int64_t count) {
-  double rest = 0;
-  for (int64_t i = 0; i < count; i++) rest += values[i] * 0;
-  return rest == 0;
-}
-
 // how many are 3x3, which come first
 template <class Conv>
 RF_INLINE int count_3x3(int n, const Conv* convs) {

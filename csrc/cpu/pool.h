@@ -2,14 +2,28 @@
 inline int64_t pooled(int64_t n, int stride) { return (n - 1) / stride + 1; }
 inline int64_t window(int64_t center, int64_t n) { return 1 + (center > 0) + (center < n - 1); }
 
-// A window with a NaN has a NaN sum, which maxima in one instruction each would lose. (So has one with both
-// infinities; BatchNorm makes NaN of those anyway.)
-template <class T, int L>
-RF_INLINE Vec<T, L> keep_nan(Vec<T, L> max, Vec<T, L> sum) {
-  return sum != sum ? sum : max;
+// A window's maximum as torch takes it: NaN where there is one, which maxima in one instruction each would lose.
+template <class T>
+T window_max(const T* x, Size size, int64_t y, int64_t q, int64_t k) {
+  T top = -std::numeric_limits<T>::infinity();
+  for (int64_t r = most<int64_t>(y - 1, 0); r <= least<int64_t>(y + 1, size.h - 1); r++)
+    for (int64_t p = most<int64_t>(q - 1, 0); p <= least<int64_t>(q + 1, size.w - 1); p++) {
+      T value = x[(r * size.w + p) * size.c + k];
+      if (value > top || value != value) top = value;
+    }
+  return top;
+}
+template <class T>
+bool all_finite(const T* values, int64_t count) {
+  Vec<T, kLanes<T>> rest{};
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) rest += load<kLanes<T>>(values + i) * T(0);
+  T sum = 0;
+  for (; i < count; i++) sum += values[i] * 0;
+  for (int l = 0; l < kLanes<T>; l++) sum += rest[l];
+  return sum == 0;
 }
 
-// A column's sum. Inner: all three rows exist; else a missing one is a copy, which infinity times 0 would not take out.
 template <bool Inner, class V>
 RF_INLINE V column_sum(V up, V mid, V down, bool has_up, bool has_down) {
   if constexpr (Inner) return up + (down + mid);
@@ -41,7 +55,7 @@ RF_INLINE void pool_row(const T* up, const T* mid, const T* down, bool has_up, b
         top[2] = top[1], sum[2] = V{};
       V all = sum[0] + sum[1] + sum[2];
       V most = max_or_second<T, L>(max_or_second<T, L>(top[0], top[1]), top[2]);
-      store<L>(max + q * c + k, keep_nan<T, L>(most, all));
+      store<L>(max + q * c + k, most);
       store<L>(avg + q * c + k, all * (edge ? outer : inner));
       top[0] = top[1], sum[0] = sum[1];
       top[1] = top[2], sum[1] = sum[2];
@@ -72,7 +86,7 @@ RF_INLINE void pool_row_flat(const T* up, const T* mid, const T* down, bool has_
     V left = consecutive_lanes<L - C>(top[0], top[1], lanes), right = consecutive_lanes<C>(top[1], top[2], lanes);
     V all = consecutive_lanes<L - C>(sum[0], sum[1], lanes) + sum[1] + consecutive_lanes<C>(sum[1], sum[2], lanes);
     V most = max_or_second<T, L>(max_or_second<T, L>(left, top[1]), right);
-    store<L>(max + i, keep_nan<T, L>(most, all));
+    store<L>(max + i, most);
     store<L>(avg + i, all * load<L>(share + i));
     top[0] = top[1], sum[0] = sum[1];
     top[1] = top[2], sum[1] = sum[2];
@@ -90,15 +104,12 @@ void pool_forward(const T* x, Size size, int stride, int64_t first, int64_t rows
     tall_max[i - c] = tall_max[row + i] = lowest;
     tall_sum[i - c] = tall_sum[row + i] = 0;
   }
-  for (int64_t r = first; r < first + rows; r++) {
-    int64_t y = r * stride;
+  auto pool_both = [&](int64_t y, T* to_max, T* to_avg) {
     const T *mid = x + y * row, *up = y > 0 ? mid - row : mid, *down = y < h - 1 ? mid + row : mid;
-    T *to_max = max + (r - first) * ow * c, *to_avg = avg + (r - first) * ow * c;
     bool has_up = y > 0, has_down = y < h - 1;
     auto by_place = [&](auto&& run) { has_up && has_down ? run(std::true_type{}) : run(std::false_type{}); };
     if (stride == 1 && c % kLanes<T> == 0 && w > 1) {
-      by_place([&](auto inner) { pool_row<T, inner>(up, mid, down, has_up, has_down, w, c, to_max, to_avg); });
-      continue;
+      return by_place([&](auto inner) { pool_row<T, inner>(up, mid, down, has_up, has_down, w, c, to_max, to_avg); });
     }
     T tall = window(y, h);
     if (stride == 1 && tall != shared) {
@@ -112,7 +123,7 @@ void pool_forward(const T* x, Size size, int stride, int64_t first, int64_t rows
           pool_row_flat<T, channels, inner>(up, mid, down, has_up, has_down, row, share, to_max, to_avg);
         });
       });
-      continue;
+      return;
     }
     sweep<T>(row, period_of<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
       constexpr int L = lanes;
@@ -127,14 +138,14 @@ void pool_forward(const T* x, Size size, int stride, int64_t first, int64_t rows
       Vec<T, L> left = load<L>(tall_max + i - c), mid = load<L>(tall_max + i), right = load<L>(tall_max + i + c);
       Vec<T, L> sum = load<L>(tall_sum + i - c) + load<L>(tall_sum + i) + load<L>(tall_sum + i + c);
       Vec<T, L> most = max_or_second<T, L>(max_or_second<T, L>(left, mid), right);
-      store<L>(to_max + at, keep_nan<T, L>(most, sum));
+      store<L>(to_max + at, most);
       store<L>(to_avg + at, sum * scale);
     };
     if (stride == 1) {
       sweep<T>(row, period_of<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
         pixel(lanes, i, i, load<lanes>(share + i));
       });
-      continue;
+      return;
     }
     T inner = 1 / (3 * tall);
     with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
@@ -146,6 +157,14 @@ void pool_forward(const T* x, Size size, int stride, int64_t first, int64_t rows
       for (int64_t k = 0; k < c; k++)
         pixel(std::integral_constant<int, 1>{}, q * c + k, q * stride * c + k, scale);
     }
+  };
+  for (int64_t r = first; r < first + rows; r++) {
+    T *to_max = max + (r - first) * ow * c, *to_avg = avg + (r - first) * ow * c;
+    pool_both(r * stride, to_max, to_avg);
+    // a window with a NaN, or an infinity, has such an average too
+    if (all_finite(to_avg, ow * c)) continue;
+    for (int64_t q = 0; q < ow; q++)
+      for (int64_t k = 0; k < c; k++) to_max[q * c + k] = window_max(x, size, r * stride, q * stride, k);
   }
 }
 

@@ -112,6 +112,24 @@ def test_pools(kind, isa, shape, stride, values):
 @codes
 @shapes
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("largest", [np.inf, "finite"])
+def test_maxima_of_windows_whose_sums_are_no_numbers(kind, isa, shape, stride, largest):
+    run = Run(kind, isa)
+    for share in (0.05, 0.5, 1):
+        x = run.random(*shape)
+        value = np.finfo(x.dtype).max if largest == "finite" else largest
+        x = np.where(run.generator.random(shape) < share, np.copysign(value, x), x).astype(x.dtype)
+        leaf = tensor(x).requires_grad_()
+        pool = F.max_pool2d(leaf, 3, stride, 1)
+        np.testing.assert_array_equal(run.kernels.pool_forward(x, stride)[0], image(pool))
+        d_max = run.random(*image(pool).shape)
+        (truth,) = torch.autograd.grad(pool, leaf, tensor(d_max))
+        run.close(run.kernels.pool_backward(x, d_max, np.zeros_like(d_max), stride), image(truth))
+
+
+@codes
+@shapes
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_passes_the_pools(kind, isa, shape, stride, value):
     run = Run(kind, isa)
