@@ -38,7 +38,8 @@ Step = Callable[[], None]
 
 def search_step(network: nn.Module, arch: list[nn.Parameter], images: Tensor, labels: Tensor) -> Step:
     """The alpha step and the weight step of a first-order search."""
-    optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    weights = [p for p in network.parameters() if all(p is not alpha for alpha in arch)]
+    optimizer = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4)
     arch_optimizer = torch.optim.Adam(arch, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
 
     def step() -> None:
@@ -47,7 +48,7 @@ def search_step(network: nn.Module, arch: list[nn.Parameter], images: Tensor, la
             optimizer.zero_grad()
             nn.functional.cross_entropy(network(images), labels).backward()
             if each is optimizer:
-                nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+                nn.utils.clip_grad_norm_(weights, 5.0)
             each.step()
 
     return step
@@ -86,22 +87,29 @@ def measure(rows: dict[str, tuple[str, Step]], rounds: int) -> dict[str, list[fl
     return times
 
 
+def alphas(network: nn.Module) -> list[nn.Parameter]:
+    """A method in most projects, a parameter in AutoDL-Projects."""
+    found = network.arch_parameters
+    return found() if callable(found) else [found]
+
+
 def forks(args: argparse.Namespace) -> dict[str, list[float]]:
     """Name of a family -> how many times faster a step is in each round."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from tests.drop_in.forks import TinyNetwork
     from tests.drop_in.gallery import GALLERY
 
     images = torch.randn(args.batch, 3, args.image, args.image)
     labels = torch.randint(5, (args.batch,))
     ratios = {}
-    for name, make in GALLERY.items():
+    for name, make in (GALLERY | {"NAS-Bench-201": lambda C: TinyNetwork(C, 5)}).items():
         network = make(args.C)
         after = copy.deepcopy(network)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             accelerate(after)
         rows = {
-            label: ("auto", search_step(each, each.arch_parameters(), images, labels))
+            label: ("auto", search_step(each, alphas(each), images, labels))
             for label, each in (("before", network), ("after", after))
         }
         times = measure(rows, args.rounds)
