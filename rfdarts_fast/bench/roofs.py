@@ -62,7 +62,8 @@ def step_counts(
                     moved += 4 * pixels * width * touched
                 elif name.startswith("nor_conv"):
                     flops += 2 * 2 * pixels * width * width * int(name[-1]) ** 2
-                    moved += 4 * pixels * width * _TOUCHED["single"]
+                    # outputs of 1x1 ones are made again instead of stored
+                    moved += 4 * pixels * width * _TOUCHED["single"] * (name[-1] == "3")
                 elif name == "skip_connect" and edge.stride == 2:
                     flops += 2 * 2 * pixels * width * width
                     moved += 4 * pixels * width * _TOUCHED["single"]
