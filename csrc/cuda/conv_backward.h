@@ -94,12 +94,20 @@ struct BranchBackward {
   __device__ int load(int pass, int c0) const {
     int part = min(a.tiling.ck, a.c - c0);
     __syncthreads();
-    with_width<T>(a.wide, [&]<int V>() { load_gradient<V>(pass, c0, part); });
+    with_width<T>(a.wide, [&]<int V>() { load_gradient<V>(c0, part); });
     __syncthreads();
+    if (reduces) zero_half(1 - pass, c0, part);
     return part;
   }
+  // in a loop of its own: the registers of the other one are few
+  __device__ void zero_half(int half, int c0, int part) const {
+    Lanes<1> lane(part);
+    if ((c0 + lane.channel >= a.c / 2) == half)
+      for (int p = lane.pixel; p < pixels; p += lane.step) grad_ys[p * tile.ld + lane.channel] = 0;
+    __syncthreads();
+  }
   template <int V>
-  __device__ void load_gradient(int pass, int c0, int part) const {
+  __device__ void load_gradient(int c0, int part) const {
     Lanes<V> lane(part);
     NormBackward<A, V> backward(branch.coefficients + c0 + lane.channel, a.c);
     for (int p = lane.pixel; p < pixels; p += lane.step) {
@@ -110,8 +118,7 @@ struct BranchBackward {
         rfdarts::cuda::load<V>(branch.g.at(corner.n, y, x) + c0 + lane.channel, g);
         rfdarts::cuda::load<V>(branch.y + corner.n * a.image + (int64_t(y) * a.ow + x) * a.c + c0 + lane.channel, output);
 #pragma unroll
-        for (int i = 0; i < V; i++)
-          v[i] = !reduces || (c0 + lane.channel + i >= a.c / 2) == pass ? backward(i, g[i], output[i]) : A(0);
+        for (int i = 0; i < V; i++) v[i] = backward(i, g[i], output[i]);
       }
 #pragma unroll
       for (int i = 0; i < V; i++) grad_ys[p * tile.ld + lane.channel + i] = v[i];
