@@ -163,3 +163,6 @@ def grid(**values: Sequence[Any]) -> dict[str, dict[str, Any]]:
 def on(*backends: str):
     """Runs a test with each `backend`."""
     return pytest.mark.parametrize("backend", backends, indirect=True)
+
+
+EVERYWHERE = on("cpu", "emulated", "triton", "gpu")

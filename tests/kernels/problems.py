@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from rfdarts_fast.nn import MixedOp
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from rfdarts_fast.spaces import DARTS_PRIMITIVES
+from rfdarts_fast.spaces import DARTS_PRIMITIVES, SPACES
+
+# one of each sort; 5x5 kernels take Triton's interpreter three times as long
+FEW = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_3x3")
+# options of a cell
+NASBENCH201: dict = dict(
+    primitives=SPACES["nasbench201"].cells["cell"][0], batch_norm=False, inputs=1, nodes=3
+)
 
 # {name: tensors}: outputs, gradients, running statistics; those of all gammas have one name
 Result = dict[str, list[Tensor | None]]
