@@ -315,13 +315,9 @@ def run_bench(args: list[str]) -> None:
         variants.append("compile")
     if backends()["cpu"].status()["built"]:
         variants += ["fast", "recompute", "bfloat16"]
-    method = options.method or ("rf-darts" if options.space == "nasbench201" else "rf-pcdarts")
-    require(
-        (method, options.space) != ("rf-pcdarts", "nasbench201"),
-        options,
-        "method",
-        "rf-darts for nasbench201",
-    )
+    partial = not bench.is_nasbench201(options.space)
+    method = options.method or ("rf-pcdarts" if partial else "rf-darts")
+    require(partial or method == "rf-darts", options, "method", f"rf-darts for {options.space}")
     shape = {
         name: getattr(options, name) for name in ("space", "batch", "size", "channels", "layers", "rounds")
     }
