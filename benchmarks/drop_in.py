@@ -4,6 +4,8 @@
     python benchmarks/drop_in.py --rounds 1 --C 4 --layers 3 --batch 4 --image 16      a quick look
     python benchmarks/drop_in.py --forks --batch 16 --threads 1     `accelerate` on each family of forks: the
                                                                 small supernets of tests/drop_in/gallery.py
+    python benchmarks/drop_in.py --sampled      a GDAS-like supernet that samples one operation on each edge,
+                                                against one that has no others
 
 A step is what the published search does per batch: an alpha step on a validation batch, a weight step on a
 training batch. Variants take turns, so that other load on the machine meets all of them; the table gives the
@@ -117,6 +119,34 @@ def forks(args: argparse.Namespace) -> dict[str, list[float]]:
     return ratios
 
 
+def sampled(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Name of a row -> seconds of each round, for a supernet that runs only operations of positive weight."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from tests.drop_in.gallery import NAMES, Network, SamplingCell
+
+    images = torch.randn(args.batch, 3, args.image, args.image)
+    labels = torch.randint(5, (args.batch,))
+    chosen = [NAMES.index(name) for name in ("sep_conv_3x3", "skip_connect", "max_pool_3x3") * 2][:5]
+    networks = {
+        name: Network(SamplingCell, args.C) for name in ("all operations", "one sampled", "no others")
+    }
+    networks["one sampled"].kept[:] = nn.functional.one_hot(torch.tensor(chosen), len(NAMES))
+    alone = networks["no others"]
+    for cell in alone.cells:
+        for edge, op in zip(cell._ops, chosen, strict=True):
+            # a list of one is no mixed op; `none` costs nothing
+            edge._ops = nn.ModuleList([edge._ops[NAMES.index("none")], edge._ops[op]])
+    alone.alphas = [torch.zeros(5, 2, requires_grad=True) for _ in alone.cells]
+    alone.kept = torch.tensor([0.0, 1.0]).expand(2, 5, 2)
+    rows: dict[str, tuple[str, Step]] = {}
+    for name, network in networks.items():
+        plain = copy.deepcopy(network)
+        accelerate(network)
+        rows[f"{name}, plain PyTorch"] = ("auto", search_step(plain, alphas(plain), images, labels))
+        rows[f"{name}, accelerated"] = ("auto", search_step(network, alphas(network), images, labels))
+    return measure(rows, args.rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--C", type=int, default=16)
@@ -126,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--forks", action="store_true", help="`accelerate` on each family of forks")
+    parser.add_argument("--sampled", action="store_true", help="one operation sampled on each edge")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -139,7 +170,13 @@ def main() -> None:
         figures = forks(args)
         for name, ratios in figures.items():
             print(f"| {name} | {statistics.median(ratios):.1f} |")
-    for method, module in () if args.forks else (("RF-DARTS", darts), ("RF-PCDARTS", pc_darts)):
+    if args.sampled:
+        figures = sampled(args)
+        print("\n| a step of two cells | s/step |\n| --- | --- |")
+        for name, seconds in figures.items():
+            print(f"| {name} | {statistics.median(seconds):.4f} |")
+    published = {} if args.forks or args.sampled else {"RF-DARTS": darts, "RF-PCDARTS": pc_darts}
+    for method, module in published.items():
         times = measure(variants(module, args), args.rounds)
         first = next(iter(times.values()))
         print(f"\n| {method}, C {args.C}, {args.layers} cells, batch {args.batch} | s/step | times faster |")
