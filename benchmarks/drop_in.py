@@ -122,7 +122,7 @@ def forks(args: argparse.Namespace) -> dict[str, list[float]]:
 def sampled(args: argparse.Namespace) -> dict[str, list[float]]:
     """Name of a row -> seconds of each round, for a supernet that runs only operations of positive weight."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from tests.drop_in.gallery import NAMES, Network, SamplingCell
+    from tests.drop_in.gallery import NAMES, Network, SamplingCell, pruned
 
     images = torch.randn(args.batch, 3, args.image, args.image)
     labels = torch.randint(5, (args.batch,))
@@ -131,13 +131,7 @@ def sampled(args: argparse.Namespace) -> dict[str, list[float]]:
         name: Network(SamplingCell, args.C) for name in ("all operations", "one sampled", "no others")
     }
     networks["one sampled"].kept[:] = nn.functional.one_hot(torch.tensor(chosen), len(NAMES))
-    alone = networks["no others"]
-    for cell in alone.cells:
-        for edge, op in zip(cell._ops, chosen, strict=True):
-            # a list of one is no mixed op; `none` costs nothing
-            edge._ops = nn.ModuleList([edge._ops[NAMES.index("none")], edge._ops[op]])
-    alone.alphas = [torch.zeros(5, 2, requires_grad=True) for _ in alone.cells]
-    alone.kept = torch.tensor([0.0, 1.0]).expand(2, 5, 2)
+    pruned(networks["no others"], chosen)
     rows: dict[str, tuple[str, Step]] = {}
     for name, network in networks.items():
         plain = copy.deepcopy(network)

@@ -119,7 +119,8 @@ def _plain_reason(module: Any) -> str | None:
     if isinstance(understood, UnderstoodFront):
         x = like.new_zeros(2, understood.layer.convs[0].in_channels, 4, 4)
         return layer_reference_reason(understood.layer, x)
-    channels = max(edge.channels for edge in understood.edges) or 8
+    # an edge of identities alone takes any number of channels, and has kept the one that it was probed with
+    channels = next((edge.channels for edge in understood.edges if edge.width), 8)
     edges: Any = [edge.on(channels) for edge in understood.edges]
     inputs = [like.new_zeros(2, channels, 4, 4)] * (len(getattr(understood, "front", ())) or 1)
     return reference_reason(edges, inputs)

@@ -288,6 +288,7 @@ GALLERY = {
     "extra argument": lambda c=4: Network(ExtraCell, c),
     "zero weights": lambda c=4: Network(SkippingCell, c),
     "sampling": lambda c=4: sampled(Network(SamplingCell, c)),
+    "pruned": lambda c=4: pruned(Network(SamplingCell, c), [3, 2, 3, 1, 2]),
     "unshuffled": lambda c=4: Network(UnshuffledCell, c),
     "lists of lists": lambda c=4: Network(CellOfLists, c),
     "function": lambda c=4: Network(CellWithFunction, c),
@@ -302,4 +303,14 @@ def sampled(network):
     one = F.one_hot(torch.tensor([3, 1, 3, 2, 0]), len(NAMES))
     network.kept[0] = one
     network.kept[1] = one + one.roll(1, 1)
+    return network
+
+
+def pruned(network, chosen):
+    """One operation left on each edge, and `none` beside it: a list of one is no mixed op."""
+    for cell in network.cells:
+        for edge, op in zip(cell._ops, chosen, strict=True):
+            edge._ops = nn.ModuleList([edge._ops[NAMES.index("none")], edge._ops[op]])
+    network.alphas = [torch.zeros(5, 2, requires_grad=True) for _ in network.cells]
+    network.kept = torch.ones(2, 5, 2)
     return network
