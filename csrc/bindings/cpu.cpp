@@ -31,6 +31,13 @@ struct Cpu {
   static ScalarType branch_dtype(const Tensor& x, bool bfloat16) {
     return bfloat16 && x.scalar_type() == ScalarType::Float ? ScalarType::BFloat16 : x.scalar_type();
   }
+  static void check_products(const Tensor& x, bool bfloat16_products, const Ints& channels) {
+    if (!bfloat16_products) return;
+    if (!multiplies_bfloat16()) refuse("bfloat16_products", "false without the instruction set avx512_bf16", "true");
+    if (x.scalar_type() != ScalarType::Float) refuse("bfloat16_products", "float32 inputs", text(x.scalar_type()));
+    for (int64_t c : channels)
+      if (c % kMaxLanes) refuse("bfloat16_products", "channels in sixteens", text(channels));
+  }
   static void check(const Cell&) {}
   static void check(const ReLUConvBNArguments&) {}
 

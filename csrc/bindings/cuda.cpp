@@ -54,6 +54,9 @@ struct Cuda {
     if (bfloat16) refuse("bfloat16", "false on CUDA, where branch outputs have the dtype of the inputs", "true");
     return x.scalar_type();
   }
+  static void check_products(const Tensor&, bool bfloat16_products, const Ints&) {
+    if (bfloat16_products) refuse("bfloat16_products", "false on CUDA: products are in the dtype of the inputs", "true");
+  }
   static void check(const Cell& cell) {
     for (const Edge& edge : cell.edges)
       for (const Branch& b : edge.branches)

@@ -33,7 +33,7 @@ template <class T>
 class Harness {
  public:
   explicit Harness(const std::string& isa) : k_(kernels_for<T, T>(isa.c_str())) {
-    if (!k_) throw std::invalid_argument("isa: expected baseline, avx2 or avx512 if this processor has it, got " + isa);
+    if (!k_) throw std::invalid_argument("isa: expected baseline, avx2, avx512 or avx512_bf16 if this processor has it, got " + isa);
   }
 
   py::tuple conv_forward(const Array<T>& x, const Array<T>& depthwise, const Array<T>& pointwise, int dilation,

@@ -23,12 +23,13 @@ struct Ops {
   static std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward(
       const Tensors& inputs, const Tensors& noise, const Tensor& conv_weights, const Tensor& gamma, const Tensor& beta,
       const Tensor& op_weights, std::optional<Tensor> edge_weights, std::optional<Tensor> moments, const Ints& encoded,
-      double eps, bool bfloat16, bool concat) {
+      double eps, bool bfloat16, bool bfloat16_products, bool concat) {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, nullptr, &noise, &edge_weights,
                             moments ? &*moments : nullptr};
     Cell cell = arguments.check(encoded, !moments, eps, Device::dtypes);
     Device::check(cell);
     const Tensor& x = inputs[0];
+    Device::check_products(x, bfloat16_products, {cell.mixed_channels});
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16);
     Device device(x);
     int64_t n = cell.images, c = cell.channels;
@@ -41,7 +42,7 @@ struct Ops {
     Tensor branch_outputs = device.empty_branch_outputs(cell.branch_outputs_size(), branch_dtype);
     Tensor used_moments = moments ? torch::stable::clone(*moments)
                                   : device.empty({2, cell.norms, cell.mixed_channels}, ScalarType::Double);
-    CellForward data = cell_data(arguments, branch_outputs, used_moments, nodes);
+    CellForward data = cell_data(arguments, branch_outputs, used_moments, nodes, bfloat16_products);
     if (concat && !Device::concat_views) data.concat = whole.data_ptr();
     device.cell_forward(storage_of(branch_dtype), cell, data);
     return {nodes, whole, branch_outputs, used_moments};
@@ -49,14 +50,17 @@ struct Ops {
 
   static Tensor cell_branch_outputs(const Tensors& inputs, const Tensors& nodes, const Tensor& conv_weights,
                                     const Tensor& gamma, const Tensor& beta, const Tensor& op_weights,
-                                    const Tensor& moments, const Ints& encoded, double eps, bool bfloat16) {
+                                    const Tensor& moments, const Ints& encoded, double eps, bool bfloat16,
+                                    bool bfloat16_products) {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, &nodes, nullptr, nullptr, &moments};
     Cell cell = arguments.check(encoded, false, eps, Device::dtypes);
     Device::check(cell);
+    Device::check_products(inputs[0], bfloat16_products, {cell.mixed_channels});
     ScalarType branch_dtype = Device::branch_dtype(inputs[0], bfloat16);
     Device device(inputs[0]);
     Tensor branch_outputs = device.empty_branch_outputs(cell.branch_outputs_size(), branch_dtype);
-    device.cell_branch_outputs(storage_of(branch_dtype), cell, cell_data(arguments, branch_outputs, moments, nodes));
+    device.cell_branch_outputs(storage_of(branch_dtype), cell,
+                               cell_data(arguments, branch_outputs, moments, nodes, bfloat16_products));
     return branch_outputs;
   }
 
@@ -64,11 +68,12 @@ struct Ops {
       const Tensors& grads, const Ints& grad_nodes, const Tensors& inputs, const Tensors& nodes, const Tensors& noise,
       const Tensor& conv_weights, const Tensor& gamma, const Tensor& beta, const Tensor& op_weights,
       std::optional<Tensor> edge_weights, const Tensor& moments, Tensor branch_outputs, const Ints& encoded,
-      bool training, double eps, bool bfloat16, const Ints& needs_input_grad) {
+      bool training, double eps, bool bfloat16, bool bfloat16_products, const Ints& needs_input_grad) {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, &nodes, &noise, &edge_weights, &moments};
     Cell cell = arguments.check(encoded, training, eps, Device::dtypes);
     Device::check(cell);
     const Tensor& x = inputs[0];
+    Device::check_products(x, bfloat16_products, {cell.mixed_channels});
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16), dtype = parameter_dtype(x);
     arguments.check_backward(cell, grads, grad_nodes, branch_outputs, branch_dtype, needs_input_grad);
     Device device(x);
@@ -78,8 +83,8 @@ struct Ops {
     Tensor grad_op_weights = device.empty({edges, cell.primitives}, dtype);
     Tensor grad_edge_weights = device.empty({edge_weights ? edges : 0}, dtype);
     Tensors grad_inputs;
-    CellBackward data{cell_data(arguments, branch_outputs, moments, nodes), {}, {}, grad_gamma.data_ptr(),
-                      grad_beta.data_ptr(), grad_op_weights.data_ptr(),
+    CellBackward data{cell_data(arguments, branch_outputs, moments, nodes, bfloat16_products), {}, {},
+                      grad_gamma.data_ptr(), grad_beta.data_ptr(), grad_op_weights.data_ptr(),
                       edge_weights ? grad_edge_weights.data_ptr() : nullptr};
     data.grad_nodes.resize(cell.nodes);
     for (size_t i = 0; i < grads.size(); i++) data.grad_nodes[grad_nodes[i]] = states(grads[i]);
@@ -94,10 +99,12 @@ struct Ops {
 
   static std::tuple<Tensors, Tensors, Tensors> relu_conv_bn_forward(const Tensor& x, const Tensors& conv_weights,
                                                                     const Tensors& gammas, const Tensors& betas,
-                                                                    const Tensors& moments, double eps, bool reduce) {
+                                                                    const Tensors& moments, double eps, bool reduce,
+                                                                    bool bfloat16_products) {
     ReLUConvBNArguments arguments{x, conv_weights, gammas, betas, moments, reduce};
     arguments.check(!moments.empty(), Device::dtypes);
     Device::check(arguments);
+    check_products(arguments, bfloat16_products);
     Device device(x);
     Tensors outputs, conv_outputs, used_moments;
     for (size_t i = 0; i < gammas.size(); i++) {
@@ -107,7 +114,7 @@ struct Ops {
       used_moments.push_back(moments.empty() ? device.empty({2, channels}, ScalarType::Double)
                                              : torch::stable::clone(moments[i]));
     }
-    ReLUConvBN data = layer_data(arguments, conv_outputs, used_moments, eps, moments.empty());
+    ReLUConvBN data = layer_data(arguments, conv_outputs, used_moments, eps, moments.empty(), bfloat16_products);
     for (size_t i = 0; i < outputs.size(); i++) data.layers[i].output = outputs[i].data_ptr();
     device.relu_conv_bn_forward(storage_of(x.scalar_type()), data);
     return {outputs, conv_outputs, used_moments};
@@ -116,17 +123,18 @@ struct Ops {
   static std::tuple<Tensor, Tensors, Tensors> relu_conv_bn_backward(
       const Tensors& grads, const Tensor& x, const Tensors& conv_outputs, const Tensors& conv_weights,
       const Tensors& gammas, const Tensors& betas, const Tensors& moments, double eps, bool training, bool reduce,
-      bool needs_input_grad) {
+      bool bfloat16_products, bool needs_input_grad) {
     ReLUConvBNArguments arguments{x, conv_weights, gammas, betas, moments, reduce};
     arguments.check(true, Device::dtypes);
     arguments.check_outputs("grads", grads);
     arguments.check_outputs("conv_outputs", conv_outputs);
     Device::check(arguments);
+    check_products(arguments, bfloat16_products);
     Device device(x);
     Tensor grad_x = needs_input_grad ? device.empty_state(x.size(0), x.size(1), x.size(2), x.size(3))
                                      : device.empty_state(0, 1, 1, 1);
     Tensors grad_gammas, grad_betas;
-    ReLUConvBN data = layer_data(arguments, conv_outputs, moments, eps, training);
+    ReLUConvBN data = layer_data(arguments, conv_outputs, moments, eps, training, bfloat16_products);
     if (needs_input_grad) data.grad_x = grad_x.data_ptr();
     for (size_t i = 0; i < grads.size(); i++) {
       for (Tensors* list : {&grad_gammas, &grad_betas})
@@ -167,14 +175,20 @@ struct Ops {
       default: return Storage::Float;
     }
   }
+  static void check_products(const ReLUConvBNArguments& a, bool bfloat16_products) {
+    Ints channels{a.x.size(1)};
+    for (const Tensor& gamma : a.gammas) channels.push_back(gamma.numel());
+    Device::check_products(a.x, bfloat16_products, channels);
+  }
   static States states(const Tensor& x) {
     if (std::max(x.stride(2), x.stride(3)) > Device::largest_stride)
       refuse("states", "strides up to " + std::to_string(Device::largest_stride), text(x.strides()));
     return {x.data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
   }
   static CellForward cell_data(const CellArguments& a, const Tensor& branch_outputs, const Tensor& moments,
-                               const Tensors& nodes) {
+                               const Tensors& nodes, bool bfloat16_products) {
     CellForward data{};
+    data.bfloat16_products = bfloat16_products;
     for (const Tensor& x : a.inputs) data.inputs.push_back(states(x));
     if (a.noise)
       for (const Tensor& z : *a.noise) data.noise.push_back(z.data_ptr());
@@ -189,9 +203,10 @@ struct Ops {
     return data;
   }
   static ReLUConvBN layer_data(const ReLUConvBNArguments& a, const Tensors& conv_outputs, const Tensors& moments,
-                               double eps, bool training) {
+                               double eps, bool training, bool bfloat16_products) {
     const Tensor& x = a.x;
     ReLUConvBN data{x.size(0), x.size(2), x.size(3), x.size(1), a.reduce, training, eps, states(x), {}};
+    data.bfloat16_products = bfloat16_products;
     for (size_t i = 0; i < a.gammas.size(); i++)
       data.layers.push_back({a.gammas[i].numel(), a.conv_weights[i].data_ptr(), a.gammas[i].data_ptr(),
                              a.betas[i].data_ptr(), conv_outputs[i].data_ptr(),

@@ -26,6 +26,8 @@ struct CellForward {
   const void *op_weights, *edge_weights;  // [edges][primitives], [edges] or null
   void* branch_outputs;                   // [outputs][images][image_size()]
   double* moments;                        // [2][norms][C/K] mean and variance; read, not written, where not training
+  // CPU: the matrices in conv_weights are pairs (cpu/kernels.h), and products of bfloat16 numbers
+  bool bfloat16_products = false;
   std::vector<States> nodes;              // written in the forward, dense on the CPU; read again in any order
   void* concat = nullptr;                 // CPU: [images][oh][ow][nodes * channels] or null
 };
@@ -58,6 +60,7 @@ struct ReLUConvBN {
   States x;
   std::vector<Layer> layers;
   void* grad_x = nullptr;    // [images][h][w][ci] or null
+  bool bfloat16_products = false;  // CPU; as of a cell
 
   int64_t oh() const { return reduce ? h / 2 : h; }
   int64_t ow() const { return reduce ? w / 2 : w; }

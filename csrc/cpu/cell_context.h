@@ -16,7 +16,7 @@ struct CellContext {
   const CellForward& data;
   const Parallel& parallel;
   const Allocate& allocate;
-  const Kernels<T, S>& k = kernels<T, S>();
+  const Kernels<T, S>& k = data.bfloat16_products ? kernels_of_products<T, S>() : kernels<T, S>();
   int64_t cm = cell.mixed_channels, period = k.period(cm);
   // elements of an image of the cell's output: of the mixed channels, and of all
   int64_t mixed_size = cell.pixels() * cm, full_size = cell.pixels() * cell.channels;

@@ -15,8 +15,8 @@ struct NormCoefficients {
 };
 
 // d = `count` elements from element `at` on
-template <class T, class G, class S>
-RF_INLINE void norm_backward_dense(const NormBackward<T, G, S>& norm, int64_t at, int64_t count, int64_t c, T* d) {
+template <class T, class G, class S, class D>
+RF_INLINE void norm_backward_dense(const NormBackward<T, G, S>& norm, int64_t at, int64_t count, int64_t c, D* d) {
   int64_t period = period_of<T>(c);
   const G* g = norm.g + at;
   const S* y = norm.y + at;
@@ -28,9 +28,9 @@ RF_INLINE void norm_backward_dense(const NormBackward<T, G, S>& norm, int64_t at
 }
 
 // d = `pixels` pixels from pixel `begin` on, `step` apart, of some of the c channels
-template <class T, class G, class S>
+template <class T, class G, class S, class D>
 void norm_backward_pixels(const NormBackward<T, G, S>& norm, int64_t c, Channels some, int64_t begin, int64_t pixels,
-                          T* d, int64_t step) {
+                          D* d, int64_t step) {
   if (some.count == c && step == c) return norm_backward_dense(norm, begin * c, pixels * c, c, d);
   int64_t period = period_of<T>(c);
   const G* g = norm.g + begin * c + some.first;
@@ -52,10 +52,11 @@ void conv_backward_wide(const NormBackward<T, G, S>& norm, Size size, const Conv
   int64_t rows = dense ? strip_rows<T>(oh, ow * c) : 1;
   auto depthwise = depthwise_row_for<T, L, Pass::Backward>(conv);
   int64_t reach = (conv.kernel - 1) * conv.dilation / 2, done = 0;
+  auto* d = operands(scratch);
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);
-    norm_backward_dense(norm, r0 * ow * c, n * ow * c, c, scratch);
-    pointwise<T, L>(scratch, n * ow, c, conv.pw_t, c, c, framed + f.origin + r0 * f.pitch, ahead);
+    norm_backward_dense(norm, r0 * ow * c, n * ow * c, c, d);
+    pointwise<T, L>(d, n * ow, c, conv.pw_t, c, c, framed + f.origin + r0 * f.pitch, ahead);
     // rows of dx follow as soon as the framed rows that they need are there, still in the first-level cache
     int64_t ready = r0 + n == oh ? h : conv.stride * (r0 + n) - reach;
     for (; done < ready; done++)
@@ -134,14 +135,15 @@ template <class T, class S>
 void reduce_backward(const NormBackward<T, T, S>& norm, Size size, const T* pw_t, T* dx, T* scratch, Ahead& ahead) {
   auto [h, w, c] = size;
   int64_t ow = w / 2;
+  auto* d = operands(scratch);
   T* back = scratch + ow * c;
   // row y of dx: a pixel of every two, from one half of the outputs
   for (int64_t y = 0; y < h; y++) {
     int half = y % 2;
     Channels part = part_of(c, half, 2);
-    norm_backward_pixels(norm, c, part, y / 2 * ow, ow, scratch, part.count);
+    norm_backward_pixels(norm, c, part, y / 2 * ow, ow, d, part.count);
     with_lanes<T>(c, [&](auto lanes) {
-      pointwise<T, lanes>(scratch, ow, part.count, pw_t + part.first * c, c, c, back, ahead);
+      pointwise<T, lanes>(d, ow, part.count, pw_t + part.first / kDepth<T> * c, c, c, back, ahead);
     });
     T* to = dx + (y * w + half) * c;
     for (int64_t q = 0; q < ow; q++)

@@ -67,22 +67,23 @@ struct OutputRows {
         few(scratch + 3 * c), ahead(ahead) {}
   // Moments are taken about the mean of a few pixels: no cancellation where the mean is far from zero. Not all of
   // them lie at a border, which differs. The 1x1 convolution of their mean is the mean of theirs.
-  void begin(const T* d, int64_t pixels) {
+  void begin(const Operand<T>* d, int64_t pixels) {
     int64_t count = least<int64_t>(pixels, 16);
     T part = T(1) / count;
     fill(few, ci, T(0));
     with_lanes<T>(ci, [&](auto lanes) __attribute__((always_inline)) {
       for (int64_t j = 0; j < count; j++) {
-        const T* from = d + (2 * j + 1) * pixels / (2 * count) * ci;
+        const Operand<T>* from = d + (2 * j + 1) * pixels / (2 * count) * ci;
         for (int64_t k = 0; k < ci; k += lanes)
           store<lanes>(few + k, load<lanes>(few + k) + load<lanes>(from + k) * part);
       }
     });
-    pointwise<T, L>(few, 1, ci, pw, c, co, shift, ahead);
+    to_operands(few, ci, operands(few));
+    pointwise<T, L>(operands(few), 1, ci, pw, c, co, shift, ahead);
     fill(out.mean, c, 0.0);
     fill(out.deviation, c, 0.0);
   }
-  void strip(const T* d, int64_t first, int64_t pixels) {
+  void strip(const Operand<T>* d, int64_t first, int64_t pixels) {
     if (first == 0) begin(d, pixels);
     for_column_groups<L>(c, [&](auto blocks, int64_t o) {
       constexpr int P = kTilePixels<blocks>;
@@ -108,7 +109,7 @@ void conv_forward_wide(const T* x, Frame f, Size size, const Conv<T>& conv, cons
   auto [h, w, c] = size;
   int64_t oh = pooled(h, conv.stride), ow = pooled(w, conv.stride), rows = strip_rows<T>(oh, ow * c);
   auto depthwise = depthwise_row_for<T, L, Pass::Forward>(conv);
-  T* d = scratch + 4 * round_up(c, kLanes<T>);
+  auto* d = operands(scratch + 4 * round_up(c, kLanes<T>));
   OutputRows<T, S, L> output(c, c, c, conv.pw, out, scratch, ahead);
   for (int64_t r0 = 0; r0 < oh; r0 += rows) {
     int64_t n = least(rows, oh - r0);

@@ -12,13 +12,15 @@ RF_INLINE bool is_flat(int64_t c, int stride) {
 // f(C) with the C < lanes that divide a vector as a constant
 template <class T, class F>
 RF_INLINE void with_flat_channels(int64_t c, F&& f) {
-  if constexpr (kLanes<T> > 1)
+  // with products of bfloat16 channels come in sixteens
+  constexpr int L = kBfloat16Products ? 0 : kLanes<T>;
+  if constexpr (L > 1)
     if (c == 1) return f(std::integral_constant<int, 1>{});
-  if constexpr (kLanes<T> > 2)
+  if constexpr (L > 2)
     if (c == 2) return f(std::integral_constant<int, 2>{});
-  if constexpr (kLanes<T> > 4)
+  if constexpr (L > 4)
     if (c == 4) return f(std::integral_constant<int, 4>{});
-  if constexpr (kLanes<T> > 8)
+  if constexpr (L > 8)
     if (c == 8) return f(std::integral_constant<int, 8>{});
 }
 // whole blocks of full vectors clip their columns at compile time and need no border
@@ -95,15 +97,18 @@ RF_INLINE void depthwise_transposed_block(const T* e, int64_t pitch, const T* w,
 }
 
 enum class Pass { Forward, Backward };
+// forward, what comes out is multiplied next
+template <class T, Pass pass>
+using DepthwiseOut = std::conditional_t<pass == Pass::Forward, Operand<T>, T>;
 
 // One block of a row: stored to out, or added to it. `valid` columns of it exist.
 template <class T, int L, int K, int D, int S, Pass pass, bool ClipLeft, bool ClipRight>
 RF_INLINE void depthwise_columns(const T* x, int64_t pitch, const T* w, int64_t c, int64_t row, int64_t h,
-                                 int64_t x0, int64_t valid, bool add, T* out, Ahead& ahead) {
+                                 int64_t x0, int64_t valid, bool add, DepthwiseOut<T, pass>* out, Ahead& ahead) {
   constexpr bool whole = ClipLeft || ClipRight;
   for (int64_t cb = 0; cb < c; cb += L) {
     Vec<T, L> acc[kBlock];
-    T* to = out + x0 * c + cb;
+    auto* to = out + x0 * c + cb;
     unroll<kBlock>(RF_LAMBDA(o) {
       if (pass == Pass::Forward || !add || !(whole || o < valid))
         acc[o] = Vec<T, L>{};
@@ -124,7 +129,7 @@ RF_INLINE void depthwise_columns(const T* x, int64_t pitch, const T* w, int64_t 
 // One row of w outputs. h: rows of the framed image. add: backward only.
 template <class T, int L, int K, int D, int S, Pass pass>
 __attribute__((noinline)) void depthwise_row(const T* x, int64_t pitch, const T* w, int64_t c, int64_t row, int64_t h,
-                                             int64_t width, bool add, T* out, Ahead& ahead) {
+                                             int64_t width, bool add, DepthwiseOut<T, pass>* out, Ahead& ahead) {
   if (!clips<T>(width, c, S)) {
     for (int64_t x0 = 0; x0 < width; x0 += kBlock)
       depthwise_columns<T, L, K, D, S, pass, false, false>(x, pitch, w, c, row, h, x0, width - x0, add, out, ahead);
@@ -141,11 +146,12 @@ __attribute__((noinline)) void depthwise_row(const T* x, int64_t pitch, const T*
   }
 }
 
-template <class T>
-using DepthwiseRow = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t, bool, T*, Ahead&);
+template <class T, Pass pass>
+using DepthwiseRow = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t, bool,
+                              DepthwiseOut<T, pass>*, Ahead&);
 
 template <class T, int L, Pass pass>
-DepthwiseRow<T> depthwise_row_for(const Conv<T>& conv) {
+DepthwiseRow<T, pass> depthwise_row_for(const Conv<T>& conv) {
 #define RF_ROW(K, D, S) \
   if (conv.kernel == K && conv.dilation == D && conv.stride == S) return depthwise_row<T, L, K, D, S, pass>;
   RF_ROW(3, 1, 1) RF_ROW(5, 1, 1) RF_ROW(3, 2, 1) RF_ROW(5, 2, 1)

@@ -1,6 +1,7 @@
 // Which instruction set runs: chosen once.
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 
@@ -11,6 +12,9 @@ extern const Kernels<double, double> table_f64;
 #if defined(__x86_64__)
 extern const Kernels<float, float> table_avx2_f32, table_avx512_f32;
 extern const Kernels<float, bf16> table_avx2_bf16, table_avx512_bf16;
+// with products of bfloat16
+extern const Kernels<float, float> table_avx512_bf16_f32;
+extern const Kernels<float, bf16> table_avx512_bf16_bf16;
 #endif
 
 const char* isa_best() {
@@ -19,16 +23,17 @@ const char* isa_best() {
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return "avx512";
+    return __builtin_cpu_supports("avx512bf16") ? "avx512_bf16" : "avx512";
   if (avx2) return "avx2";
 #endif
   return "baseline";
 }
 
 namespace {
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr int kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3;
 int level_of(const char* name) {
-  for (int i = 0; i < 3; i++)
+  for (int i = 0; i < 4; i++)
     if (!std::strcmp(name, kNames[i])) return i;
   return -1;
 }
@@ -46,22 +51,32 @@ const Kernels<T, S>& kernels_at(int level);
 template <>
 const Kernels<float, float>& kernels_at(int level) {
 #if defined(__x86_64__)
-  if (level == 2) return table_avx512_f32;
-  if (level == 1) return table_avx2_f32;
+  if (level >= kAvx512) return table_avx512_f32;
+  if (level == kAvx2) return table_avx2_f32;
 #endif
   return table_baseline_f32;
 }
 template <>
 const Kernels<float, bf16>& kernels_at(int level) {
 #if defined(__x86_64__)
-  if (level == 2) return table_avx512_bf16;
-  if (level == 1) return table_avx2_bf16;
+  if (level >= kAvx512) return table_avx512_bf16;
+  if (level == kAvx2) return table_avx2_bf16;
 #endif
   return table_baseline_bf16;
 }
 template <>
 const Kernels<double, double>& kernels_at(int) {
   return table_f64;
+}
+// null: none
+template <class T, class S>
+const Kernels<T, S>* products_at(int level) {
+#if defined(__x86_64__)
+  if (level < kAvx512Bf16) return nullptr;
+  if constexpr (std::is_same_v<S, bf16>) return &table_avx512_bf16_bf16;
+  if constexpr (std::is_same_v<S, float>) return &table_avx512_bf16_f32;
+#endif
+  return nullptr;
 }
 }  // namespace
 
@@ -71,15 +86,24 @@ template <class T, class S>
 const Kernels<T, S>& kernels() {
   return kernels_at<T, S>(level());
 }
+bool multiplies_bfloat16() { return products_at<float, float>(level()); }
+template <class T, class S>
+const Kernels<T, S>& kernels_of_products() {
+  return *products_at<T, S>(level());
+}
 template <class T, class S>
 const Kernels<T, S>* kernels_for(const char* isa) {
   int wanted = level_of(isa);
   if (wanted < 0 || wanted > level_of(isa_best())) return nullptr;
+  if (wanted >= kAvx512Bf16) return products_at<T, S>(wanted);
   return &kernels_at<T, S>(wanted);
 }
 template const Kernels<float, float>& kernels();
 template const Kernels<float, bf16>& kernels();
 template const Kernels<double, double>& kernels();
+template const Kernels<float, float>& kernels_of_products();
+template const Kernels<float, bf16>& kernels_of_products();
+template const Kernels<double, double>& kernels_of_products();
 template const Kernels<float, float>* kernels_for(const char*);
 template const Kernels<float, bf16>* kernels_for(const char*);
 template const Kernels<double, double>* kernels_for(const char*);

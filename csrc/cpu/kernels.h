@@ -25,6 +25,10 @@ struct Frame {
   int64_t origin, pitch, size;
 };
 
+// With products of bfloat16 (kernels_of_products) every matrix [C in][C out] of 1x1 or NAS-Bench-201 convolutions is
+// pairs, [C in / 2][C out] of two bfloat16 of consecutive inputs in the place of a float, at the beginning of its own
+// place. What is multiplied with it is rounded to bfloat16, sums are float.
+//
 // A frozen depthwise convolution dw [kernel^2][C] and 1x1 convolution pw [C in][C out], pw_t its transpose; rows hold
 // `period` values at stride 1, else C.
 template <class T>
@@ -148,9 +152,10 @@ struct ScratchSize {
   static constexpr int64_t moments(int64_t ci, int64_t co) { return 3 * padded(co) + padded(ci); }
   static constexpr int64_t conv_forward(int64_t ow, int64_t c) { return moments(c, c) + strip(ow * c); }
   static constexpr int64_t conv_backward(int64_t ow, int64_t c) { return strip(ow * c); }
-  // what is transformed, the products, and moments of n convolutions; or, tap by tap, a row; or a strip of gradients
+  // what is transformed, the products, and moments of n convolutions; or, tap by tap, a row and what it is a product
+  // of; or a strip of gradients
   static constexpr int64_t nor_convs_forward(int64_t w, int64_t c, int64_t n) {
-    return max(32 * place_pitch(c) + 3 * n * period(c), moments(c, c) + w * c);
+    return max(32 * place_pitch(c) + 3 * n * period(c), moments(c, c) + 2 * w * c);
   }
   static constexpr int64_t nor_convs_backward(int64_t w, int64_t c) {
     return max(32 * place_pitch(c), 3 * strip(w * c));
@@ -269,11 +274,16 @@ struct Kernels {
 
 template <class T, class S>
 const Kernels<T, S>& kernels();
-// those for an instruction set by its name; null where this processor lacks it. (double has one for all.)
+// those with products of bfloat16, where this processor multiplies them; they have T = float
+template <class T, class S>
+const Kernels<T, S>& kernels_of_products();
+bool multiplies_bfloat16();
+// those for an instruction set by its name, with products of bfloat16 for avx512_bf16; null where this processor lacks
+// it. (double has one for all, but those.)
 template <class T, class S>
 const Kernels<T, S>* kernels_for(const char* isa);
 
-// "avx512", "avx2" or "baseline": the best that this processor runs, or what RFDARTS_CPU_ISA names.
+// "avx512_bf16", "avx512", "avx2" or "baseline": the best that this processor runs, or what RFDARTS_CPU_ISA names.
 const char* isa_name();
 const char* isa_best();
 

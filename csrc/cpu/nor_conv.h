@@ -30,7 +30,8 @@ RF_INLINE void each_strip(Size size, F&& f) {
 
 // values[place][tile][channel] = B^T d B of each patch d of a framed image
 template <class T, int L>
-RF_INLINE void transform_patches(const T* x, Frame f, int64_t c, const Strip& strip, T* values) {
+RF_INLINE void transform_patches(const T* x, Frame f, int64_t c, const Strip& strip,
+                                 Operand<T>* values) {
   using V = Vec<T, L>;
   int64_t row = f.pitch, pitch = place_pitch(c);
   for (int64_t r = 0; r < strip.rows; r++)
@@ -49,9 +50,9 @@ RF_INLINE void transform_patches(const T* x, Frame f, int64_t c, const Strip& st
         unroll<kPatch>(RF_LAMBDA(i) { t[i][0] = t[i][2], t[i][1] = t[i][3]; });
         column(kTile * q + 2, std::integral_constant<int, 2>{});
         column(kTile * q + 3, std::integral_constant<int, 3>{});
-        T* to = values + (r * strip.w + q) * c + k;
+        Operand<T>* to = values + (r * strip.w + q) * c + k;
         unroll<kPatch>(RF_LAMBDA(i) {
-          T* at = to + i * kPatch * pitch;
+          Operand<T>* at = to + i * kPatch * pitch;
           store<L>(at, t[i][0] - t[i][2]);
           store<L>(at + pitch, t[i][1] + t[i][2]);
           store<L>(at + 2 * pitch, t[i][2] - t[i][1]);
@@ -126,11 +127,12 @@ __attribute__((noinline)) void store_tiles(const T* m, Size size, const Strip& s
 
 // products[place] = values[place] weights[place], of whole tiles of the product: there is room for them
 template <class T, int L, int Pixels, int Blocks>
-__attribute__((noinline)) void multiply_columns(const T* values, int64_t count, int64_t c, const T* weights,
+__attribute__((noinline)) void multiply_columns(const Operand<T>* values, int64_t count, int64_t c, const T* weights,
                                                 T* products, Ahead& ahead) {
   for (int64_t i = 0; i < kPlaces; i++) {
     fetch<L>(ahead, count * Blocks * c);
-    const T *d = values + i * place_pitch(c), *w = weights + i * c * c;
+    const Operand<T>* d = values + i * place_pitch(c);
+    const T* w = weights + i * c * c;
     T* to = products + i * place_pitch(c);
     for (int64_t p = 0; p < count; p += Pixels)
       pointwise_tile<T, L, Pixels, Blocks>(d + p * c, c, w, c,
@@ -140,18 +142,27 @@ __attribute__((noinline)) void multiply_columns(const T* values, int64_t count, 
   }
 }
 template <class T, int L>
-void multiply_places(const T* values, const Strip& strip, int64_t c, const T* weights, T* products, Ahead& ahead) {
+void multiply_places(const Operand<T>* values, const Strip& strip, int64_t c, const T* weights, T* products, Ahead& ahead) {
   for_column_groups<L>(c, [&](auto blocks, int64_t o) {
     constexpr int P = blocks == 1 ? int(kFewTiles) : kTilePixels<blocks>;
     multiply_columns<T, L, P, blocks>(values, strip.count(), c, weights + o, products + o, ahead);
   });
 }
 
-// A row of outputs, tap by tap; x: of the row's first pixel, framed.
+// n numbers as operands: where they are, or in scratch
+template <class T>
+RF_INLINE const Operand<T>* as_operands(const T* x, int64_t n, T* scratch) {
+  if constexpr (kDepth<T> == 1) return x;
+  to_operands(x, n, operands(scratch));
+  return operands(scratch);
+}
+
+// A row of outputs, tap by tap; x: of the row's first pixel, framed; scratch: for a row.
 template <class T, int L>
-void nor_conv_row(const T* x, Frame f, int64_t w, int64_t c, const T* weights, bool add, T* out, Ahead& ahead) {
+void nor_conv_row(const T* x, Frame f, int64_t w, int64_t c, const T* weights, bool add, T* out, T* scratch,
+                  Ahead& ahead) {
   for (int64_t tap = 0; tap < 9; tap++) {
-    const T* from = x + (tap / 3 - 1) * f.pitch + (tap % 3 - 1) * c;
+    auto* from = as_operands(x + (tap / 3 - 1) * f.pitch + (tap % 3 - 1) * c, w * c, scratch);
     if (add || tap)
       pointwise<T, L, true>(from, w, c, weights + tap * c * c, c, c, out, ahead);
     else
@@ -164,7 +175,7 @@ void nor_conv_direct(const T* x, Frame f, Size size, const NorConv<T, S>& conv, 
   auto [h, w, c] = size;
   T *shift = scratch, *sums = shift + period_of<T>(c), *row = sums + 2 * period_of<T>(c);
   for (int64_t r = 0; r < h; r++) {
-    nor_conv_row<T, L>(x + f.origin + r * f.pitch, f, w, c, conv.weights, false, row, ahead);
+    nor_conv_row<T, L>(x + f.origin + r * f.pitch, f, w, c, conv.weights, false, row, row + w * c, ahead);
     add_moments(row, w, c, r == 0, shift, conv.out.mean, conv.out.deviation, sums);
     for (int64_t i = 0; i < w * c; i += L) store<L>(conv.out.y + r * w * c + i, load<L>(row + i));
   }
@@ -186,7 +197,8 @@ void nor_convs_forward(const T* x, Frame f, Size size, int n, const NorConv<T, S
   with_lanes<T>(c, [&](auto lanes) {
     constexpr int L = lanes;
     int64_t period = period_of<T>(c);
-    T *values = scratch, *products = values + kPlaces * place_pitch(c), *moments = products + kPlaces * place_pitch(c);
+    Operand<T>* values = operands(scratch);
+    T *products = scratch + kPlaces * place_pitch(c), *moments = products + kPlaces * place_pitch(c);
     auto outputs = [&](const Strip& strip, int j) __attribute__((always_inline)) {
       const ConvOutput<S>& out = convs[j].out;
       T *shift = moments + 3 * j * period, *sum = shift + period, *square = sum + period;
@@ -222,7 +234,9 @@ void nor_convs_forward(const T* x, Frame f, Size size, int n, const NorConv<T, S
       out.y = reinterpret_cast<S*>(scratch + ScratchSize<T>::moments(c, c)), out.bypass_cache = false;
       OutputRows<T, S, L> output(c, c, c, convs[j].weights, out, scratch, ahead);
       output.keep = false;
-      for (int64_t r = 0; r < h; r++) output.strip(x + f.origin + r * f.pitch, r * w, w);
+      T* row = scratch + ScratchSize<T>::moments(c, c) + w * c;
+      for (int64_t r = 0; r < h; r++)
+        output.strip(as_operands(x + f.origin + r * f.pitch, w * c, row), r * w, w);
       output.finish(h * w);
     }
   });
@@ -232,9 +246,9 @@ template <class T>
 void relu_conv1x1(const T* x, int64_t pixels, int64_t c, const T* weights, T* y, T* scratch) {
   Ahead ahead;
   sweep<T>(pixels * c, period_of<T>(c), [&](auto lanes, int64_t i, int64_t) __attribute__((always_inline)) {
-    store<lanes>(scratch + i, relu_vec<T, lanes>(load<lanes>(x + i)));
+    store<lanes>(operands(scratch) + i, relu_vec<T, lanes>(load<lanes>(x + i)));
   });
-  with_lanes<T>(c, [&](auto lanes) { pointwise<T, lanes>(scratch, pixels, c, weights, c, c, y, ahead); });
+  with_lanes<T>(c, [&](auto lanes) { pointwise<T, lanes>(operands(scratch), pixels, c, weights, c, c, y, ahead); });
 }
 
 // dx = or += the transposed 3x3 convolution of the framed gradient. Returns whether it is finite: else it may not be
@@ -244,10 +258,11 @@ bool nor_conv_transposed(const T* g, Frame f, Size size, const T* weights, bool 
   auto [h, w, c] = size;
   if constexpr (Direct) {
     for (int64_t r = 0; r < h; r++)
-      nor_conv_row<T, L>(g + f.origin + r * f.pitch, f, w, c, weights, add, dx + r * w * c, ahead);
+      nor_conv_row<T, L>(g + f.origin + r * f.pitch, f, w, c, weights, add, dx + r * w * c, scratch, ahead);
     return true;
   }
-  T *values = scratch, *products = values + kPlaces * place_pitch(c);
+  Operand<T>* values = operands(scratch);
+  T* products = scratch + kPlaces * place_pitch(c);
   Vec<T, L> rest{};
   each_strip(size, [&](const Strip& strip) {
     transform_patches<T, L>(g, f, c, strip, values);
@@ -286,12 +301,12 @@ void nor_convs_backward(const T* x, int n, const NorConvBackward<T, S>* convs, S
           int64_t count = least(rows, h - r) * w, at = r * w * c;
           T *y = scratch + rows * w * c, *relu = y + rows * w * c;
           relu_conv1x1(x + at, count, c, conv.forward, y, relu);
-          norm_backward_dense(NormBackward<T, T, T>{conv.norm.g + at, y, conv.norm.coefficients}, 0, count * c, c,
-                              scratch);
+          auto* d = operands(scratch);
+          norm_backward_dense(NormBackward<T, T, T>{conv.norm.g + at, y, conv.norm.coefficients}, 0, count * c, c, d);
           if (j > 0)
-            pointwise<T, L, true>(scratch, count, c, conv.weights, c, c, dx + r * w * c, ahead);
+            pointwise<T, L, true>(d, count, c, conv.weights, c, c, dx + r * w * c, ahead);
           else
-            pointwise<T, L>(scratch, count, c, conv.weights, c, c, dx + r * w * c, ahead);
+            pointwise<T, L>(d, count, c, conv.weights, c, c, dx + r * w * c, ahead);
         }
       }
       return finite;

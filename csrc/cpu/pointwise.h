@@ -1,15 +1,23 @@
+// to = n numbers as operands; may be where they are
+template <class T>
+RF_INLINE void to_operands(const T* from, int64_t n, Operand<T>* to) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store<kLanes<T>>(to + i, load<kLanes<T>>(from + i));
+  for (; i < n; i++) store<1>(to + i, load<1>(from + i));
+}
+
 // 1x1 convolutions: out[p][o] = sum_i d[p][i] w[i][o], a tile of pixels and output channels in registers.
 template <class T, int L, int Pixels, int Blocks, class Out>
-RF_INLINE void pointwise_tile(const T* d, int64_t ci, const T* w, int64_t co, Out&& out) {
+RF_INLINE void pointwise_tile(const Operand<T>* d, int64_t ci, const T* w, int64_t co, Out&& out) {
   Vec<T, L> acc[Pixels * Blocks];
   unroll<Pixels * Blocks>(RF_LAMBDA(i) { acc[i] = Vec<T, L>{}; });
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < ci; i++) {
+  for (int64_t i = 0; i < ci / kDepth<T>; i++) {
     Vec<T, L> column[Blocks];
     unroll<Blocks>(RF_LAMBDA(n) { column[n] = load<L>(w + i * co + n * L); });
     unroll<Pixels>(RF_LAMBDA(m) {
-      T value = d[m * ci + i];
-      unroll<Blocks>(RF_LAMBDA(n) { acc[m * Blocks + n] += column[n] * value; });
+      const Operand<T>* value = d + m * ci + i * kDepth<T>;
+      unroll<Blocks>(RF_LAMBDA(n) { multiply_add<L>(acc[m * Blocks + n], column[n], value); });
     });
   }
   unroll<Pixels>(RF_LAMBDA(m) {
@@ -19,7 +27,7 @@ RF_INLINE void pointwise_tile(const T* d, int64_t ci, const T* w, int64_t co, Ou
 
 // out(pixel, channel, value) for `pixels` pixels and the Blocks * L channels from `channel` on
 template <class T, int L, int Pixels, int Blocks, class Out>
-RF_INLINE void pointwise_columns(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co, Ahead& ahead,
+RF_INLINE void pointwise_columns(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w, int64_t co, Ahead& ahead,
                                  Out&& out) {
   int64_t p = 0;
   for (; p + Pixels <= pixels; p += Pixels) {
@@ -36,7 +44,7 @@ RF_INLINE void pointwise_columns(const T* d, int64_t pixels, int64_t ci, const T
 
 // Where the tiles of a strip go: into a framed row or dense rows, plain; Add: to what is there.
 template <class T, int L, int Pixels, int Blocks, bool Add>
-__attribute__((noinline)) void pointwise_plain(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
+__attribute__((noinline)) void pointwise_plain(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
                                                T* out, Ahead& ahead) {
   pointwise_columns<T, L, Pixels, Blocks>(
       d, pixels, ci, w, co, ahead, [&](int64_t p, int64_t n, Vec<T, L> v) __attribute__((always_inline)) {
@@ -48,7 +56,7 @@ __attribute__((noinline)) void pointwise_plain(const T* d, int64_t pixels, int64
 
 // Kept as S, with sums of (y - shift) and its square over the strip.
 template <class T, class S, int L, int Pixels, int Blocks, bool NonTemporal>
-__attribute__((noinline)) void pointwise_moments(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
+__attribute__((noinline)) void pointwise_moments(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
                                                  S* y, const T* shift, T* sum, T* square,
                                                  Ahead& ahead) {
   Vec<T, L> about[Blocks], s[Blocks], q[Blocks];
@@ -89,7 +97,7 @@ RF_INLINE void for_column_groups(int64_t co, F&& f) {
 
 // the first c of co outputs
 template <class T, int L, bool Add = false>
-void pointwise(const T* d, int64_t pixels, int64_t ci, const T* w, int64_t c, int64_t co, T* out, Ahead& ahead) {
+void pointwise(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w, int64_t c, int64_t co, T* out, Ahead& ahead) {
   for_column_groups<L>(c, [&](auto blocks, int64_t o) {
     pointwise_plain<T, L, kTilePixels<blocks>, blocks, Add>(d, pixels, ci, w + o, co, out + o, ahead);
   });

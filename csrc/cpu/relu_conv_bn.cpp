@@ -23,7 +23,7 @@ struct Layers {
   };
   const ReLUConvBN& a;
   const Parallel& parallel;
-  const Kernels<T, T>& k = kernels<T, T>();
+  const Kernels<T, T>& k = a.bfloat16_products ? kernels_of_products<T, T>() : kernels<T, T>();
   std::vector<Layer> layers;
   BatchView<T> x{a.x};
   int64_t pixels = a.oh() * a.ow(), co = 0;
@@ -138,12 +138,13 @@ struct Layers {
   // of all layers, in one product
   void input_backward() {
     std::vector<T> transposed;
-    int parts = a.reduce ? 2 : 1;
+    // a row of pairs has two inputs
+    int parts = a.reduce ? 2 : 1, depth = a.bfloat16_products ? 2 : 1;
     for (int part = 0; part < parts; part++)
       for (const Layer& l : layers) {
         Channels some = part_of(l.co, part, parts);
-        const T* from = l.conv_weights + (l.co + some.first) * a.ci;
-        transposed.insert(transposed.end(), from, from + some.count * a.ci);
+        const T* from = l.conv_weights + (l.co + some.first / depth) * a.ci;
+        transposed.insert(transposed.end(), from, from + some.count / depth * a.ci);
       }
     T* grad_x = static_cast<T*>(a.grad_x);
     parallel(a.images, [&](ImageQueue& images) {

@@ -1,7 +1,7 @@
 // ReLU and a frozen 1x1 convolution of whole images, ci -> co channels. `reduce`: FactorizedReduce, a convolution of
 // the pixels (2r, 2q) and one of (2r+1, 2q+1), for a half of the outputs each.
 template <class T>
-RF_INLINE void relu_pixels(const T* from, int64_t pixels, int64_t step, int64_t c, T* to) {
+RF_INLINE void relu_pixels(const T* from, int64_t pixels, int64_t step, int64_t c, Operand<T>* to) {
   with_lanes<T>(c, [&](auto lanes) __attribute__((always_inline)) {
     for (int64_t p = 0; p < pixels; p++)
       for (int64_t k = 0; k < c; k += lanes)
@@ -15,9 +15,9 @@ void conv1x1_forward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool re
   int64_t rows = strip_rows<T>(oh, ow * ci);
   int parts = reduce ? 2 : 1;
   auto room = [&](const Conv1x1<T, S>& conv) { return 3 * conv.co + round_up(ci, kLanes<T>); };
-  T* d = scratch;
-  for (int i = 0; i < n; i++) d += room(convs[i]);
-  d = scratch + round_up(d - scratch, kLanes<T>);
+  int64_t begin = 0;
+  for (int i = 0; i < n; i++) begin += room(convs[i]);
+  auto* d = operands(scratch + round_up(begin, kLanes<T>));
   for (int part = 0; part < parts; part++)
     for (int64_t r0 = 0; r0 < oh; r0 += rows) {
       int64_t count = least(rows, oh - r0);
@@ -72,15 +72,15 @@ void conv1x1_backward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool r
     int64_t count = least(rows, oh - r0);
     for (int part = 0; part < parts; part++) {
       int64_t width = widths[part];
-      T* to = scratch;
+      auto* to = operands(scratch);
       for (int i = 0; i < n; i++) {
         Channels some = part_of(convs[i].co, part, parts);
         norm_backward_pixels(convs[i].norm, convs[i].co, some, r0 * ow, count * ow, to, width);
         to += some.count;
       }
-      const T* matrix = pw_t + part * widths[0] * ci;
+      const T* matrix = pw_t + part * widths[0] / kDepth<T> * ci;
       with_lanes<T>(ci, [&](auto lanes) {
-        pointwise<T, lanes>(scratch, count * ow, width, matrix, ci, ci, back, ahead);
+        pointwise<T, lanes>(operands(scratch), count * ow, width, matrix, ci, ci, back, ahead);
       });
       for (int64_t r = r0; r < r0 + count; r++) {
         const T *d = back + (r - r0) * ow * ci, *in = x.data + (parts * r + part) * x.row + part * x.pixel;

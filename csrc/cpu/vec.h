@@ -13,6 +13,24 @@ constexpr int kLanes = RFDARTS_VECTOR_BYTES / sizeof(T);
 // registers left for accumulators decide the tiles
 constexpr bool kManyRegisters = RFDARTS_VECTOR_BYTES == 64;
 
+// products of bfloat16 instead of float numbers
+#ifdef RFDARTS_BFLOAT16_PRODUCTS
+constexpr bool kBfloat16Products = true;
+#else
+constexpr bool kBfloat16Products = false;
+#endif
+// what a product takes from memory beside its weights
+template <class T>
+using Operand = std::conditional_t<kBfloat16Products && std::is_same_v<T, float>, bf16, T>;
+// how many inputs one multiplication takes
+template <class T>
+constexpr int kDepth = std::is_same_v<Operand<T>, T> ? 1 : 2;
+// scratch for as many operands as it has numbers
+template <class T>
+RF_INLINE Operand<T>* operands(T* scratch) {
+  return reinterpret_cast<Operand<T>*>(scratch);
+}
+
 // Own versions of a few std functions: a template of std instantiated here under one instruction set could be
 // the copy that the linker picks for the whole library.
 template <class I>
@@ -74,6 +92,11 @@ RF_INLINE void store(T* p, Vec<T, L> v) {
 }
 template <int L>
 RF_INLINE Vec<uint16_t, L> to_bf16(Vec<float, L> v) {
+#ifdef RFDARTS_AVX512_BF16
+  // subnormal numbers become 0
+  if constexpr (L == 16) return (Vec<uint16_t, L>)_mm512_cvtneps_pbh((__m512)v);
+  if constexpr (L == 8) return (Vec<uint16_t, L>)_mm256_cvtneps_pbh((__m256)v);
+#endif
   auto bits = reinterpret_cast<Vec<uint32_t, L>&>(v);
   // round to nearest even; a NaN keeps its upper half, with the quiet bit set so that it stays one
   auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -108,6 +131,28 @@ RF_INLINE void stream(bf16* p, Vec<float, L> v) {
   }
 #endif
   store<L>(p, v);
+}
+
+// sum += weights times kDepth consecutive operands
+template <int L, class T>
+  requires std::is_floating_point_v<T>
+RF_INLINE void multiply_add(Vec<T, L>& sum, Vec<T, L> weights, const T* operand) {
+  sum += weights * *operand;
+}
+template <int L>
+RF_INLINE void multiply_add(Vec<float, L>& sum, Vec<float, L> weights, const bf16* operand) {
+#ifdef RFDARTS_AVX512_BF16
+  int32_t pair;
+  __builtin_memcpy(&pair, operand, sizeof pair);
+  if constexpr (L == 16)
+    return void(sum = (Vec<float, L>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(pair)));
+  if constexpr (L == 8)
+    return void(sum = (Vec<float, L>)_mm256_dpbf16_ps((__m256)sum, (__m256bh)weights, (__m256bh)_mm256_set1_epi32(pair)));
+#endif
+  auto bits = reinterpret_cast<Vec<uint32_t, L>&>(weights);
+  auto low = bits << 16, high = bits & 0xffff0000u;
+  sum += reinterpret_cast<Vec<float, L>&>(low) * load<1>(operand)[0];
+  sum += reinterpret_cast<Vec<float, L>&>(high) * load<1>(operand + 1)[0];
 }
 
 template <int L, class T>

@@ -58,6 +58,7 @@ class CellOptions:
         ops: namespace of the ops, `torch.ops.rfdarts`.
         conv_weights: see `packing.cell_weights`.
         bfloat16: branch outputs are kept in bfloat16.
+        bfloat16_products: convolutions multiply in bfloat16, and `conv_weights` are packed for it.
         recompute: branch outputs are computed again in the backward.
         concat: the result is the nodes concatenated.
     """
@@ -66,12 +67,18 @@ class CellOptions:
     plan: CellPlan
     conv_weights: Tensor
     bfloat16: bool
+    bfloat16_products: bool
     recompute: bool
     concat: bool
 
     @property
     def numbers(self) -> dict[str, Any]:
-        return dict(cell=self.plan.encoded, eps=self.plan.eps, bfloat16=self.bfloat16)
+        return dict(
+            cell=self.plan.encoded,
+            eps=self.plan.eps,
+            bfloat16=self.bfloat16,
+            bfloat16_products=self.bfloat16_products,
+        )
 
 
 class CellFunction(torch.autograd.Function):
@@ -184,6 +191,7 @@ class LayerOptions:
         ops: namespace of the ops, `torch.ops.rfdarts`.
         layers: of one stride.
         conv_weights: of each layer, see `packing.layer_weights`.
+        bfloat16_products: the convolutions multiply in bfloat16, and `conv_weights` are packed for it.
         moments: running mean and variance [2, C'] of each layer in float64; empty for the batch's.
         recompute: the convolutions' outputs are computed again in the backward.
     """
@@ -191,12 +199,14 @@ class LayerOptions:
     ops: Any
     layers: list[ReLUConvBNLayer]
     conv_weights: list[Tensor]
+    bfloat16_products: bool
     moments: list[Tensor]
     recompute: bool
 
     @property
     def numbers(self) -> dict[str, Any]:
-        return dict(eps=self.layers[0].norm.eps, reduce=self.layers[0].reduce)
+        first = self.layers[0]
+        return dict(eps=first.norm.eps, reduce=first.reduce, bfloat16_products=self.bfloat16_products)
 
 
 class ReLUConvBNFunction(torch.autograd.Function):

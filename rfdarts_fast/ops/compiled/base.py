@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class CompiledBackend:
         """The memory mode that the device has for the one that was asked for."""
         raise NotImplementedError
 
+    def products_of(self, storage: torch.dtype, channels: Iterable[int]) -> bool:
+        """Whether convolutions between so many channels multiply in bfloat16."""
+        return False
+
     def mixed_cell(self, call: CellCall) -> list[Tensor]:
         """See `Backend.mixed_cell`.
 
@@ -64,12 +68,14 @@ class CompiledBackend:
             for _ in range(plan.noises)
         ]
         memory = self.memory_of(call.memory, call.inputs)
+        products = self.products_of(storage, [plan.mixed_channels])
         *nodes, moments = CellFunction.apply(
             CellOptions(
                 ops=self._ops,
                 plan=plan,
-                conv_weights=cell_weights(plan, parameters),
+                conv_weights=cell_weights(plan, parameters, products),
                 bfloat16=memory == "bfloat16" and storage == torch.float32,
+                bfloat16_products=products,
                 recompute=memory == "recompute",
                 concat=call.concat,
             ),
@@ -110,7 +116,8 @@ class CompiledBackend:
         training, pixels = first.uses_batch_statistics, first.pixels(x)
         if training and pixels == 1:
             raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
-        conv_weights = [layer_weights(layer) for layer in layers]
+        products = self.products_of(x.dtype, [x.shape[1], *(norm.num_features for norm in norms)])
+        conv_weights = [layer_weights(layer, products) for layer in layers]
         like = conv_weights[0]
         gammas = [norm.weight if norm.affine else like.new_ones(norm.num_features) for norm in norms]
         betas = [norm.bias if norm.affine else like.new_zeros(norm.num_features) for norm in norms]
@@ -118,6 +125,7 @@ class CompiledBackend:
             ops=self._ops,
             layers=layers,
             conv_weights=conv_weights,
+            bfloat16_products=products,
             moments=[] if training else [_running_moments(norm) for norm in norms],
             recompute=memory == "recompute",
         )

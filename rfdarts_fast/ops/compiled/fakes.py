@@ -80,8 +80,9 @@ class _Cell:
 
 
 def _cell_forward(
-    inputs, noise, conv_weights, gamma, beta, op_weights, edge_weights, moments, cell, eps, bfloat16, concat
-):
+    inputs, noise, conv_weights, gamma, beta, op_weights, edge_weights, moments, cell, eps, bfloat16,
+    bfloat16_products, concat,
+):  # fmt: skip
     c = _Cell(inputs, cell)
     c.expect(conv_weights, gamma, beta, op_weights, edge_weights, moments, noise)
     nodes = [_state(c.x, c.channels, c.h, c.w) for _ in range(c.shape.nodes)]
@@ -90,7 +91,9 @@ def _cell_forward(
     return nodes, whole, c.branch_outputs(bfloat16), used_moments
 
 
-def _cell_branch_outputs(inputs, nodes, conv_weights, gamma, beta, op_weights, moments, cell, eps, bfloat16):
+def _cell_branch_outputs(
+    inputs, nodes, conv_weights, gamma, beta, op_weights, moments, cell, eps, bfloat16, bfloat16_products
+):
     c = _Cell(inputs, cell)
     c.expect(conv_weights, gamma, beta, op_weights, None, moments, (), nodes)
     return c.branch_outputs(bfloat16)
@@ -98,7 +101,7 @@ def _cell_branch_outputs(inputs, nodes, conv_weights, gamma, beta, op_weights, m
 
 def _cell_backward(
     grads, grad_nodes, inputs, nodes, noise, conv_weights, gamma, beta, op_weights, edge_weights, moments,
-    branch_outputs, cell, training, eps, bfloat16, needs_input_grad,
+    branch_outputs, cell, training, eps, bfloat16, bfloat16_products, needs_input_grad,
 ):  # fmt: skip
     c = _Cell(inputs, cell)
     c.expect(conv_weights, gamma, beta, op_weights, edge_weights, moments, noise, nodes)
@@ -141,15 +144,16 @@ def _layer_outputs(x: Tensor, gammas: list[Tensor], reduce: bool) -> list[Tensor
     return [_state(x, gamma.shape[0], x.shape[2] // stride, x.shape[3] // stride) for gamma in gammas]
 
 
-def _relu_conv_bn_forward(x, conv_weights, gammas, betas, moments, eps, reduce):
+def _relu_conv_bn_forward(x, conv_weights, gammas, betas, moments, eps, reduce, bfloat16_products):
     _expect_layers(x, conv_weights, gammas, betas, moments)
     used_moments = [x.new_empty(2, gamma.shape[0], dtype=torch.float64) for gamma in gammas]
     return _layer_outputs(x, gammas, reduce), _layer_outputs(x, gammas, reduce), used_moments
 
 
 def _relu_conv_bn_backward(
-    grads, x, conv_outputs, conv_weights, gammas, betas, moments, eps, training, reduce, needs_input_grad
-):
+    grads, x, conv_outputs, conv_weights, gammas, betas, moments, eps, training, reduce, bfloat16_products,
+    needs_input_grad,
+):  # fmt: skip
     _expect_layers(x, conv_weights, gammas, betas, moments)
     for name, tensors in (("grads", grads), ("conv_outputs", conv_outputs)):
         _expect_count(name, tensors, len(conv_weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,38 +11,52 @@ from torch import Tensor, nn
 from rfdarts_fast.ops.contract import Branch, CellPlan, FrozenConvs, Op, ReLUConvBNLayer
 
 
-def cell_weights(plan: CellPlan, dtype: torch.dtype) -> Tensor:
-    """All convolutions of a cell, branch after branch, for C mixed channels. A pair is [k * k, C], then
-    [C, C] from input to output, then its transpose, and FactorizedReduce these two alone; NOR_CONV is what
-    `nor_conv` makes."""
+def cell_weights(plan: CellPlan, dtype: torch.dtype, bfloat16_products: bool = False) -> Tensor:
+    """All convolutions of a cell, branch after branch, for C mixed channels. A depthwise and a 1x1 one are
+    [k * k, C], then [C, C] from input to output, then its transpose, and FactorizedReduce these two alone;
+    NOR_CONV is what `nor_conv` makes. For products of bfloat16 each matrix [C, C] is what `pairs` makes."""
 
     def pack() -> Tensor:
-        parts = [part.reshape(-1) for branch in plan.branches() for part in _branch(branch)]
+        form = pairs if bfloat16_products else _as_it_is
+        parts = [part.reshape(-1) for branch in plan.branches() for part in _branch(branch, form)]
         # without convolutions there is no dtype to keep
         return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
 
-    return plan.frozen.packed(("compiled", None if plan.frozen.convs else dtype), pack)
+    key = "compiled", None if plan.frozen.convs else dtype, bfloat16_products
+    return plan.frozen.packed(key, pack)
 
 
 _layers: weakref.WeakKeyDictionary[nn.Module, FrozenConvs] = weakref.WeakKeyDictionary()
 
 
-def layer_weights(layer: ReLUConvBNLayer) -> Tensor:
-    """The matrix [C, C'] and its transpose."""
+def layer_weights(layer: ReLUConvBNLayer, bfloat16_products: bool = False) -> Tensor:
+    """The matrix [C, C'] and its transpose, for products of bfloat16 as `pairs` makes them."""
     frozen = _layers.get(layer.convs[0])
     if frozen is None or frozen.convs != layer.convs:
         frozen = _layers[layer.convs[0]] = FrozenConvs(layer.convs)
 
     def pack() -> Tensor:
+        form = pairs if bfloat16_products else _as_it_is
         matrix = _matrix(*layer.convs)
-        return torch.cat([matrix.reshape(-1), matrix.t().reshape(-1)])
+        return torch.cat([form(matrix).reshape(-1), form(matrix.t()).reshape(-1)])
 
-    return frozen.packed("compiled", pack)
+    return frozen.packed(("compiled", bfloat16_products), pack)
 
 
 def _matrix(*convs: nn.Conv2d) -> Tensor:
     """Convolutions as one matrix from input to output, the outputs of one beside those of the next."""
     return torch.cat([conv.weight.flatten(1) for conv in convs]).t()
+
+
+def _as_it_is(matrices: Tensor) -> Tensor:
+    return matrices
+
+
+def pairs(matrices: Tensor) -> Tensor:
+    """Matrices [..., C, C'] of float32 for products of bfloat16, C even: in each the first half of the rows is
+    [C / 2, C'] pairs of bfloat16 of two consecutive inputs, in the place of a float; the others are 0."""
+    two = matrices.bfloat16().unflatten(-2, (-1, 2)).mT.contiguous().view(torch.float32).squeeze(-1)
+    return torch.cat([two, torch.zeros_like(two)], -2)
 
 
 # Lavin and Gray, arXiv 1509.09308, section 4.1: what 3x3 weights are multiplied with from both sides
@@ -62,13 +77,14 @@ def nor_conv(conv: nn.Conv2d) -> list[Tensor]:
     return both if len(taps) == 1 else [*both, *map(winograd, both)]
 
 
-def _branch(branch: Branch) -> list[Tensor]:
+def _branch(branch: Branch, form: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """form: of matrices that are multiplied with."""
     convs = branch.convs
     if branch.op is Op.REDUCE:
-        return [_matrix(*convs), _matrix(*convs).t()]
+        return [form(_matrix(*convs)), form(_matrix(*convs).t())]
     if branch.op is Op.NOR_CONV:
-        return nor_conv(convs[0])
+        return [*map(form, nor_conv(convs[0]))]
     parts = []
     for depthwise, pointwise in zip(convs[::2], convs[1::2], strict=True):
-        parts += [_matrix(depthwise), _matrix(pointwise), _matrix(pointwise).t()]
+        parts += [_matrix(depthwise), form(_matrix(pointwise)), form(_matrix(pointwise).t())]
     return parts
