@@ -182,9 +182,9 @@ def build_options() -> dict:
 
         found = Extension(
             HARNESS,
-            [str(CSRC / "bindings/harness.cpp")],
+            [str(CSRC / "bindings/harness.cpp"), str(CSRC / "emulation/avx512_bf16.cpp")],
             include_dirs=[include, pybind11.get_include()],
-            extra_compile_args={"cxx": [*FLAGS, "-O2"]},
+            extra_compile_args={"cxx": [*FLAGS, *CPU_FLAGS]},
             language="c++",
         )
         found.optional = True

@@ -310,11 +310,11 @@ def run_bench(args: list[str]) -> None:
     if options.threads is not None:
         require_positive(options, "threads", most=4096)
         torch.set_num_threads(options.threads)
-    variants = ["eager", "eager-cl"]
+    variants = ["eager", "eager-cl", "eager-amp", "eager-cl-amp"]
     if options.compile:
         variants.append("compile")
     if backends()["cpu"].status()["built"]:
-        variants += ["fast", "recompute", "bfloat16"]
+        variants += ["fast", "recompute", "bfloat16", "amp"]
     partial = not bench.is_nasbench201(options.space)
     method = options.method or ("rf-pcdarts" if partial else "rf-darts")
     require(partial or method == "rf-darts", options, "method", f"rf-darts for {options.space}")

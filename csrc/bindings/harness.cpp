@@ -5,15 +5,24 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
 namespace rfdarts {
+extern const Kernels<float, float> table_emulated_bf16_f32;
 namespace {
+template <class T>
+const Kernels<T, T>* table_for(const std::string& isa) {
+  if constexpr (std::is_same_v<T, float>)
+    if (isa == "emulated_bf16") return &table_emulated_bf16_f32;
+  return kernels_for<T, T>(isa.c_str());
+}
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
@@ -32,8 +41,10 @@ void expect(const char* name, const Array<T>& a, const std::vector<int64_t>& sha
 template <class T>
 class Harness {
  public:
-  explicit Harness(const std::string& isa) : k_(kernels_for<T, T>(isa.c_str())) {
-    if (!k_) throw std::invalid_argument("isa: expected baseline, avx2, avx512 or avx512_bf16 if this processor has it, got " + isa);
+  explicit Harness(const std::string& isa) : k_(table_for<T>(isa)), products_(isa.ends_with("_bf16")) {
+    if (!k_)
+      throw std::invalid_argument("isa: expected emulated_bf16, or baseline, avx2, avx512 or avx512_bf16 if this"
+                                  " processor has it, got " + isa);
   }
 
   py::tuple conv_forward(const Array<T>& x, const Array<T>& depthwise, const Array<T>& pointwise, int dilation,
@@ -47,7 +58,7 @@ class Harness {
     Array<double> mean(in.c), deviation(in.c);
     std::vector<T> framed(frame.size), scratch(ScratchSize<T>::conv_forward(y.shape(1), in.c));
     k_->frame_relu(in.view(x), in.size(), frame, framed.data());
-    auto dw = repeated(depthwise, in.c, stride), pw = repeated(pointwise, in.c, stride);
+    auto dw = repeated(depthwise, in.c, stride), pw = matrix(repeated(pointwise, in.c, stride), in.c);
     Conv<T> conv{kernel, dilation, stride, dw.data(), pw.data(), nullptr};
     Ahead ahead;
     k_->conv_forward(framed.data(), frame, in.size(), conv,
@@ -71,7 +82,8 @@ class Harness {
       for (int64_t o = 0; o < c; o++) transposed[o * c + i] = pointwise.at(i, o);
     Frame frame = k_->frame({g.shape(0), g.shape(1), c}, stride);
     std::vector<T> framed(frame.size);
-    auto dw = repeated(depthwise, c, stride), pw_t = repeated(Array<T>({c, c}, transposed.data()), c, stride);
+    auto dw = repeated(depthwise, c, stride);
+    auto pw_t = matrix(repeated(Array<T>({c, c}, transposed.data()), c, stride), c);
     auto rows = repeated(coefficients, c, 1);
     Conv<T> conv{kernel, dilation, stride, dw.data(), nullptr, pw_t.data()};
     Ahead ahead;
@@ -159,7 +171,23 @@ class Harness {
       for (int64_t i = 0; i < period; i++) wide[r * period + i] = rows.data()[r * c + i % c];
     return wide;
   }
+  // [C in][C out] as the kernels read it: for products of bfloat16 in pairs
+  std::vector<T> matrix(std::vector<T> rows, int64_t c) const {
+    if (!products_) return rows;
+    if (c % kMaxLanes) throw std::invalid_argument("pointwise: expected channels in sixteens, got " + std::to_string(c));
+    std::vector<T> pairs(rows.size());
+    for (int64_t i = 0; i < c; i++)
+      for (int64_t o = 0; o < c; o++) {
+        uint32_t bits;
+        float value = rows[i * c + o];
+        std::memcpy(&bits, &value, sizeof bits);
+        uint16_t half = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        std::memcpy(reinterpret_cast<char*>(&pairs[i / 2 * c + o]) + i % 2 * sizeof half, &half, sizeof half);
+      }
+    return pairs;
+  }
   const Kernels<T, T>* k_;
+  bool products_;
 };
 
 template <class T>
@@ -196,7 +224,7 @@ PYBIND11_MODULE(_kernels, m) {
     d["isa_best"] = rfdarts::isa_best();
     return d;
   });
-  m.def("has", [](const std::string& isa) { return rfdarts::kernels_for<float, float>(isa.c_str()) != nullptr; },
+  m.def("has", [](const std::string& isa) { return rfdarts::table_for<float>(isa) != nullptr; },
         py::arg("isa"), "Whether this processor runs the kernels for an instruction set.");
   rfdarts::define<float>(m, "Float");
   rfdarts::define<double>(m, "Double");

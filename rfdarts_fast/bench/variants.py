@@ -23,14 +23,17 @@ Method = Literal["rf-darts", "rf-pcdarts"]
 VARIANTS = {
     "eager": "reference, NCHW",
     "eager-cl": "reference, channels_last",
+    "eager-amp": "reference, NCHW, autocast to bfloat16",
+    "eager-cl-amp": "reference, channels_last, autocast to bfloat16",
     "compile": "reference, torch.compile of each mixed op",
     "fast": "kernels, fast",
     "recompute": "kernels, recompute",
     "bfloat16": "kernels, bfloat16 storage",
+    "amp": "kernels, autocast to bfloat16",
 }
 
-# the others are the kernels' memory modes
-PLAIN = ("eager", "eager-cl", "compile")
+# the others are the kernels' memory modes, "amp" the default one
+PLAIN = ("eager", "eager-cl", "eager-amp", "eager-cl-amp", "compile")
 
 
 def is_nasbench201(space: str) -> bool:
@@ -70,7 +73,8 @@ def step_of(
     network = make_network(method, channels, layers, space)
     torch.manual_seed(1)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
-    if variant != "eager":
+    amp = variant.endswith("amp")
+    if variant not in ("eager", "eager-amp"):
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
     if variant == "compile":
@@ -80,12 +84,13 @@ def step_of(
     def step() -> float:
         for parameter in parameters:
             parameter.grad = None
-        loss = F.cross_entropy(network(images), labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = F.cross_entropy(network(images).float(), labels)
         loss.backward()
         return loss.item()
 
     def run() -> float:
-        choice = ("reference",) if variant in PLAIN else ("cpu", variant)
+        choice = ("reference",) if variant in PLAIN else ("cpu", "fast" if amp else variant)
         with ops.use_backend(*choice):  # type: ignore[arg-type]
             return step()
 

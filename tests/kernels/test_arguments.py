@@ -52,6 +52,7 @@ def cell_arguments(space="s4"):
         cell=plan.encoded,
         eps=1e-5,
         bfloat16=False,
+        bfloat16_products=False,
         concat=False,
     )
     return arguments
@@ -69,6 +70,7 @@ def layer_arguments():
             moments=[torch.rand(2, 4, dtype=torch.float64) for _ in layers],
             eps=1e-5,
             reduce=False,
+            bfloat16_products=False,
         )
 
 
@@ -84,7 +86,7 @@ def arguments_of(name, space="s4"):
         shared = {
             k: forward[k] for k in ("inputs", "conv_weights", "gamma", "beta", "op_weights", "cell", "eps")
         }
-        shared |= dict(nodes=nodes, moments=moments, bfloat16=False)
+        shared |= dict(nodes=nodes, moments=moments, bfloat16=False, bfloat16_products=False)
         if name == "cell_branch_outputs":
             return shared
         return shared | dict(
@@ -249,6 +251,12 @@ def test_bad_descriptions_are_refused(op, bad):
 @pytest.mark.parametrize("name", ["grad_nodes", "needs_input_grad"])
 def test_indices_are_in_range_and_differ(name, indices):
     refused("cell_backward", arguments_of("cell_backward") | {name: indices}, name)
+
+
+@pytest.mark.parametrize("op", [op for op in FAKES if op != "update_running_stats"])
+def test_products_of_bfloat16_are_refused_where_there_are_none(op):
+    # four channels are no sixteens
+    refused(op, arguments_of(op) | {"bfloat16_products": True}, "bfloat16_products")
 
 
 def described(plan):

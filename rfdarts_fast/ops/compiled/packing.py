@@ -53,8 +53,8 @@ def _as_it_is(matrices: Tensor) -> Tensor:
 
 
 def pairs(matrices: Tensor) -> Tensor:
-    """Matrices [..., C, C'] of float32 for products of bfloat16, C even: in each the first half of the rows is
-    [C / 2, C'] pairs of bfloat16 of two consecutive inputs, in the place of a float; the others are 0."""
+    """Matrices [..., C, C'] of float32 for products of bfloat16, C even: the first half of the rows of each
+    becomes [C / 2, C'] pairs of bfloat16 of two consecutive inputs, in the place of a float; the rest 0."""
     two = matrices.bfloat16().unflatten(-2, (-1, 2)).mT.contiguous().view(torch.float32).squeeze(-1)
     return torch.cat([two, torch.zeros_like(two)], -2)
 

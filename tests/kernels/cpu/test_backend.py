@@ -15,7 +15,7 @@ from tests.kernels.oracles import on
 from tests.kernels.problems import CellProblem
 
 ROOT = Path(__file__).resolve().parents[3]
-ISAS = "baseline", "avx2", "avx512"
+ISAS = "baseline", "avx2", "avx512", "avx512_bf16"
 
 
 @on("cpu")

@@ -12,6 +12,8 @@ try:
 except ImportError as error:
     pytest.skip(f"the kernels by themselves were not built ({error})", allow_module_level=True)
 
+# products of bfloat16: this processor's and emulated ones
+PRODUCTS = [("Float", isa) for isa in ("emulated_bf16", "avx512_bf16") if kernels.has(isa)]
 # float64 has one set of kernels
 CODES = [("Float", isa) for isa in ("baseline", "avx2", "avx512") if kernels.has(isa)] + [
     ("Double", "baseline")
@@ -86,6 +88,39 @@ def test_convolution(kind, isa, shape, conv):
     d = scale * g + slope * (y - mean) + shift
     leaf = torch.zeros(1, c, h, w, dtype=torch.float64, requires_grad=True)
     (truth,) = torch.autograd.grad(separable(leaf, depthwise, pointwise, dilation, stride), leaf, tensor(d))
+    run.close(dx, 2 * image(truth))
+
+
+def bfloat16(values):
+    return torch.from_numpy(np.asarray(values, np.float32)).bfloat16().double()
+
+
+@pytest.mark.parametrize(("kind", "isa"), PRODUCTS)
+@pytest.mark.parametrize("shape", [(7, 5, 16), (3, 17, 32), (9, 19, 64), (4, 8, 48)], ids=str)
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+def test_products_of_bfloat16(kind, isa, shape, conv):
+    """Both operands are rounded, and nothing else: what comes out is that of rounded ones in float64."""
+    run, (h, w, c), (kernel, dilation, stride) = Run(kind, isa), shape, conv
+    x, depthwise, pointwise = run.random(h, w, c), run.random(kernel, kernel, c), run.random(c, c)
+    # sums of few terms of few digits are exact in float32: the same number is rounded here and there
+    x, depthwise = np.round(x * 8), np.round(depthwise * 8)
+    y, mean, deviation = run.kernels.conv_forward(x, depthwise, pointwise, dilation, stride)
+    identity, weights = np.eye(c, dtype=run.dtype), bfloat16(pointwise).numpy()
+    d = bfloat16(image(separable(tensor(x).relu(), depthwise, identity, dilation, stride))).numpy()
+    truth, exact = d @ weights, image(separable(tensor(x).relu(), depthwise, pointwise, dilation, stride))
+    run.close(y, truth)
+    run.close(mean, truth.mean((0, 1)))
+    run.close(deviation, ((truth - truth.mean((0, 1))) ** 2).sum((0, 1)))
+    assert (
+        np.abs(truth - image(separable(tensor(x).relu(), depthwise, pointwise, dilation, stride))).max() > 0.1
+    )
+
+    g, y, coefficients = np.round(run.random(*y.shape) * 8), np.round(y), np.round(run.random(4, c) * 8)
+    dx = run.kernels.conv_backward(g, y, coefficients, depthwise, pointwise, dilation, stride, h, w)
+    scale, slope, mean, shift = coefficients
+    d = bfloat16(scale * g + slope * (y - mean) + shift).numpy() @ weights.T
+    leaf = torch.zeros(1, c, h, w, dtype=torch.float64, requires_grad=True)
+    (truth,) = torch.autograd.grad(separable(leaf, depthwise, identity, dilation, stride), leaf, tensor(d))
     run.close(dx, 2 * image(truth))
 
 
