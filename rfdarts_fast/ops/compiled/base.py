@@ -44,7 +44,7 @@ class CompiledBackend:
         raise NotImplementedError
 
     def products_of(self, storage: torch.dtype, channels: Iterable[int]) -> bool:
-        """Whether convolutions between so many channels multiply in bfloat16."""
+        """True if convolutions between so many channels multiply in bfloat16."""
         return False
 
     def mixed_cell(self, call: CellCall) -> list[Tensor]:

@@ -149,7 +149,7 @@ def test_other_channels_are_multiplied_in_float32(backend, channels):
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])
 @pytest.mark.parametrize("case", ["DARTS", "NAS-Bench-201"])
 def test_what_is_not_finite_stays_where_it_is(backend, case, value):
-    """It reaches no further than PyTorch's under autocast, and 3.4e38, an infinity in bfloat16, at most so far."""
+    """It reaches no further than PyTorch's under autocast; 3.4e38 is an infinity in bfloat16."""
 
     def place(x):
         x[0, :, 4, 11] = value
