@@ -183,6 +183,8 @@ class BenchOptions:
     """CPU threads (default: PyTorch's choice)."""
     compile: bool = False
     """Also torch.compile of each mixed op; its first step takes minutes."""
+    memory_budgets: tuple[float, ...] = ()
+    """Also these memory budgets in MB, see `rfdarts search --memory-budget`."""
     out: Path | None = None
     """Folder for a JSON file with the figures, the machine and its measured roofs."""
 
@@ -307,6 +309,9 @@ def run_bench(args: list[str]) -> None:
 
     options = parse_options(BenchOptions, args, "rfdarts bench")
     require_positive(options, "batch", "size", "channels", "layers", "rounds", most=65_536)
+    require(
+        all(0 <= budget < 10**9 for budget in options.memory_budgets), options, "memory_budgets", "0 or more"
+    )
     if options.threads is not None:
         require_positive(options, "threads", most=4096)
         torch.set_num_threads(options.threads)
@@ -315,6 +320,7 @@ def run_bench(args: list[str]) -> None:
         variants.append("compile")
     if backends()["cpu"].status()["built"]:
         variants += ["fast", "recompute", "bfloat16", "amp"]
+        variants += [f"{bench.BUDGET}{budget:g}" for budget in options.memory_budgets]
     partial = not bench.is_nasbench201(options.space)
     method = options.method or ("rf-pcdarts" if partial else "rf-darts")
     require(partial or method == "rf-darts", options, "method", f"rf-darts for {options.space}")

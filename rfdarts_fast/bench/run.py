@@ -16,11 +16,13 @@ import torch
 
 from rfdarts_fast.bench.roofs import machine_roofs, step_counts
 from rfdarts_fast.bench.variants import (
+    BUDGET,
     PLAIN,
     VARIANTS,
     Method,
     check_method,
     is_nasbench201,
+    label,
     resident,
     step_of,
 )
@@ -69,7 +71,8 @@ def run(
     Args:
         method: "rf-darts" or "rf-pcdarts" (K = 4).
         layers: cells; of NAS-Bench-201 those of each stage.
-        variants: keys of `VARIANTS`; "compile" takes minutes before its first step.
+        variants: keys of `VARIANTS`, "compile" takes minutes before its first step; "budget-100" is "fast"
+            with a memory budget of 100 MB.
         out: folder for a JSON file with the results, the machine, its roofs and versions.
 
     Returns:
@@ -81,7 +84,7 @@ def run(
     """
     status = backends()["cpu"].status()
     for variant in variants:
-        if variant not in VARIANTS:
+        if variant not in VARIANTS and not variant.startswith(BUDGET):
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
         if variant not in PLAIN and not status["built"]:
             raise ValueError(f"variant: {variant} needs the compiled kernels: {status['reason']}")
@@ -152,7 +155,7 @@ def table(report: dict) -> str:
         kernels = r["variant"] not in PLAIN
         moved = counts["bytes"] * (0.5 if r["variant"] in ("bfloat16", "amp") else 1) / r["seconds"] / 1e9
         lines.append(
-            f"{VARIANTS[r['variant']]:<44}{r['seconds']:>8.3f}{r['best']:>8.3f}{r['images_per_second']:>10.1f}"
+            f"{label(r['variant']):<44}{r['seconds']:>8.3f}{r['best']:>8.3f}{r['images_per_second']:>10.1f}"
             f"{speed:>7}{r['cpu_seconds']:>8.2f}{less_cpu:>7}{memory:>11}{less:>7}"
             f"{counts['flops'] / r['seconds'] / 1e9:>9.1f}" + (f"{moved:>7.1f}" if kernels else "")
         )

@@ -36,6 +36,15 @@ VARIANTS = {
 PLAIN = ("eager", "eager-cl", "eager-amp", "eager-cl-amp", "compile")
 
 
+BUDGET = "budget-"
+"""Prefix of the variant "fast" with a memory budget in MB."""
+
+
+def label(variant: str) -> str:
+    """The words for a variant in a table."""
+    return VARIANTS.get(variant) or f"kernels, fast, at most {variant.removeprefix(BUDGET)} MB kept"
+
+
 def is_nasbench201(space: str) -> bool:
     return get_space(space).family.name == "nasbench201"
 
@@ -80,6 +89,9 @@ def step_of(
     if variant == "compile":
         compile_mixed_ops(network)
     parameters = [*network.parameters(), *network.arch_parameters()]
+    choice: tuple = ("reference",) if variant in PLAIN else ("cpu", "fast" if amp else variant)
+    if variant.startswith(BUDGET):
+        choice = "cpu", "fast", ops.Budget(int(float(variant.removeprefix(BUDGET)) * 1e6))
 
     def step() -> float:
         for parameter in parameters:
@@ -90,8 +102,7 @@ def step_of(
         return loss.item()
 
     def run() -> float:
-        choice = ("reference",) if variant in PLAIN else ("cpu", "fast" if amp else variant)
-        with ops.use_backend(*choice):  # type: ignore[arg-type]
+        with ops.use_backend(*choice):
             return step()
 
     return run

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rfdarts_fast.ops import compiled as compiled
 from rfdarts_fast.ops import triton as triton
 from rfdarts_fast.ops.backend import BackendError, backend_names, use_backend
+from rfdarts_fast.ops.budget import Budget
 from rfdarts_fast.ops.contract import (
     Backend,
     CellCall,
@@ -25,6 +26,7 @@ from rfdarts_fast.ops.dispatch import concat_cell, mixed_cell, relu_conv_bns
 __all__ = [
     "Backend",
     "BackendError",
+    "Budget",
     "CellCall",
     "CellPlan",
     "EdgeModule",

@@ -325,6 +325,7 @@ class CellCall:
         training: BatchNorms use the batch's statistics.
         memory: what to keep for the backward; see `use_backend`.
         concat: the result is the nodes concatenated.
+        recompute: branch outputs are computed again in the backward, whatever `memory` keeps of them.
     """
 
     plan: CellPlan
@@ -334,6 +335,7 @@ class CellCall:
     training: bool = True
     memory: Memory = "fast"
     concat: bool = False
+    recompute: bool = False
 
     @property
     def output_size(self) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,9 @@ def relu_conv_bns(x: Tensor, layers: Sequence[ReLUConvBNLayer]) -> list[Tensor]:
         else:
             members.setdefault(backend.name, []).append(i)
     for name, indices in members.items():
-        computed = backends()[name].relu_conv_bns(x, [layers[i] for i in indices], use_backend.memory)
+        chosen = [layers[i] for i in indices]
+        memory: Memory = use_backend.memory if _keeps_layers(x, chosen) else "recompute"
+        computed = backends()[name].relu_conv_bns(x, chosen, memory)
         outputs.update(zip(indices, computed, strict=True))
     return [outputs[i] for i in range(len(layers))]
 
@@ -128,11 +131,29 @@ def _cell(
         backend = _choose(candidates, reasons, lambda: _trains_convolutions(edges))
         if backend is not None:
             assert isinstance(call, CellCall)
-            return backend.mixed_cell(call)
+            return backend.mixed_cell(call if _keeps_cell(call) else replace(call, recompute=True))
     else:
         _check_weights(edges, op_weights, edge_weights)
     nodes = reference.mixed_cell(edges, inputs, op_weights, edge_weights, _mixed_op(edges))
     return [torch.cat(nodes, dim=1)] if concat else nodes
+
+
+def _keeps_cell(call: CellCall) -> bool:
+    if use_backend.budget is None:
+        return True
+    x, (n, h, w) = call.inputs[0], call.output_size
+    outputs = sum(branch.outputs for branch in call.plan.branches())
+    half = call.memory == "bfloat16" or torch.is_autocast_enabled(x.device.type)
+    size = outputs * n * h * w * call.plan.mixed_channels * (2 if half else x.element_size())
+    return use_backend.budget.keeps(call.plan, size)
+
+
+def _keeps_layers(x: Tensor, layers: Sequence[ReLUConvBNLayer]) -> bool:
+    if use_backend.budget is None:
+        return True
+    channels = sum(layer.norm.num_features for layer in layers)
+    size = layers[0].pixels(x) * channels * x.element_size()
+    return use_backend.budget.keeps(layers[0].convs[0], size)
 
 
 def _mixed_op(edges: Sequence[EdgeModule]) -> reference.MixedOp:

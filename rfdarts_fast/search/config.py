@@ -151,6 +151,9 @@ class SearchConfig(RunConfig):
     memory: Memory = "fast"
     """Kept for the backward pass: all branch outputs, those in bfloat16 (on a GPU, use --amp bf16), or node
     states only. The reference keeps all."""
+    memory_budget: float | None = None
+    """Megabytes of these that cells may keep together: as many cells as it takes compute theirs again, with
+    the same results (default: no limit)."""
 
     amp: Literal["off", "bf16"] = "off"
     """bf16: activations in bfloat16; statistics, BatchNorm parameters and architecture weights in float32."""
@@ -172,6 +175,8 @@ class SearchConfig(RunConfig):
             self, "learning_rate_min", "learning_rate_warmup_epochs", "momentum", "weight_decay", "grad_clip",
             "arch_weight_decay", "arch_grad_clip", "arch_warmup_epochs", "validate_every", "diagnose_every",
         )  # fmt: skip
+        if self.memory_budget is not None:
+            require_not_negative(self, "memory_budget")
         require_positive(self, "diagnose_images", "diagnose_cells")
         require_not_negative(self, "cutout", most=MOST_SIDE)
         require(self.momentum < 1, self, "momentum", "less than 1")

@@ -304,7 +304,8 @@ def opened(config: SearchConfig, read_only: bool = False) -> Iterator[SearchRun]
         sizes.append(min(config.diagnose_images, sizes[1]))
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend
-    with use_backend(backend, config.memory):
+    budget = None if config.memory_budget is None else int(config.memory_budget * 1e6)
+    with use_backend(backend, config.memory, budget):
         check_network(
             lambda: build_supernet(config, source.num_classes),
             config.batch_size,

@@ -76,7 +76,7 @@ class CompiledBackend:
                 conv_weights=cell_weights(plan, parameters, products),
                 bfloat16=memory == "bfloat16" and storage == torch.float32,
                 bfloat16_products=products,
-                recompute=memory == "recompute",
+                recompute=memory == "recompute" or call.recompute,
                 concat=call.concat,
             ),
             None if call.training else plan.running_moments(),

@@ -35,7 +35,7 @@ def mixed_cell(call: CellCall) -> list[Tensor]:
         size=call.output_size,
         training=call.training,
         concat=call.concat,
-        recompute=call.memory == "recompute",
+        recompute=call.memory == "recompute" or call.recompute,
         stored=torch.bfloat16 if rounded else storage,
     )
     nodes = CellFunction.apply(options, moments, noise, gamma, beta, op_weights, edge_weights, *inputs)
