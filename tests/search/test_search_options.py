@@ -353,11 +353,12 @@ def check_diagnose_cells(lab):
 
 
 def backends(lab, **changes):
-    """The backend and its memory mode in each step."""
+    """The backend, its memory mode and the budget, if there is one, in each step."""
     seen, step = set(), SearchRun.train_step
 
     def note(self, *batch):
-        seen.add((use_backend.name, use_backend.memory))
+        limit = [] if use_backend.budget is None else [use_backend.budget.limit]
+        seen.add((use_backend.name, use_backend.memory, *limit))
         step(self, *batch)
 
     lab.monkeypatch.setattr(SearchRun, "train_step", note)
@@ -387,6 +388,10 @@ def check_cuda_graph(lab):
 
 def check_memory(lab):
     assert backends(lab, backend="reference", memory="recompute") == {("reference", "recompute")}
+
+
+def check_memory_budget(lab):
+    assert backends(lab, memory_budget=1.5) == {("auto", "fast", 1_500_000)}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SearchConfig)])
