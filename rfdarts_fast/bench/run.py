@@ -129,11 +129,14 @@ def run(
 
 
 def table(report: dict) -> str:
-    """The report as text: one line per variant, ratios against the fastest eager layout."""
+    """The report as text: one line per variant, ratios against the best eager layout: that of float32, under
+    autocast of both."""
     eager = [r for r in report["results"] if r["variant"].startswith("eager")]
-    fastest = min((r["seconds"] for r in eager), default=None)
-    least_cpu = min((r["cpu_seconds"] for r in eager), default=None)
-    smallest = min((r["memory"] for r in eager if r["memory"]), default=None)
+
+    def best(figure: str, amp: bool) -> float | None:
+        like = (r[figure] for r in eager if r[figure] and (amp or not r["variant"].endswith("amp")))
+        return min(like, default=None)
+
     roofs, counts = report["roofs"], report["counts"]
     lines = [
         f"{report['method']}, space {report['space']}, batch {report['batch']}, {report['size']}x"
@@ -147,6 +150,8 @@ def table(report: dict) -> str:
         f"{'CPU s':>8}{'ratio':>7}{'memory MB':>11}{'ratio':>7}{'GFLOP/s':>9}{'GB/s':>7}",
     ]
     for r in report["results"]:
+        amp = r["variant"].endswith("amp")
+        fastest, least_cpu, smallest = (best(name, amp) for name in ("seconds", "cpu_seconds", "memory"))
         speed = f"{fastest / r['seconds']:.1f}" if fastest else ""
         less_cpu = f"{least_cpu / r['cpu_seconds']:.1f}" if least_cpu else ""
         memory = f"{r['memory'] / 1e6:.0f}" if r["memory"] else ""
