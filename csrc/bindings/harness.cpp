@@ -20,7 +20,12 @@ namespace {
 template <class T>
 const Kernels<T, T>* table_for(const std::string& isa) {
   if constexpr (std::is_same_v<T, float>)
-    if (isa == "emulated_bf16") return &table_emulated_bf16_f32;
+    if (isa == "emulated_bf16") {
+#if defined(__x86_64__)
+      if (!kernels_for<float, float>("avx2")) return nullptr;
+#endif
+      return &table_emulated_bf16_f32;
+    }
   return kernels_for<T, T>(isa.c_str());
 }
 template <class T>
@@ -58,7 +63,7 @@ class Harness {
     Array<double> mean(in.c), deviation(in.c);
     std::vector<T> framed(frame.size), scratch(ScratchSize<T>::conv_forward(y.shape(1), in.c));
     k_->frame_relu(in.view(x), in.size(), frame, framed.data());
-    auto dw = repeated(depthwise, in.c, stride), pw = matrix(repeated(pointwise, in.c, stride), in.c);
+    auto dw = repeated(depthwise, in.c, stride), pw = repeated(matrix(pointwise.data(), in.c), in.c, stride);
     Conv<T> conv{kernel, dilation, stride, dw.data(), pw.data(), nullptr};
     Ahead ahead;
     k_->conv_forward(framed.data(), frame, in.size(), conv,
@@ -83,7 +88,7 @@ class Harness {
     Frame frame = k_->frame({g.shape(0), g.shape(1), c}, stride);
     std::vector<T> framed(frame.size);
     auto dw = repeated(depthwise, c, stride);
-    auto pw_t = matrix(repeated(Array<T>({c, c}, transposed.data()), c, stride), c);
+    auto pw_t = repeated(matrix(transposed.data(), c), c, stride);
     auto rows = repeated(coefficients, c, 1);
     Conv<T> conv{kernel, dilation, stride, dw.data(), nullptr, pw_t.data()};
     Ahead ahead;
@@ -172,17 +177,18 @@ class Harness {
     return wide;
   }
   // [C in][C out] as the kernels read it: for products of bfloat16 in pairs
-  std::vector<T> matrix(std::vector<T> rows, int64_t c) const {
-    if (!products_) return rows;
-    if (c % kMaxLanes) throw std::invalid_argument("pointwise: expected channels in sixteens, got " + std::to_string(c));
-    std::vector<T> pairs(rows.size());
+  Array<T> matrix(const T* rows, int64_t c) const {
+    if (!products_) return Array<T>({c, c}, rows);
+    if (c % 4) throw std::invalid_argument("pointwise: expected channels in fours, got " + std::to_string(c));
+    Array<T> pairs({c, c});
     for (int64_t i = 0; i < c; i++)
       for (int64_t o = 0; o < c; o++) {
         uint32_t bits;
         float value = rows[i * c + o];
         std::memcpy(&bits, &value, sizeof bits);
         uint16_t half = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        std::memcpy(reinterpret_cast<char*>(&pairs[i / 2 * c + o]) + i % 2 * sizeof half, &half, sizeof half);
+        std::memcpy(reinterpret_cast<char*>(pairs.mutable_data() + i / 2 * c + o) + i % 2 * sizeof half, &half,
+                    sizeof half);
       }
     return pairs;
   }

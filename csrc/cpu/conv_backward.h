@@ -95,7 +95,7 @@ void pointwise_flat_backward(const NormBackward<T, G, S>& norm, int64_t h, int64
                              T* framed, Ahead& ahead) {
   constexpr int L = kLanes<T>;
   Vec<T, L> weights[C];
-  unroll<C>(RF_LAMBDA(j) { weights[j] = load<L>(pw_t + j * L); });
+  unroll<C / kDepth<T>>(RF_LAMBDA(j) { weights[j] = load<L>(pw_t + j * L); });
   NormCoefficients<T, L> gradient(norm.coefficients, L);
   const G* g = norm.g;
   const S* y = norm.y;

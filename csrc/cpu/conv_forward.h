@@ -152,7 +152,7 @@ void conv_forward_flat(const T* x, Frame f, int64_t h, int64_t w, const Conv<T>&
       depthwise_flat_block<T, K, D, false>(x + f.origin + r0 * f.pitch + i, f.pitch, conv.dw, C, acc, ahead);
       fetch<L>(ahead, kBlock * C);
       Vec<T, L> weights[C];
-      unroll<C>(RF_LAMBDA(j) { weights[j] = load<L>(conv.pw + j * L); });
+      unroll<C / kDepth<T>>(RF_LAMBDA(j) { weights[j] = load<L>(conv.pw + j * L); });
       if (r0 == 0 && i == 0) {
         // the mean of the pixels at hand, as in OutputRows
         int64_t rows = least<int64_t>(kBlock, h), columns = least<int64_t>(L, row) / C;

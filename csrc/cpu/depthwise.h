@@ -12,9 +12,9 @@ RF_INLINE bool is_flat(int64_t c, int stride) {
 // f(C) with the C < lanes that divide a vector as a constant
 template <class T, class F>
 RF_INLINE void with_flat_channels(int64_t c, F&& f) {
-  // with products of bfloat16 channels come in sixteens
-  constexpr int L = kBfloat16Products ? 0 : kLanes<T>;
-  if constexpr (L > 1)
+  constexpr int L = kLanes<T>;
+  // pairs have two channels at least
+  if constexpr (L > 1 && kDepth<T> == 1)
     if (c == 1) return f(std::integral_constant<int, 1>{});
   if constexpr (L > 2)
     if (c == 2) return f(std::integral_constant<int, 2>{});

@@ -104,20 +104,28 @@ void pointwise(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w, int6
 }
 
 // Flat: C divides a vector, which holds several pixels; lane l of row i of w is w[i][l % C].
-template <int L, int C, int I, int... l>
-RF_INLINE auto channel_mask(std::integer_sequence<int, l...>) {
-  return std::integer_sequence<int, (l / C * C + I)...>{};
+// for each lane: operand i, or pair of operands, of its pixel
+template <int C, int Depth, int I, int... l>
+RF_INLINE auto operand_mask(std::integer_sequence<int, l...>) {
+  return std::integer_sequence<int, (l / C * (C / Depth) + I)...>{};
 }
-template <class T, int I, int... l>
-RF_INLINE Vec<T, kLanes<T>> permute(Vec<T, kLanes<T>> v, std::integer_sequence<int, l...>) {
+template <class V, int... l>
+RF_INLINE auto permute(V v, std::integer_sequence<int, l...>) {
   return __builtin_shufflevector(v, v, l...);
 }
 template <class T, int C>
 RF_INLINE Vec<T, kLanes<T>> pointwise_flat(Vec<T, kLanes<T>> d, const Vec<T, kLanes<T>>* w) {
-  constexpr int L = kLanes<T>;
+  constexpr int L = kLanes<T>, D = kDepth<T>;
   Vec<T, L> acc = Vec<T, L>{};
-  unroll<C>(RF_LAMBDA(i) {
-    acc += permute<T, i>(d, channel_mask<L, C, i>(std::make_integer_sequence<int, L>{})) * w[i];
-  });
+  auto lanes = std::make_integer_sequence<int, L>{};
+  if constexpr (D == 1) {
+    unroll<C>(RF_LAMBDA(i) { acc += permute(d, operand_mask<C, D, i>(lanes)) * w[i]; });
+  } else {
+    auto halves = to_bf16<L>(d);
+    auto pairs = reinterpret_cast<Vec<uint32_t, L / 2>&>(halves);
+    unroll<C / D>(RF_LAMBDA(i) {
+      multiply_pairs<L>(acc, w[i], (Vec<uint32_t, L>)permute(pairs, operand_mask<C, D, i>(lanes)));
+    });
+  }
   return acc;
 }

@@ -133,6 +133,22 @@ RF_INLINE void stream(bf16* p, Vec<float, L> v) {
   store<L>(p, v);
 }
 
+// sum += weights times pairs, both of two bfloat16 in each lane
+template <int L>
+RF_INLINE void multiply_pairs(Vec<float, L>& sum, Vec<float, L> weights, Vec<uint32_t, L> pairs) {
+#ifdef RFDARTS_AVX512_BF16
+  using V = Vec<float, L>;
+  if constexpr (L == 16) return void(sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)pairs));
+  if constexpr (L == 8) return void(sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)weights, (__m256bh)pairs));
+  if constexpr (L == 4) return void(sum = (V)_mm_dpbf16_ps((__m128)sum, (__m128bh)weights, (__m128bh)pairs));
+#endif
+  auto half = [](Vec<uint32_t, L> bits) __attribute__((always_inline)) {
+    return reinterpret_cast<Vec<float, L>&>(bits);
+  };
+  auto bits = reinterpret_cast<Vec<uint32_t, L>&>(weights);
+  sum += half(bits << 16) * half(pairs << 16);
+  sum += half(bits & 0xffff0000u) * half(pairs & 0xffff0000u);
+}
 // sum += weights times kDepth consecutive operands
 template <int L, class T>
   requires std::is_floating_point_v<T>
@@ -141,18 +157,9 @@ RF_INLINE void multiply_add(Vec<T, L>& sum, Vec<T, L> weights, const T* operand)
 }
 template <int L>
 RF_INLINE void multiply_add(Vec<float, L>& sum, Vec<float, L> weights, const bf16* operand) {
-#ifdef RFDARTS_AVX512_BF16
-  int32_t pair;
+  uint32_t pair;
   __builtin_memcpy(&pair, operand, sizeof pair);
-  if constexpr (L == 16)
-    return void(sum = (Vec<float, L>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(pair)));
-  if constexpr (L == 8)
-    return void(sum = (Vec<float, L>)_mm256_dpbf16_ps((__m256)sum, (__m256bh)weights, (__m256bh)_mm256_set1_epi32(pair)));
-#endif
-  auto bits = reinterpret_cast<Vec<uint32_t, L>&>(weights);
-  auto low = bits << 16, high = bits & 0xffff0000u;
-  sum += reinterpret_cast<Vec<float, L>&>(low) * load<1>(operand)[0];
-  sum += reinterpret_cast<Vec<float, L>&>(high) * load<1>(operand + 1)[0];
+  multiply_pairs<L>(sum, weights, pair + Vec<uint32_t, L>{});
 }
 
 template <int L, class T>

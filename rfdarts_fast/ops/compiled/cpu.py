@@ -31,7 +31,7 @@ def unavailable_reason() -> str | None:
 
 class CPUBackend(CompiledBackend):
     """float32 and float64. Under autocast, states are float32, branch outputs are kept in bfloat16, and a
-    processor with AVX512_BF16 multiplies in bfloat16 what has channels in sixteens."""
+    processor with AVX512_BF16 multiplies in bfloat16 what has channels in fours."""
 
     name = "cpu"
     priority = 20
@@ -46,7 +46,7 @@ class CPUBackend(CompiledBackend):
     def products_of(self, storage: torch.dtype, channels: Iterable[int]) -> bool:
         if storage != torch.float32 or not torch.is_autocast_enabled("cpu"):
             return False
-        return self._ops.isa() == "avx512_bf16" and all(c % 16 == 0 for c in channels)
+        return self._ops.isa() == "avx512_bf16" and all(c % 4 == 0 for c in channels)
 
     def unsupported_cell(self, call: CellCall) -> str | None:
         storage = self.storage_dtype(call.inputs[0])
