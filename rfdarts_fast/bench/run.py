@@ -146,7 +146,7 @@ def table(report: dict) -> str:
         f"roofs: {roofs['gflops']:.0f} GFLOP/s, {roofs['gbytes']:.1f} GB/s; mixed ops alone: "
         f"{counts['flops'] / 1e9:.1f} GFLOP = {counts['flops'] / roofs['gflops'] / 1e9:.3f} s, "
         f"{counts['bytes'] / 1e9:.2f} GB branch outputs = {counts['bytes'] / roofs['gbytes'] / 1e9:.3f} s",
-        f"{'variant':<44}{'step s':>8}{'best':>8}{'images/s':>10}{'ratio':>7}"
+        f"{'variant':<48}{'step s':>8}{'best':>8}{'images/s':>10}{'ratio':>7}"
         f"{'CPU s':>8}{'ratio':>7}{'memory MB':>11}{'ratio':>7}{'GFLOP/s':>9}{'GB/s':>7}",
     ]
     for r in report["results"]:
@@ -160,7 +160,7 @@ def table(report: dict) -> str:
         kernels = r["variant"] not in PLAIN
         moved = counts["bytes"] * (0.5 if r["variant"] in ("bfloat16", "amp") else 1) / r["seconds"] / 1e9
         lines.append(
-            f"{label(r['variant']):<44}{r['seconds']:>8.3f}{r['best']:>8.3f}{r['images_per_second']:>10.1f}"
+            f"{label(r['variant']):<48}{r['seconds']:>8.3f}{r['best']:>8.3f}{r['images_per_second']:>10.1f}"
             f"{speed:>7}{r['cpu_seconds']:>8.2f}{less_cpu:>7}{memory:>11}{less:>7}"
             f"{counts['flops'] / r['seconds'] / 1e9:>9.1f}" + (f"{moved:>7.1f}" if kernels else "")
         )
