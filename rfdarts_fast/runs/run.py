@@ -22,6 +22,7 @@ from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import restoring, rng_state, set_rng_state
 from rfdarts_fast.runs.config import ConfigError, RunConfig
 from rfdarts_fast.runs.files import WriteError, write_text
+from rfdarts_fast.runs.graph import CaptureError
 from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.runs.progress import EventWriter, Progress
 from rfdarts_fast.runs.run_folder import LAST, RunFolder
@@ -224,7 +225,7 @@ class Run(ABC):
 
         Raises:
             Stopped: after SIGTERM or SIGINT, with the state saved.
-            RunFailed: if the disk, memory or the loss does not allow to go on.
+            RunFailed: if the disk, memory, the loss or a failed CUDA graph does not allow to go on.
         """
         steps = len(self.batches)
         progress = Progress(self.epochs * steps, self.epoch * steps + self.step, self.label)
@@ -276,7 +277,12 @@ class Run(ABC):
     def _run_epoch(self, stop: StopRequest, progress: Progress) -> None:
         saved = before = time.monotonic()
         for images, labels in self.batches.epoch(self.epoch, self.step):
-            self.train_step(images, labels)
+            try:
+                self.train_step(images, labels)
+            except CaptureError as error:
+                self.save()
+                kept = f"{self._kept()}, with --cuda-graph off"
+                raise RunFailed(f"cuda-graph: {in_one_line(error)}; {kept}") from None
             self.step += 1
             now = time.monotonic()
             self.seconds += now - before
@@ -290,7 +296,7 @@ class Run(ABC):
                 saved = time.monotonic()
             before = time.monotonic()
         if self.batches.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.batches.device)
             self.seconds += time.monotonic() - before
         loss = self.meter.result()["loss"]
         if loss is not None and not math.isfinite(loss):

@@ -127,7 +127,7 @@ class SearchRun(Run):
         self.architect = Architect(self.network, self.weight_optimizer, config.order, config.amp == "bf16")
         self._graph: GraphedStep | None = None
         if graphed:
-            self._graph = GraphedStep(self._compute, Recorder(), required=config.cuda_graph == "on")
+            self._graph = GraphedStep(self._compute, Recorder(device), required=config.cuda_graph == "on")
         self.resume()
         self._val_stream = self.val_batches.stream(self.val_position)
 

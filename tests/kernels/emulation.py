@@ -117,7 +117,7 @@ class EmulatedBackend(cuda.CUDABackend):
     devices = frozenset({"cpu"})
 
     def unsupported_cell(self, call):
-        return cuda.unsupported_anywhere(call)
+        return cuda.unsupported_anywhere(call) or self.misfit(call, 0)
 
     def unsupported_layer(self, x, layer):
         return cuda.unsupported_layer_anywhere(x, layer)

@@ -10,7 +10,7 @@ from rfdarts_fast.ops import backends
 from tests.kernels.emulation import CSRC, find_nvcc, resource_usage
 
 STRICT = ["-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror", "-Werror", "all-warnings"]
-ARCHS = ("80", "90", "100")
+ARCHS = ("80", "90", "100", "120")
 
 
 @pytest.fixture(scope="module")
