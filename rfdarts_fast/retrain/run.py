@@ -229,7 +229,7 @@ def opened(config: TrainConfig, read_only: bool = False) -> Iterator[TrainRun]:
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
-    choose_device(config.device)
+    device = choose_device(config.device)
     genotype = read_genotype(config.genotype)
     source = load_data(config)
     source.require_test()
@@ -239,6 +239,7 @@ def opened(config: TrainConfig, read_only: bool = False) -> Iterator[TrainRun]:
         config.batch_size,
         [len(source.train)],
         source.image_size,
+        device,
     )
     config = dataclasses.replace(config, image_size=source.image_size, genotype=str(genotype))
     with RunFolder(config.out, "train", config, fingerprint(source), read_only) as folder:

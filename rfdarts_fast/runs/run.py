@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rfdarts_fast.data import Batches, DataSource, load
-from rfdarts_fast.ops import BackendError, use_backend
+from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import restoring, rng_state, set_rng_state
 from rfdarts_fast.runs.config import ConfigError, RunConfig
@@ -64,12 +64,18 @@ def place(network: Network, config: RunConfig, device: torch.device) -> Network:
 
 @torch.no_grad()
 def check_network(
-    build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
+    build: Callable[[], nn.Module],
+    batch_size: int,
+    set_sizes: Sequence[int],
+    image_size: int,
+    device: torch.device,
 ) -> None:
-    """ConfigError unless the network can train on sets of these sizes; tried on a copy, on the CPU."""
-    # a backend asked for by name has to be able to run, too
-    with use_backend("reference" if use_backend.name == "auto" else use_backend.name):
+    """ConfigError unless the network can train on sets of these sizes, tried on a copy, on the CPU; BackendError
+    if a backend was asked for by name that cannot run on the device."""
+    with use_backend("reference"):
         _try_network(build, batch_size, set_sizes, image_size)
+    if use_backend.name not in ("auto", "reference"):
+        build().to(device)(torch.zeros(2, 3, image_size, image_size, device=device))
 
 
 def _try_network(
@@ -81,8 +87,6 @@ def _try_network(
         raise ConfigError(str(error)) from None
     try:
         network(torch.zeros(2, 3, image_size, image_size))
-    except BackendError:
-        raise
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"image_size: expected a size that fits the network's reductions, got {image_size}: "

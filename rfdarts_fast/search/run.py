@@ -310,6 +310,7 @@ def opened(config: SearchConfig, read_only: bool = False) -> Iterator[SearchRun]
             config.batch_size,
             sizes,
             source.image_size,
+            device,
         )
         config = dataclasses.replace(config, image_size=source.image_size)
         data = fingerprint(source, dict(zip(("weights", "architecture"), parts, strict=True)))
