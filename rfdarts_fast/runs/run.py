@@ -70,8 +70,8 @@ def check_network(
     image_size: int,
     device: torch.device,
 ) -> None:
-    """ConfigError unless the network can train on sets of these sizes, tried on a copy, on the CPU; BackendError
-    if a backend was asked for by name that cannot run on the device."""
+    """ConfigError unless the network can train on sets of these sizes, tried on a copy, on the CPU;
+    BackendError if a backend was asked for by name that cannot run on the device."""
     with use_backend("reference"):
         _try_network(build, batch_size, set_sizes, image_size)
     if use_backend.name not in ("auto", "reference"):
