@@ -116,6 +116,16 @@ def test_a_process_that_cannot_be_killed_is_left(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["next"]["state"] == "passed"
 
 
+def test_time_runs_out(tmp_path, monkeypatch):
+    """However long the stages might take."""
+    monkeypatch.setattr(gpu_check, "PATIENCE", 1)
+    began = time.monotonic()
+    assert check([fake(name, HANG, limit=600, least=2) for name in "abc"], tmp_path, 6) == 1
+    assert time.monotonic() - began < 10
+    states = [outcome["state"] for outcome in json.loads((tmp_path / "summary.json").read_text()).values()]
+    assert states == ["stopped", "left out", "left out"]
+
+
 def test_statuses(tmp_path):
     good, late = fake("good", "pass"), fake("late", "pass", limit=10**4, least=10**4)
     assert check([good], tmp_path, 60) == 0

@@ -36,36 +36,38 @@ class Recorder:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        graph, began = torch.cuda.CUDAGraph(), False
+        graph = torch.cuda.CUDAGraph()
         # what is captured is the current device's work
         with torch.cuda.device(self._device), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            before = torch.cuda.current_stream()
-            try:
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    began = True
-                    work()
-            except Exception as error:
-                # torch leaves its own one current where the capture cannot be ended
-                torch.cuda.set_stream(before)
-                if not began:
-                    raise
-                raise CaptureError(f"the step cannot be captured: {_first_cause(error)}") from error
-        texts = [str(warning.message) for warning in caught]
-        if any(_EMPTY in text for text in texts):
+            self._capture(graph, work)
+        if any(_EMPTY in str(warning.message) for warning in caught):
             raise RuntimeError(f"the recorded step holds no work for {self._device}")
         for warning in caught:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return graph.replay
 
-
-def _first_cause(error: BaseException) -> str:
-    """The first line of the error that came first; ending a failed capture raises others."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], None]) -> None:
+        began, cause, before = False, None, torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                began = True
+                try:
+                    work()
+                except Exception as error:
+                    # ending the capture raises another one
+                    cause = error
+                    raise
+        except Exception as error:
+            # torch leaves its own one current where the capture cannot be ended
+            torch.cuda.set_stream(before)
+            if not began:
+                raise
+            cause = cause or error
+            text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            raise CaptureError(f"the step cannot be captured: {text}") from cause
 
 
 class GraphedStep:

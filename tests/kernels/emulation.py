@@ -117,10 +117,10 @@ class EmulatedBackend(cuda.CUDABackend):
     devices = frozenset({"cpu"})
 
     def unsupported_cell(self, call):
-        return cuda.unsupported_anywhere(call) or self.misfit(call, 0)
+        return self._ops.cuda_missing(0) or cuda.unsupported_anywhere(call) or self.misfit(call, 0)
 
     def unsupported_layer(self, x, layer):
-        return cuda.unsupported_layer_anywhere(x, layer)
+        return self._ops.cuda_missing(0) or cuda.unsupported_layer_anywhere(x, layer)
 
 
 class EmulatedKernels(Kernels):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rfdarts_fast.ops import BackendError, contract, use_backend
-from rfdarts_fast.ops.dispatch import mixed_cell
+from rfdarts_fast.ops.dispatch import mixed_cell, relu_conv_bns
 from tests.kernels.problems import CellProblem, LayerProblem
 from tests.kernels.tolerances import assert_as_good_as_torch
 
@@ -136,12 +136,29 @@ def test_a_card_without_code_for_it(kernels):
     assert missing(2) == "there is no CUDA device 2"
     # asking leaves the first device current, and no error behind
     assert kernels.ops.last_error() == 0
-    problem = CellProblem((1, 2, 2), F32, nodes=1)
-    problem.run(kernels)
+    edges, inputs, weights = CellProblem((1, 2, 2), F32, nodes=1).leaves(kernels)
+    call = kernels.call(list(edges), inputs, *weights)
+    kernels.backend.mixed_cell(call)
     kernels.ops.emulate(card("A100", image=False))
     with pytest.raises(RuntimeError, match="CUDA: launch: no kernel image"):
-        problem.run(kernels)
+        kernels.backend.mixed_cell(call)
     assert kernels.ops.last_error() == 0
+
+
+def test_a_card_without_code_goes_to_the_next_backend(kernels, monkeypatch):
+    kernels.ops.emulate(card("A100", image=False))
+    monkeypatch.setattr(contract, "_backends", {kernels.name: kernels.backend})
+    problem = CellProblem((1, 2, 2), F64, nodes=1)
+    layer = LayerProblem((1, 2, 2), F64)
+    arguments = list(problem.module), problem.inputs, *problem.weights.values()
+    with pytest.warns(RuntimeWarning, match=r"reference: the CUDA kernels were built for .* has 8\.0"):
+        [found] = mixed_cell(*arguments)
+    relu_conv_bns(*layer.inputs, [part.layer() for part in layer.module])
+    with use_backend("reference"):
+        [expected] = mixed_cell(*arguments)
+    torch.testing.assert_close(found, expected)
+    with use_backend(kernels.name), pytest.raises(BackendError, match="were built for"):
+        mixed_cell(*arguments)
 
 
 def test_each_device_is_asked_once(monkeypatch):
