@@ -128,6 +128,8 @@ def run(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
             found["figures"] = json.loads(figures.read_text())
         except ValueError as error:
             found |= {"state": FAILED, "why": f"{figures.name}: {error}"}
+    else:
+        write(figures, json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -171,7 +173,10 @@ def summary(outcomes: dict[str, dict[str, Any]], seconds: float) -> str:
     lines += ["", ", ".join(f"{name} {machine[name]}" for name in told if name in machine), ""]
     lines += step_table([row for f in figures for row in f.get("steps", [])])
     largest = [row for f in figures for row in f.get("largest", [])]
-    lines += [f"- largest batch, {row['network']}, {row['variant']}: {row['batch']}" for row in largest]
+    lines += [
+        f"- largest batch, {row['network']}, {row['variant']}: {row.get('batch', row.get('error'))}"
+        for row in largest
+    ]
     lines += ["", "| stage | | s | log |", "| --- | --- | --- | --- |"]
     lines += [
         f"| {name} | {o['state']} | {o.get('seconds', '')} | {o.get('log', '')} |"

@@ -80,6 +80,8 @@ def test_every_outcome_is_told(rehearsed):
 
 def test_a_failure_takes_no_figures_with_it(rehearsed):
     folder, _, _ = rehearsed
+    for name in ("steps-kernels", "steps-eager", "tests", "racecheck", "memcheck", "last"):
+        assert isinstance(json.loads((folder / f"{name}.json").read_text()), dict)
     outcomes = json.loads((folder / "summary.json").read_text())
     assert outcomes["steps eager"]["figures"]["steps"][0]["ms"] == 3.0
     text = (folder / "summary.md").read_text()
@@ -155,6 +157,16 @@ def test_the_stages(quick):
         if stage.name in checked:
             assert stage.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     assert all(stage.least <= stage.limit for stage in stages)
+
+
+def test_a_summary_of_errors():
+    """What failed has no number to show."""
+    steps = [{"network": "RF", "batch": 64, "variant": "kernels", "error": "out of memory"}]
+    largest = [{"network": "RF", "variant": "kernels", "error": "RuntimeError: CUDA error"}]
+    figures = {"machine": {"error": "x"}, "steps": steps, "largest": largest}
+    text = gpu_check.summary({"a": {"state": "failed", "figures": figures}}, 1.0)
+    assert "| RF | 64 | out of memory |  |" in text
+    assert "- largest batch, RF, kernels: RuntimeError: CUDA error" in text
 
 
 def test_the_commands_are_understood(monkeypatch, tmp_path):
