@@ -39,6 +39,10 @@ if _not_loaded is None:
         importlib.import_module("rfdarts_fast.ops._cuda")
     except ImportError as error:
         _not_loaded = f"the CUDA kernels were not built or do not load ({error})"
+    else:
+        # what asks a device came last
+        if not hasattr(torch.ops.rfdarts, "cell_misfit"):
+            _not_loaded = "the CUDA kernels are another version's: build them again"
 
 
 @functools.cache

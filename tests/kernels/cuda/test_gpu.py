@@ -77,7 +77,6 @@ def test_every_device_runs_the_kernels_or_says_why():
         reason = cuda.unavailable_reason(device)
         major, minor = torch.cuda.get_device_capability(device)
         assert reason is None or f"has {major}.{minor}" in reason
-        assert (reason is None) or major < 8 or "PTX" not in torch.ops.rfdarts.cuda_archs()
     count = torch.cuda.device_count()
     assert torch.ops.rfdarts.cuda_missing(count) == f"there is no CUDA device {count}"
 
