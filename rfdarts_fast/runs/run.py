@@ -8,6 +8,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +43,12 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """While it is entered, a CUDA device is the current one: memory is pinned and graphs are captured for
+    this, and nothing is made on the first device meanwhile."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def load_data(config: RunConfig) -> DataSource:

@@ -31,6 +31,7 @@ from rfdarts_fast.runs.run import (
     choose_device,
     evaluate,
     load_data,
+    on_device,
     place,
     seed_everything,
 )
@@ -304,7 +305,7 @@ def opened(config: SearchConfig, read_only: bool = False) -> Iterator[SearchRun]
         sizes.append(min(config.diagnose_images, sizes[1]))
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend
-    with use_backend(backend, config.memory):
+    with on_device(device), use_backend(backend, config.memory):
         check_network(
             lambda: build_supernet(config, source.num_classes),
             config.batch_size,

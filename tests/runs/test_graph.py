@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 
+from rfdarts_fast.retrain import run as retrain_run
+from rfdarts_fast.retrain import train
 from rfdarts_fast.runs.graph import CaptureError, GraphedStep, Recorder
-from rfdarts_fast.runs.run import RunFailed
+from rfdarts_fast.runs.run import RunFailed, on_device
 from rfdarts_fast.search import run as search_run
 from rfdarts_fast.search import search
 
@@ -126,6 +128,35 @@ def test_a_step_is_captured_on_its_own_device(devices):
     record(lambda: devices.launch(1))
     assert devices.captures == [(1, "stream of cuda:1", "thread_local")]
     assert devices.current == 0
+
+
+@pytest.mark.parametrize("command", ["search", "train"])
+def test_a_run_has_its_device_for_the_current_one(command, devices, tiny_search, tiny_train, monkeypatch):
+    """On the CPU here, but for what says which device is current."""
+    module = {"search": search_run, "train": retrain_run}[command]
+    steps, second = [], lambda _: devices.device(torch.device("cuda:1"))
+    monkeypatch.setattr(module, "on_device", second)
+    run_class = getattr(module, f"{command.capitalize()}Run")
+    step = run_class.train_step
+
+    def train_step(*arguments):
+        steps.append(devices.current)
+        step(*arguments)
+
+    monkeypatch.setattr(run_class, "train_step", train_step)
+    if command == "search":
+        search(tiny_search(epochs=1))
+    else:
+        train(tiny_train(epochs=1, genotype="DARTS_V2"))
+    assert set(steps) == {1}
+    assert devices.current == 0
+
+
+def test_which_device_is_current(devices):
+    with on_device(torch.device("cuda:1")):
+        assert devices.current == 1
+    with on_device(torch.device("cpu")):
+        assert devices.current == 0
 
 
 def test_a_graph_without_work_is_refused(devices):
