@@ -32,12 +32,17 @@ def compiler():
     return shutil.which("g++")
 
 
+def setup_options():
+    """setup.py as a module, anew."""
+    spec = importlib.util.spec_from_file_location("setup_options", CSRC.parent / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def find_nvcc():
     """By setup.py's own rules."""
-    spec = importlib.util.spec_from_file_location("setup_options", CSRC.parent / "setup.py")
-    setup_options = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup_options)
-    return setup_options.find_nvcc()
+    return setup_options().find_nvcc()
 
 
 def find_cuobjdump():

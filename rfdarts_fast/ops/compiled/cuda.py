@@ -58,6 +58,8 @@ class _Ops:
         self._ops = ops
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(name)
         op = getattr(self._ops, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
