@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch torchvision
 VENV ?= .venv
 RUN ?= runs/quick
+OUT ?= runs/gpu_check
 
 BIN := $(VENV)/bin
 TORCH_READY := $(VENV)/torch-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
@@ -53,6 +54,6 @@ docs: install
 clean:
 	rm -rf $(VENV) build site *.egg-info rfdarts_fast/ops/*.so
 
-# on a machine with a GPU: builds, tests, sanitizes and measures into benchmarks/results/gpu_check.json
+# on a machine with a GPU: builds, tests, measures and sanitizes into OUT; GPU_CHECK=--quick takes two minutes
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(GPU_CHECK)

@@ -7,6 +7,7 @@ wherever nvcc is, whatever torch's own build, for the architectures of TORCH_CUD
 A wheel for every Python needs the harness off: pybind11 builds for one.
 """
 
+import functools
 import importlib.util
 import os
 import platform
@@ -27,8 +28,9 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"
 # no debugging symbols: they are most of what the compiler would write
 FLAGS = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"]
 CPU_FLAGS = ["-O2", "-fvect-cost-model=dynamic", "-ffp-contract=fast"]
-# A100, H100, B200 and, through PTX, what comes after
-ARCHS = "8.0;9.0;10.0+PTX"
+# A100, whose code 8.6 and 8.9 run too (RTX 30 and 40, A10, L4, L40); H100; B200; RTX 50. The last one also as
+# PTX, for what comes after
+ARCHS = "8.0 9.0 10.0 12.0"
 
 
 def missing() -> str | None:
@@ -76,9 +78,16 @@ def harness_missing(cpu: bool) -> str | None:
     return None
 
 
+@functools.cache
 def archs() -> list[str]:
-    """Entries such as 9.0, 9.0a or 10.0+PTX."""
-    entries = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHS)
+    """Entries such as 9.0, 9.0a or 10.0+PTX: those that were asked for, or of ARCHS those that nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not asked:
+        command = [str(find_nvcc()), "--list-gpu-arch"]
+        known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        asked = " ".join(arch for arch in ARCHS.split() if f"compute_{arch.replace('.', '')}" in known)
+        asked += "+PTX"
+    entries = re.split(r"[;, ]+", asked)
     for entry in entries:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 10.0+PTX, got {entry!r}")

@@ -1,8 +1,11 @@
-"""One command for a machine with a GPU: build, test, sanitize, measure; one JSON. Ends inside nine minutes.
+"""One command for a machine with a GPU: build, test, measure, sanitize, inside nine minutes whatever fails.
 
-    python -m benchmarks.gpu_check [--out benchmarks/results/gpu_check.json] [--only STAGE ...]
+    python -m benchmarks.gpu_check [--out DIR] [--quick] [--only STAGE ...]
 
-What does not fit in the time is left out and named in the JSON. `--device cpu --quick` tries the script.
+Each stage (gpu_stages.py) is a process with a time limit. DIR gets its whole output, NAME.log, its figures,
+NAME.json, written as they come, and after every stage summary.json and summary.md, one page. What there is no
+time for is left out and named. Exit status: 0 all stages passed, 1 one failed, 2 one was left out, 3 there is
+no GPU, or nothing is built for it. `--quick` takes two minutes; `--device cpu` tries the script itself.
 """
 
 from __future__ import annotations
@@ -10,198 +13,223 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.gpu_steps import NETWORKS, kernel_times, largest_batch, roofs, time_steps
-from rfdarts_fast.runs.environment import environment, version_of
-
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 8.5 * 60
-# a stage is not begun with less time left than this
-LEAST = {"tests": 60, "memcheck": 40, "racecheck": 40, "roofs": 10, "kernels": 20, "step": 25, "compile": 60}
-LEAST |= {"largest": 45, "triton": 60}
-# and none of these takes more
-MOST = {"tests": 150, "memcheck": 75, "racecheck": 75, "compile": 150, "triton": 150}
-COMPILED = ("RF-PCDARTS", "RF-DARTS")
-# of the tests of the Triton backend, those that compile least
-TRITON_TESTS = ("tests/kernels/triton/test_cells.py", "-k", "same_dtype or tuned")
+# whether a stage passed, and why not
+PASSED, FAILED, STOPPED, LEFT_OUT = "passed", "failed", "stopped", "left out"
+# seconds for a killed process to end; one that hangs in its driver never does
+PATIENCE = 5
+# what the line of a log that says most looks like, the most telling first
+TELLING = [
+    r"^========= (Invalid|Error|Program hit|.*(race|Race|uninitialized|Uninitialized|divergent|Barrier))",
+    r"^E  +\S",
+    r"^\w*(Error|Exception|Interrupt)\b.*",
+    r"(?i)\b(error|failed|fatal)\b",
+]
 
 
-def begin(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    """In a process group of its own, so that `stop` reaches what it starts."""
-    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True, **pipe
-    )
+@dataclass(frozen=True)
+class Stage:
+    """A process of the check.
+
+    Attributes:
+        command: its arguments; `{json}` stands for the file that its figures go to.
+        limit: seconds after which it is stopped.
+        least: it is left out where fewer seconds are left.
+        needed: without it no other stage has a meaning.
+        environment: variables besides those that are there.
+    """
+
+    name: str
+    command: Sequence[str]
+    limit: float
+    least: float = 10
+    needed: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file_name(self) -> str:
+        return re.sub(r"[^A-Za-z0-9=]+", "-", self.name).strip("-")
 
 
-def stop(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
+def write(path: Path, text: str) -> None:
+    """Under another name first: whoever is killed meanwhile leaves what was there."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def begin(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that `stop` reaches what it starts."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process and what it has started."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
 
 
-def run(command: list[str], seconds: float, **environment: str) -> dict[str, Any]:
+def telling_line(log: Path) -> str:
+    """The first line of a log that names an error, or else its last."""
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    for pattern in TELLING:
+        for line in lines:
+            if re.search(pattern, line):
+                return line[:300]
+    return lines[-1][:300] if lines else "no output"
+
+
+def run(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
+    """Runs a stage for at most so many seconds; returns its outcome and figures."""
+    log, figures = folder / f"{stage.file_name}.log", folder / f"{stage.file_name}.json"
+    log.unlink(missing_ok=True)
+    figures.unlink(missing_ok=True)
+    command = [str(figures) if part == "{json}" else part for part in stage.command]
+    found: dict[str, Any] = {"state": FAILED, "command": command, "log": log.name, "limit": round(seconds)}
     began = time.monotonic()
-    process = begin(command, **environment)
     try:
-        output, code = process.communicate(timeout=seconds)[0], process.returncode
-    except subprocess.TimeoutExpired:
-        stop(process)
-        output, code = f"stopped after {seconds:.0f} s", 124
-    return {"exit": code, "seconds": round(time.monotonic() - began, 1), "tail": output[-3000:]}
-
-
-def module(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", *arguments]
-
-
-def versions(device: str) -> dict[str, Any]:
-    found = {**environment(), "cuda": torch.version.cuda, "triton": version_of("triton")}
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = run(query, 20)["tail"].strip()
-        found["memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        process = begin(command, log, stage.environment)
+        try:
+            found["exit"] = process.wait(seconds)
+            found["state"] = FAILED if found["exit"] else PASSED
+        except subprocess.TimeoutExpired:
+            found["state"] = STOPPED
+        finally:
+            stop(process)
+    except OSError as error:
+        log.write_text(f"{error}\n")
+    found["seconds"] = round(time.monotonic() - began, 1)
+    if found["state"] != PASSED:
+        found["why"] = telling_line(log)
+    if figures.is_file():
+        try:
+            found["figures"] = json.loads(figures.read_text())
+        except ValueError as error:
+            found |= {"state": FAILED, "why": f"{figures.name}: {error}"}
+    else:
+        write(figures, json.dumps(found, indent=1) + "\n")
     return found
 
 
-def build(seconds: float) -> dict[str, Any]:
-    """Only for the device that is here."""
-    major, minor = torch.cuda.get_device_capability()
-    options = {"RFDARTS_BUILD_CUDA": "required", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
-    return run([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, **options)
-
-
-def sanitize(tool: str, seconds: float) -> dict[str, Any] | str:
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(sanitizer).is_file():
-        return "compute-sanitizer is not installed"
-    # torch's own kernels would take most of the time
-    options = ["--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=rfdarts"]
-    options += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    return run([sanitizer, *options, *module("benchmarks.gpu_check", "--small-case")], seconds)
-
-
-def small_case() -> None:
-    """For compute-sanitizer: both strides, partial channels, tensor cores, preprocessing; with gradients."""
-    from rfdarts_fast.ops import backends
-    from tests.kernels.oracles import GPUKernels
-    from tests.kernels.problems import CellProblem, LayerProblem
-
-    kernels = GPUKernels(backends()["cuda"], "cuda")
-    for dtype in (torch.float32, torch.bfloat16):
-        CellProblem((1, 10, 18), dtype, channels=16, nodes=1).run(kernels)
-        CellProblem((1, 10, 18), dtype, channels=32, nodes=1, stride=2, K=4).run(kernels)
-        for reduce in (False, True):
-            LayerProblem((2, 10, 18), dtype, channels=(80, 96), reduce=reduce).run(kernels)
-
-
-def compiled(name: str, quick: bool, device: str, mode: str, variant: str = "compile") -> list[str]:
-    """What times a compiled step, in a process of its own: one that takes too long can be stopped."""
-    command = module("benchmarks.gpu_steps", name, "2" if quick else "256", variant)
-    return [*command, "--mode", mode, "--device", device, *(["--quick"] if quick else [])]
-
-
-def compile_times(command: list[str], seconds: float) -> dict[str, Any] | str:
-    done = run(command, seconds)
-    return (
-        done if done["exit"] else {"command": command[2:], "step": json.loads(done["tail"].splitlines()[-1])}
-    )
-
-
-def cases(quick: bool) -> list[tuple[str, int]]:
-    """Steps to time, the most telling first."""
-    if quick:
-        return [(name, 2) for name in NETWORKS]
-    small = [(name, batch) for batch in (256, 64, 1024) for name in ("RF-DARTS", "RF-PCDARTS")]
-    large = [(name, 256) for name in NETWORKS if "ImageNet" in name]
-    return [*small[:4], *large, *small[4:]]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu_check.json")
-    parser.add_argument("--only", nargs="+", help="stages whose names begin so")
-    parser.add_argument("--compile-mode", default="default", help="of torch.compile")
-    parser.add_argument("--seconds", type=float, default=SECONDS)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="two cells, batch 2")
-    parser.add_argument("--small-case", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--built", type=float, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    # the seconds that building took, in the process before this one
-    device, quick, began = options.device, options.quick, time.monotonic() - (options.built or 0)
-
-    def left() -> float:
-        return max(options.seconds - (time.monotonic() - began), 1.0)
-
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("gpu-check: there is no CUDA device")
-    if options.small_case:
-        return small_case()
-    if device == "cuda" and options.built is None:
-        result = build(left())
-        print(f"build: exit {result['exit']}, {result['seconds']} s", flush=True)
-        if result["exit"]:
-            sys.exit(result["tail"])
-        # this process has not loaded what was just built
-        again = module("benchmarks.gpu_check", *sys.argv[1:], "--built", str(result["seconds"]))
-        os.execv(sys.executable, again)
-    report: dict[str, Any] = {**versions(device), "build_s": options.built, "left_out": []}
-
-    def stage(name: str, work: Callable[[float], Any]) -> None:
-        """Runs a part if there is time; writes the report after each, so that none is lost."""
-        if options.only and not name.startswith(tuple(options.only)):
-            return
-        kind = name.split()[0]
-        if left() < LEAST[kind]:
-            report["left_out"].append(name)
+def check(stages: Sequence[Stage], folder: Path, seconds: float) -> int:
+    """Runs the stages one after the other, within so many seconds; returns the exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    began, outcomes = time.monotonic(), {}
+    for stage in stages:
+        # a process that has to be killed may take its time
+        left = seconds - (time.monotonic() - began) - PATIENCE
+        if left < min(stage.least, stage.limit):
+            outcome = {"state": LEFT_OUT, "why": f"{max(left, 0):.0f} s were left"}
         else:
-            try:
-                report[name] = work(min(left(), MOST.get(kind, left())))
-            except Exception as error:  # a stage that breaks must not take the others with it
-                report[name] = f"failed: {type(error).__name__}: {error}"
-        report["seconds"] = round(time.monotonic() - began, 1)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"{name}: {json.dumps(report.get(name, 'left out'))[-300:]}", flush=True)
+            outcome = run(stage, folder, min(stage.limit, left))
+        outcomes[stage.name] = outcome
+        write(folder / "summary.json", json.dumps(outcomes, indent=1) + "\n")
+        write(folder / "summary.md", summary(outcomes, time.monotonic() - began))
+        print(f"{stage.name}: {outcome['state']}{_reason(outcome)}", flush=True)
+        if stage.needed and outcome["state"] != PASSED:
+            return 3
+    states = {outcome["state"] for outcome in outcomes.values()}
+    return 1 if states & {FAILED, STOPPED} else 2 if LEFT_OUT in states else 0
 
-    steps = {name: compiled(name, quick, device, options.compile_mode) for name in COMPILED}
-    if device == "cuda":
-        # compiling takes minutes: it fills its cache while nothing is timed
-        warming = [] if options.only else [begin(command) for command in steps.values()]
-        stage("tests", lambda most: run(module("pytest", "-q", "tests/kernels/cuda/test_gpu.py"), most))
-        for tool in ("memcheck", "racecheck"):
-            stage(tool, lambda most, tool=tool: sanitize(tool, most))
-        for process in warming:
-            stop(process)
-    roof = roofs(device, quick)
-    stage("roofs", lambda _: roof)
-    if device == "cuda":
-        for batch in (1024, 64):
-            stage(f"kernels batch {batch}", lambda _, batch=batch: kernel_times(batch, device, roof))
-    for name, batch in cases(quick):
-        work = lambda _, name=name, batch=batch: time_steps(name, batch, device, quick)  # noqa: E731
-        stage(f"step {name}, batch {batch}", work)
-    for name, command in steps.items():
-        stage(f"compile {name}", lambda most, command=command: compile_times(command, most))
-    if device == "cuda":
-        stage("triton tests", lambda most: run(module("pytest", "-q", *TRITON_TESTS), most))
-        for name in COMPILED:
-            command = compiled(name, quick, device, options.compile_mode, "triton graph")
-            stage(f"triton {name}", lambda most, command=command: compile_times(command, most))
-        for name in NETWORKS:
-            stage(f"largest {name}", lambda _, name=name: largest_batch(name, device))
+
+def _reason(outcome: dict[str, Any]) -> str:
+    seconds = f", {outcome['seconds']} s" if "seconds" in outcome else ""
+    return seconds + (f": {outcome['why']}" if "why" in outcome else "")
+
+
+def summary(outcomes: dict[str, dict[str, Any]], seconds: float) -> str:
+    """One page: what failed and why, the machine, steps, largest batches, the stages."""
+    bad = {name: outcome for name, outcome in outcomes.items() if outcome["state"] != PASSED}
+    lines = [
+        f"# GPU check: {len(outcomes) - len(bad)} of {len(outcomes)} stages passed in {seconds:.0f} s",
+        "",
+    ]
+    lines += [f"- **{name}** {outcome['state']}{_reason(outcome)}" for name, outcome in bad.items()]
+    figures = [outcome["figures"] for outcome in outcomes.values() if outcome.get("figures")]
+    machine = next((f["machine"] for f in figures if "machine" in f), {})
+    told = ("gpus", "memory_gib", "driver", "torch", "cuda", "triton", "commit")
+    lines += ["", ", ".join(f"{name} {machine[name]}" for name in told if name in machine), ""]
+    lines += step_table([row for f in figures for row in f.get("steps", [])])
+    largest = [row for f in figures for row in f.get("largest", [])]
+    lines += [
+        f"- largest batch, {row['network']}, {row['variant']}: {row.get('batch', row.get('error'))}"
+        for row in largest
+    ]
+    lines += ["", "| stage | | s | log |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {name} | {o['state']} | {o.get('seconds', '')} | {o.get('log', '')} |"
+        for name, o in outcomes.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def step_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each network and batch: ms of a step of each variant, and how many times faster the fastest
+    of ours is than the faster eager layout."""
+    cases: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        cases.setdefault((row["network"], row["batch"]), {})[row["variant"]] = row.get(
+            "ms", row.get("error", "")
+        )
+    if not cases:
+        return []
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    header = ["ms a step", "batch", *variants, "times faster"]
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for (network, batch), found in cases.items():
+        times = {variant: value for variant, value in found.items() if isinstance(value, float)}
+        eager = [ms for variant, ms in times.items() if variant.startswith("eager")]
+        ours = [ms for variant, ms in times.items() if variant.startswith("kernels")]
+        faster = f"{min(eager) / min(ours):.2f}" if eager and ours else ""
+        row = [network, batch, *(found.get(variant, "") for variant in variants), faster]
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return [*lines, ""]
+
+
+def main() -> int:
+    from benchmarks.gpu_stages import stages
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu_check", metavar="DIR")
+    parser.add_argument("--quick", action="store_true", help="two minutes: what is most likely to break")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages whose names begin so")
+    parser.add_argument("--seconds", type=float, help="for all stages; default 510, quick 115")
+    parser.add_argument("--device", default="cuda", help="cpu: two cells, batch 2, no GPU stages")
+    options = parser.parse_args()
+    # so that what runs is stopped too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    chosen = stages(options.device, options.quick)
+    if options.only:
+        chosen = [s for s in chosen if s.needed or s.name.startswith(tuple(options.only))]
+    seconds = options.seconds or (115 if options.quick else 510)
+    status = check(chosen, options.out.resolve(), seconds)
+    print(f"\n{(options.out / 'summary.md').read_text()}", end="")
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,14 +1,20 @@
-"""Times search steps and kernels on a GPU, for gpu_check; by hand, one variant at one batch:
+"""What the stages of gpu_check do in processes of their own; by hand, steps of one network, say:
 
-python -m benchmarks.gpu_steps "RF-PCDARTS" 256 compile [--mode max-autotune-no-cudagraphs] [--device cuda]
+python -m benchmarks.gpu_steps steps RF-PCDARTS --variants kernels compile --batches 256 64 [--json FILE]
+
+Figures go to the file as they come, so that one that fails takes none of the others with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +22,9 @@ from torch import Tensor
 
 from rfdarts_fast.bench.variants import compile_mixed_ops
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
-from rfdarts_fast.ops import use_backend
+from rfdarts_fast.ops import backends, use_backend
+from rfdarts_fast.runs.environment import backend_status, environment, version_of
+from rfdarts_fast.runs.files import write_json
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.search.architect import descend, gradients
 from rfdarts_fast.spaces import get_space
@@ -41,6 +49,33 @@ VARIANTS = {
     "compile": "the reference, torch.compile of each mixed op, the whole step in a CUDA graph",
 }
 Step = Callable[[], object]
+
+
+class Figures:
+    """Figures by kind, in a JSON file that is whole at any time.
+
+    Attributes:
+        failed: something raised.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._found, self.failed = path, {}, False
+
+    def add(self, kind: str, work: Callable[[], Any], **case: Any) -> None:
+        """One more row of a kind: the case and what `work` returns, or its error; without a case, that."""
+        try:
+            value = work()
+        except Exception as error:
+            self.failed = True
+            value = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            print(f"{kind} {case}: {value['error']}", file=sys.stderr, flush=True)
+        if case:
+            self._found.setdefault(kind, []).append({**case, **value})
+        else:
+            self._found[kind] = value
+        if self._path is not None:
+            write_json(self._path, self._found)
+        print(kind, json.dumps({**case, **value}), flush=True)
 
 
 def backend_of(variant: str, device: str) -> str:
@@ -104,7 +139,7 @@ def make_step(
         descend(optimizer, parameters, gradients(loss, parameters), 5.0)
 
     if variant in ("kernels graph", "triton graph", "compile"):
-        record = Recorder() if device == "cuda" else lambda work: work
+        record = Recorder(torch.device(device)) if device == "cuda" else lambda work: work
         graphed = GraphedStep(step, record, required=True)
         for _ in range(4):
             graphed("step", images, labels)
@@ -114,7 +149,7 @@ def make_step(
 
 def time_step(
     name: str, variant: str, batch: int, device: str, quick: bool = False, mode: str = "default"
-) -> dict[str, Any] | str:
+) -> dict[str, Any]:
     """Milliseconds of a step and the most memory, GiB; or that it does not fit."""
     began = time.perf_counter()
     if device == "cuda":
@@ -127,56 +162,40 @@ def time_step(
             wait(device)
             first = time.perf_counter() - began
             found = {"ms": round(1e3 * seconds_of(step, device), 3), "until_first_s": round(first, 1)}
-    except torch.cuda.OutOfMemoryError:
-        return "out of memory"
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
     if device == "cuda":
         found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     return found
 
 
-def time_steps(name: str, batch: int, device: str, quick: bool = False) -> dict[str, Any]:
-    """All variants that need no compiling; and how many times faster the fastest of ours is than the faster
-    eager layout."""
-    found: dict[str, Any] = {}
-    for variant in VARIANTS:
-        if not variant.startswith(("compile", "triton")):
-            found[variant] = time_step(name, variant, batch, device, quick)
-    times = {variant: row["ms"] for variant, row in found.items() if isinstance(row, dict)}
-    eager = [ms for variant, ms in times.items() if variant.startswith("eager")]
-    ours = [ms for variant, ms in times.items() if variant.startswith("kernels")]
-    if eager and ours:
-        found["times faster"] = round(min(eager) / min(ours), 2)
-    return found
+def largest_batch(
+    name: str, variant: str, device: str, least: int = 128, most: int = 1 << 15
+) -> dict[str, int]:
+    """The largest batch, to a sixth, of which a step fits in the device's memory; 0: not even `least` / 2."""
 
+    def fits(batch: int) -> bool:
+        torch.cuda.empty_cache()
+        try:
+            with use_backend(backend_of(variant, device)):
+                make_step(name, variant, batch, device)()
+                wait(device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
-def largest_batch(name: str, device: str, least: int = 128, most: int = 1 << 15) -> dict[str, int]:
-    """The largest batch, to a sixth, of which one step fits in the device's memory."""
-    found = {}
-    for variant in ("eager channels_last", "kernels"):
-
-        def fits(batch: int, variant: str = variant) -> bool:
-            torch.cuda.empty_cache()
-            try:
-                with use_backend(backend_of(variant, device)):
-                    make_step(name, variant, batch, device)()
-                    wait(device)
-            except torch.cuda.OutOfMemoryError:
-                return False
-            return True
-
-        batch = least
-        while batch < most and fits(batch):
-            batch *= 2
-        # batch / 2 fits
-        found[variant] = next((part for part in (5 * batch // 6, 2 * batch // 3) if fits(part)), batch // 2)
-    return found
+    batch = least
+    while batch < most and fits(batch):
+        batch *= 2
+    # unless it is the first, batch / 2 fits
+    parts = 5 * batch // 6, 2 * batch // 3, batch // 2
+    return {"batch": next((part for part in parts if fits(part)), 0)}
 
 
 def kernel_times(batch: int, device: str, roof: dict[str, float]) -> dict[str, Any]:
     """Of each kernel in the first cell's forward and backward, and in the preprocessing's: milliseconds, GB/s
     over the bytes it needs and their share of `roof`'s copy, TFLOP/s."""
     from benchmarks import cuda_predicted
-    from rfdarts_fast.ops import backends
     from tests.kernels.oracles import Kernels
     from tests.kernels.problems import CellProblem, LayerProblem
 
@@ -237,17 +256,108 @@ def profiled(step: Callable[[], None], needs: Needs, roof: dict[str, float]) -> 
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=NETWORKS)
-    parser.add_argument("batch", type=int)
-    parser.add_argument("variant", choices=VARIANTS)
+def machine() -> dict[str, Any]:
+    """What is measured on. Raises RuntimeError without a CUDA device."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA device")
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    memory = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+    told = {"cuda": torch.version.cuda, "triton": version_of("triton"), "memory_gib": memory}
+    return {**environment(), **told, "driver": driver.stdout.strip(), "kernels": backend_status()}
+
+
+def build() -> None:
+    """The CUDA kernels, for the device that is here and no other, in this process's place."""
+    major, minor = torch.cuda.get_device_capability()
+    options = {"RFDARTS_BUILD_CUDA": "required", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    os.execve(sys.executable, command, {**os.environ, **options})
+
+
+def smoke(dtype: torch.dtype) -> dict[str, bool]:
+    """A tiny cell and a layer, forward and backward, by the rule of the tests, and twice the same bits."""
+    from tests.kernels.oracles import GPUKernels
+    from tests.kernels.problems import CellProblem, LayerProblem
+    from tests.kernels.tolerances import assert_as_good_as_torch, assert_same_bits
+
+    torch.manual_seed(0)
+    kernels = GPUKernels(backends()["cuda"], "cuda")
+    for problem in (
+        CellProblem((2, 8, 8), dtype, channels=16),
+        LayerProblem((2, 8, 8), dtype, channels=(16, 32)),
+    ):
+        assert_as_good_as_torch(kernels, problem)
+        assert_same_bits(problem.run(kernels), problem.run(kernels))
+    return {"passed": True}
+
+
+def small_case() -> None:
+    """For compute-sanitizer: both strides, partial channels, tensor cores, preprocessing; with gradients."""
+    from tests.kernels.oracles import GPUKernels
+    from tests.kernels.problems import CellProblem, LayerProblem
+
+    kernels = GPUKernels(backends()["cuda"], "cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        # fresh memory as it is: what it is filled with would hide reads of what nobody wrote
+        CellProblem((1, 10, 18), dtype, channels=16, nodes=1).run(kernels, poison=False)
+        CellProblem((1, 10, 18), dtype, channels=32, nodes=1, stride=2, K=4).run(kernels, poison=False)
+        for reduce in (False, True):
+            LayerProblem((2, 10, 18), dtype, channels=(80, 96), reduce=reduce).run(kernels, poison=False)
+
+
+def measure(options: argparse.Namespace, figures: Figures) -> None:
+    device = options.device
+    match options.what:
+        case "machine":
+            figures.add("machine", machine)
+        case "smoke":
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                figures.add("smoke", lambda dtype=dtype: smoke(dtype), dtype=str(dtype))
+        case "steps":
+            for batch in options.batches:
+                for variant in options.variants:
+                    case = options.network, variant, batch, device, options.two_cells, options.mode
+                    named = {"network": options.network, "variant": variant, "batch": batch}
+                    figures.add("steps", lambda case=case: time_step(*case), **named)
+        case "kernels":
+            roof = roofs(device)
+            figures.add("roofs", lambda: roof)
+            for batch in options.batches:
+                figures.add("kernels", lambda batch=batch: kernel_times(batch, device, roof), batch=batch)
+        case "largest":
+            for variant in ("kernels", "eager channels_last"):
+                named = {"network": options.network, "variant": variant}
+                figures.add(
+                    "largest",
+                    lambda variant=variant: largest_batch(options.network, variant, device),
+                    **named,
+                )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    whats = ("machine", "build", "smoke", "small-case", "steps", "kernels", "largest")
+    parser.add_argument("what", choices=whats)
+    parser.add_argument("network", nargs="?", choices=NETWORKS, default="RF-PCDARTS")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["kernels"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[256])
     parser.add_argument("--mode", default="default", help="of torch.compile")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="two cells, 32x32")
-    options = parser.parse_args()
-    print(json.dumps(time_step(**vars(options))))
+    parser.add_argument("--two-cells", action="store_true", help="two cells, 32x32")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    options = parser.parse_args(arguments)
+    figures = Figures(options.json)
+    if options.what == "build":
+        build()
+    elif options.what == "small-case":
+        small_case()
+    else:
+        measure(options, figures)
+    return int(figures.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

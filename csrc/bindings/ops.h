@@ -45,6 +45,8 @@ struct Ops {
     CellForward data = cell_data(arguments, branch_outputs, used_moments, nodes, bfloat16_products);
     if (concat && !Device::concat_views) data.concat = whole.data_ptr();
     device.cell_forward(storage_of(branch_dtype), cell, data);
+    // its parts are no outputs of their own: those of an op may not share memory
+    if (concat) nodes.clear();
     return {nodes, whole, branch_outputs, used_moments};
   }
 

@@ -35,7 +35,8 @@ struct BypassBackward {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 8) bypass_backward_kernel(const __grid_constant__ BypassBackward<T> a) {
+__global__ void __launch_bounds__(kThreads, kMostResident)
+    bypass_backward_kernel(const __grid_constant__ BypassBackward<T> a) {
   using A = Acc<T>;
   int stride = a.stride, K = a.channels / a.c, rest = a.channels - a.c;
   int64_t pixels = int64_t(a.h) * a.w, items = a.images * pixels * rest;

@@ -12,7 +12,7 @@ template <class T>
 struct BackwardPass : CellContext<T> {
   using Context = CellContext<T>;
   using Context::c, Context::cell, Context::cm, Context::edge_weights, Context::n, Context::norms, Context::oh,
-      Context::op_weights, Context::ow, Context::stream;
+      Context::op_weights, Context::ow, Context::queue;
   const CellBackward& back;
   Acc<T>*grad_op_weights, *grad_edge_weights;
   NormOutputs<T> outputs;
@@ -20,8 +20,8 @@ struct BackwardPass : CellContext<T> {
   std::vector<ImageView<T>> state_grad, mixed_grad;
   std::vector<T*> grad_z;
 
-  BackwardPass(const Cell& cell, const CellBackward& back, cudaStream_t stream, const Allocate& allocate)
-      : Context(cell, back.forward, stream, allocate), back(back), state_grad(cell.states()), mixed_grad(cell.nodes),
+  BackwardPass(const Cell& cell, const CellBackward& back, const Queue& queue, const Allocate& allocate)
+      : Context(cell, back.forward, queue, allocate), back(back), state_grad(cell.states()), mixed_grad(cell.nodes),
         grad_z(cell.outputs) {
     for (int i = 0; i < cell.nodes; i++) state_grad[cell.inputs + i] = view<T>(back.grad_nodes[i]);
     auto params = [](void* p) { return static_cast<Acc<T>*>(p); };
@@ -35,7 +35,7 @@ struct BackwardPass : CellContext<T> {
   }
   template <class U>
   void zero(U* p, int64_t count) {
-    check(cudaMemsetAsync(p, 0, count * sizeof(U), stream), "memset");
+    if (queue.launches) check(cudaMemsetAsync(p, 0, count * sizeof(U), queue.stream), "memset");
   }
 
   void node(int i) {
@@ -58,15 +58,15 @@ struct BackwardPass : CellContext<T> {
     p.partial = this->template take<double>(int64_t(rows) * blocks * cm);
     constexpr int v = kWide<T> < 4 ? kWide<T> : 4;
     auto kernel = this->aligned_node(p.node, v) ? node_backward_kernel<T, v> : node_backward_kernel<T, 1>;
-    launch(kernel, dim3(blocks), p.chunk * cm * int(sizeof(Acc<T>)), stream, p);
+    launch(kernel, dim3(blocks), p.chunk * cm * int(sizeof(Acc<T>)), queue, p);
     NodeGradients<T> f{p.node, outputs, p.partial, blocks, p.K, grad_op_weights, grad_edge_weights};
-    launch(node_gradients_kernel<T>, dim3(p.node.incoming), kThreads * sizeof(double), stream, f);
+    launch(node_gradients_kernel<T>, dim3(p.node.incoming), kThreads * sizeof(double), queue, f);
   }
 
   void lay_out(ConvBackward<T>& p, int h, int w, int stride, int reach, bool pools) {
     p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
     p.conv_weights = this->conv_weights, p.norms = norms;
-    p.tiling = backward_tiling<T>(n, h, w, cm, reach, stride, pools, p.region);
+    p.tiling = backward_tiling<T>(queue, n, h, w, cm, reach, stride, pools, p.region);
   }
   BackwardBranch<T> branch(const Branch& b, const ImageView<T>& g, int output, int norm, int64_t weight) const {
     return {g, this->branch_output(output), outputs.coefficients + int64_t(norm) * 4 * cm, weight, int16_t(b.op),
@@ -92,10 +92,10 @@ struct BackwardPass : CellContext<T> {
     lay_out(p, oh, ow, 1, reach, false);
     p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
     int shared = BackwardTile<T>(p.tiling, p.region, false).bytes;
-    launch(second_convs_backward_kernel<T>, dim3(p.tiling.count, p.branches), shared, stream, p);
+    launch(second_convs_backward_kernel<T>, dim3(p.tiling.count, p.branches), shared, queue, p);
     f.outputs = outputs, f.partial = p.partial, f.blocks = p.tiling.count, f.channels = std::min(cm, kThreads);
     dim3 grid(p.branches, ceil_div(cm, f.channels));
-    launch(norm_gradients_kernel<T>, grid, kThreads * sizeof(double), stream, f);
+    launch(norm_gradients_kernel<T>, grid, kThreads * sizeof(double), queue, f);
   }
 
   // adds an edge that leaves the state; returns how far its convolutions reach
@@ -133,7 +133,7 @@ struct BackwardPass : CellContext<T> {
     lay_out(p, int(source.h), int(source.w), source.stride, reach, p.pools);
     int shared = BackwardTile<T>(p.tiling, p.region, p.pools).bytes;
     auto kernel = source.stride == 1 ? state_backward_kernel<T, 1> : state_backward_kernel<T, 2>;
-    launch(kernel, dim3(p.tiling.count), shared, stream, p);
+    launch(kernel, dim3(p.tiling.count), shared, queue, p);
     if (cell.K > 1) bypass(s, grad_x);
   }
   void bypass(int s, T* grad_x) {
@@ -141,13 +141,13 @@ struct BackwardPass : CellContext<T> {
     BypassBackward<T> p{this->states[s], state_grad[s], grad_x, edge_weights, n, int(source.h), int(source.w), oh, ow,
                         cm, c, source.stride, 0, {}};
     for (int e : source.edges) p.edge[p.leaving++] = {state_grad[cell.inputs + cell.edges[e].node], e};
-    launch(bypass_backward_kernel<T>, this->grid(cell.images * source.h * source.w * (c - cm)), 0, stream, p);
+    launch(bypass_backward_kernel<T>, this->grid(cell.images * source.h * source.w * (c - cm)), 0, queue, p);
   }
 };
 
 template <class T>
-void CellRun<T>::backward(const Cell& cell, const CellBackward& back, cudaStream_t stream, const Allocate& allocate) {
-  BackwardPass<T> pass(cell, back, stream, allocate);
+void CellRun<T>::backward(const Cell& cell, const CellBackward& back, const Queue& queue, const Allocate& allocate) {
+  BackwardPass<T> pass(cell, back, queue, allocate);
   for (int i = cell.nodes - 1; i >= 0; i--) {
     int s = cell.inputs + i;
     if (!cell.sources[s].edges.empty()) {

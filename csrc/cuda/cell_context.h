@@ -7,12 +7,12 @@
 
 namespace rfdarts::cuda {
 
-// A cell's ops for states stored as T: launches on a stream, in cell_forward.h and cell_backward.h.
+// A cell's ops for states stored as T: launches in a queue, in cell_forward.h and cell_backward.h.
 template <class T>
 struct CellRun {
-  static void forward(const Cell&, const CellForward&, cudaStream_t, const Allocate&);
-  static void branch_outputs(const Cell&, const CellForward&, cudaStream_t, const Allocate&);
-  static void backward(const Cell&, const CellBackward&, cudaStream_t, const Allocate&);
+  static void forward(const Cell&, const CellForward&, const Queue&, const Allocate&);
+  static void branch_outputs(const Cell&, const CellForward&, const Queue&, const Allocate&);
+  static void backward(const Cell&, const CellBackward&, const Queue&, const Allocate&);
 };
 
 template <class T>
@@ -30,15 +30,15 @@ template <class T>
 struct CellContext {
   const Cell& cell;
   const CellForward& data;
-  cudaStream_t stream;
+  const Queue& queue;
   const Allocate& allocate;
   int n = int(cell.images), c = int(cell.channels), cm = int(cell.mixed_channels), oh = int(cell.oh), ow = int(cell.ow);
   std::vector<ImageView<T>> states;
   Norms<T> norms;
   const Acc<T>*conv_weights, *op_weights, *edge_weights;
 
-  CellContext(const Cell& cell, const CellForward& data, cudaStream_t stream, const Allocate& allocate)
-      : cell(cell), data(data), stream(stream), allocate(allocate) {
+  CellContext(const Cell& cell, const CellForward& data, const Queue& queue, const Allocate& allocate)
+      : cell(cell), data(data), queue(queue), allocate(allocate) {
     for (const States& s : data.inputs) states.push_back(view<T>(s));
     for (const States& s : data.nodes) states.push_back(view<T>(s));
     auto params = [](const void* p) { return static_cast<const Acc<T>*>(p); };

@@ -10,7 +10,7 @@ template <class T>
 struct ForwardPass : CellContext<T> {
   using Context = CellContext<T>;
   using Context::cell, Context::cm, Context::data, Context::n, Context::norms, Context::oh, Context::ow,
-      Context::stream;
+      Context::queue;
   using Context::Context;
 
   // The branches of one launch, and the BatchNorms that take the statistics of each.
@@ -31,13 +31,13 @@ struct ForwardPass : CellContext<T> {
     if (!p.branches) return;
     p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
     p.conv_weights = this->conv_weights, p.norms = norms;
-    p.tiling = forward_tiling<T>(n, oh, ow, cm, p.reach, stride);
+    p.tiling = forward_tiling<T>(queue, n, oh, ow, cm, p.reach, stride);
     p.wide = true;
     for (int b = 0; b < p.branches; b++) p.wide = p.wide && this->wide(p.branch[b].x);
     if (cell.training) p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
     int shared = ForwardTile<T>(p.tiling, cm, p.reach, stride).bytes;
     auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
-    launch(kernel, dim3(p.tiling.count), shared, stream, p);
+    launch(kernel, dim3(p.tiling.count), shared, queue, p);
     if (cell.training) merge_moments(convs);
   }
   void merge_moments(const Convs& convs) {
@@ -48,7 +48,7 @@ struct ForwardPass : CellContext<T> {
         m.target[m.count++] = {int16_t(b), int16_t(norm)};
       }
     dim3 grid(m.count, ceil_div(cm, kMergeChannels));
-    launch(merge_moments_kernel<kMergeChannels>, grid, kThreads * sizeof(double), stream, m);
+    launch(merge_moments_kernel<kMergeChannels>, grid, kThreads * sizeof(double), queue, m);
   }
 
   void first_convs(int s) {
@@ -92,7 +92,7 @@ struct ForwardPass : CellContext<T> {
   template <int K, int V>
   void launch_node(const NodeForward<T>& p) {
     int shared = (2 * p.node.rows() + 1) * cm * int(sizeof(Acc<T>));
-    launch(node_forward_kernel<T, K, V>, this->grid(cell.images * cell.pixels() * cm / V), shared, stream, p);
+    launch(node_forward_kernel<T, K, V>, this->grid(cell.images * cell.pixels() * cm / V), shared, queue, p);
   }
   void node(int i) {
     NodeForward<T> p{this->node_of(i), this->states[cell.inputs + i]};
@@ -113,17 +113,17 @@ struct ForwardPass : CellContext<T> {
 };
 
 template <class T>
-void CellRun<T>::forward(const Cell& cell, const CellForward& data, cudaStream_t stream, const Allocate& allocate) {
-  ForwardPass<T> pass(cell, data, stream, allocate);
+void CellRun<T>::forward(const Cell& cell, const CellForward& data, const Queue& queue, const Allocate& allocate) {
+  ForwardPass<T> pass(cell, data, queue, allocate);
   for (int s = 0; s < cell.states(); s++) {
     if (s >= cell.inputs) pass.node(s - cell.inputs);
     pass.convs(s);
   }
 }
 template <class T>
-void CellRun<T>::branch_outputs(const Cell& cell, const CellForward& data, cudaStream_t stream,
+void CellRun<T>::branch_outputs(const Cell& cell, const CellForward& data, const Queue& queue,
                                 const Allocate& allocate) {
-  ForwardPass<T> pass(cell, data, stream, allocate);
+  ForwardPass<T> pass(cell, data, queue, allocate);
   for (int s = 0; s < cell.states(); s++) pass.convs(s);
 }
 

@@ -1,35 +1,66 @@
 // Choice of tiles, and checked launches.
 #pragma once
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/cell.h"
 #include "cuda/conv_backward.h"
 #include "cuda/conv_forward.h"
+#include "cuda/device.h"
 
 namespace rfdarts::cuda {
 
-// Two blocks share a multiprocessor of sm_90 and sm_100; the hard limit is sm_80's.
-constexpr int kSharedGoal = 112 << 10, kSharedLimit = 163 << 10;
 // Enough blocks for any device; kernels with loops over items take the rest in further rounds.
 constexpr int64_t kMaxBlocks = 4096;
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  // or whoever asks next takes it for an error of their own
+  cudaGetLastError();
+  std::string text = std::string(what) + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorMemoryAllocation) throw OutOfMemory(text);
+  throw std::runtime_error("CUDA: " + text);
 }
 inline void require(bool room, const char* what) {
   if (!room) throw std::invalid_argument(std::string(what) + ": more than the CUDA kernels have room for");
 }
 
+// A stream of the current device, and the shared memory of this device's blocks: two with `goal` bytes fit on a
+// multiprocessor, none can have more than `limit`. Without `launches`, kernels are only checked against the limit.
+struct Queue {
+  cudaStream_t stream;
+  bool launches;
+  int goal, limit;
+
+  explicit Queue(void* stream, bool launches = true) : stream(cudaStream_t(stream)), launches(launches) {
+    int device = 0;
+    check(cudaGetDevice(&device), "device");
+    auto ask = [&](cudaDeviceAttr attribute) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, attribute, device), "device");
+      return value;
+    };
+    limit = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    int half = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2;
+    goal = std::min(limit, half - ask(cudaDevAttrReservedSharedMemoryPerBlock));
+  }
+  std::invalid_argument no_room(int needed) const {
+    return std::invalid_argument("shared memory: a block of the CUDA kernels needs " + std::to_string(needed) +
+                                 " bytes, the device has " + std::to_string(limit));
+  }
+};
+
 template <class Params>
-void launch(void (*kernel)(const Params), dim3 grid, int shared, cudaStream_t stream, const Params& params) {
+void launch(void (*kernel)(const Params), dim3 grid, int shared, const Queue& queue, const Params& params) {
   static_assert(sizeof(Params) <= 4000, "parameters exceed what a launch takes");
+  if (shared > queue.limit) throw queue.no_room(shared);
+  if (!queue.launches) return;
   if (shared > 48 << 10)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                shared),
           "shared memory");
-  RFDARTS_LAUNCH(kernel, grid, dim3(kThreads), shared, stream, params);
+  RFDARTS_LAUNCH(kernel, grid, dim3(kThreads), shared, queue.stream, params);
   check(cudaGetLastError(), "launch");
 }
 
@@ -49,36 +80,43 @@ struct TileSize {
 };
 inline constexpr TileSize kTileSizes[] = {{16, 16}, {16, 8}, {8, 8}, {4, 8}, {2, 8}};
 
-// The largest tile, no larger than the image needs, that `fits` within the goal, else within the limit.
-// fits(tiling, bytes) may lower ck.
-template <class Fits>
-Tiling choose_tiling(int images, int h, int w, int ck, Fits&& fits) {
-  for (int bytes : {kSharedGoal, kSharedLimit})
+// The largest tile, no larger than the image needs, that takes at most queue.goal bytes, else at most queue.limit, else
+// that with fewer channels at a time, down to `least`. `bytes_of(tiling)` is negative where threads are too few.
+template <class Bytes>
+Tiling choose_tiling(const Queue& queue, int images, int h, int w, int ck, int least, Bytes&& bytes_of) {
+  struct Pass {
+    int bytes, least;
+  };
+  int fewest = 0;
+  for (Pass pass : {Pass{queue.goal, 32}, Pass{queue.limit, 32}, Pass{queue.limit, least}})
     for (TileSize size : kTileSizes) {
       bool wasteful = (size.th > 8 && size.th / 2 >= h) || (size.tw > 8 && size.tw / 2 >= w);
+      if (wasteful) continue;
       Tiling t(size.th, size.tw, ck, images, h, w);
-      if (!wasteful && fits(t, bytes)) return t;
+      int bytes = bytes_of(t);
+      while (bytes > pass.bytes && t.ck > pass.least) t.ck = round_up(t.ck / 2, 8), bytes = bytes_of(t);
+      if (bytes >= 0 && bytes <= pass.bytes) return t;
+      fewest = bytes;
     }
-  throw std::invalid_argument("channels: too many for the shared memory of a block");
+  throw queue.no_room(fewest);
 }
 
 template <class T>
-Tiling forward_tiling(int images, int h, int w, int c, int reach, int stride) {
-  return choose_tiling(images, h, w, c < kThreads ? c : kThreads, [&](Tiling& t, int bytes) {
-    int most = c > 32 ? 32 : c;
-    if (t.th * t.tw / kStrip * most > kThreads) return false;
-    while (ForwardTile<T>(t, c, reach, stride).bytes > bytes && t.ck > 32) t.ck = round_up(t.ck / 2, 8);
-    return ForwardTile<T>(t, c, reach, stride).bytes <= bytes;
+Tiling forward_tiling(const Queue& queue, int images, int h, int w, int c, int reach, int stride) {
+  return choose_tiling(queue, images, h, w, std::min(c, kThreads), 8, [&](const Tiling& t) {
+    bool few = t.th * t.tw / kStrip * std::min(c, 32) > kThreads;
+    return few ? -1 : ForwardTile<T>(t, c, reach, stride).bytes;
   });
 }
 
 template <class T>
-Tiling backward_tiling(int images, int h, int w, int c, int reach, int stride, bool pools, int& region) {
-  return choose_tiling(images, h, w, c < 32 ? c : 32, [&](Tiling& t, int bytes) {
+Tiling backward_tiling(const Queue& queue, int images, int h, int w, int c, int reach, int stride, bool pools,
+                       int& region) {
+  // tensor cores take 16 channels at a time, and 32 always have room
+  return choose_tiling(queue, images, h, w, std::min(c, 32), 32, [&](const Tiling& t) {
     region = region_size(t.th, reach, stride) * region_size(t.tw, reach, stride);
-    if (t.th * t.tw / kStrip * t.ck > kThreads) return false;
-    if (ceil_div(region, 4) * ceil_div(t.ck, 4) > kItems * kThreads) return false;
-    return BackwardTile<T>(t, region, pools).bytes <= bytes;
+    bool few = t.th * t.tw / kStrip * t.ck > kThreads || ceil_div(region, 4) * ceil_div(t.ck, 4) > kItems * kThreads;
+    return few ? -1 : BackwardTile<T>(t, region, pools).bytes;
   });
 }
 

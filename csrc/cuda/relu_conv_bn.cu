@@ -15,7 +15,7 @@ constexpr int kWeightsGoal = 40 << 10;
 template <class T>
 struct ReLUConvBNPass {
   const ReLUConvBN& a;
-  cudaStream_t stream;
+  const Queue& queue;
   const Allocate& allocate;
   int pixels = int(a.images * a.oh() * a.ow()), co = int(a.co), ci = int(a.ci), passes = a.reduce ? 2 : 1;
   Norms<T> norms{static_cast<const Acc<T>*>(a.gamma), static_cast<const Acc<T>*>(a.beta), a.moments,
@@ -40,6 +40,10 @@ struct ReLUConvBNPass {
     ProductShape s{P::pixels(most), most, ck, ck};
     // whole chunks, or all
     if (all_weights && int64_t(k) * most * int(sizeof(typename P::Factor)) <= kWeightsGoal) s.wk = k;
+    auto fits = [&] { return ProductShared<T, TensorCores>(s).bytes <= queue.limit; };
+    if (!fits()) s.wk = ck;
+    // a warp of tensor cores has its 16 pixels
+    while (!TensorCores && !fits() && s.pixels > 16) s.pixels /= 2;
     return s;
   }
   void lay_out(ReLUConvBNLayout<T>& p) const {
@@ -63,20 +67,20 @@ struct ReLUConvBNPass {
     p.partial = a.training ? take<double>(int64_t(2) * blocks * co) : nullptr;
     dim3 grid(blocks, passes * ceil_div(half, Columns));
     int shared = ProductShared<T, TensorCores>(p.shape).bytes;
-    launch(relu_conv_bn_forward_kernel<T, TensorCores, Columns>, grid, shared, stream, p);
+    launch(relu_conv_bn_forward_kernel<T, TensorCores, Columns>, grid, shared, queue, p);
     if (!a.training) return;
     // all pixels as one row, a block's as one tile
     MergeMoments m{Tiling(1, p.rounds * p.shape.pixels, 0, 1, 1, pixels), 1, 1, pixels, co, 1, p.partial, a.moments, 1,
                    {}};
     dim3 merges(1, ceil_div(co, kMergeChannels));
-    launch(merge_moments_kernel<kMergeChannels>, merges, kThreads * int(sizeof(double)), stream, m);
+    launch(merge_moments_kernel<kMergeChannels>, merges, kThreads * int(sizeof(double)), queue, m);
   }
   template <int V>
   void normalize(T* out) const {
     ReLUConvBNAffine<T> p{norms, pixels, y(), out};
     int64_t items = ceil_div<int64_t>(int64_t(pixels) * std::min(co, kChannels), V * kThreads);
     int shared = 3 * kChannels * int(sizeof(Acc<T>));
-    launch(relu_conv_bn_affine_kernel<T, V>, channel_grid(std::min<int64_t>(items, kMaxParts)), shared, stream, p);
+    launch(relu_conv_bn_affine_kernel<T, V>, channel_grid(std::min<int64_t>(items, kMaxParts)), shared, queue, p);
   }
   void forward(T* out) const {
     int half = co / passes;
@@ -96,9 +100,9 @@ struct ReLUConvBNPass {
     ReLUConvBNSums<T> p{norms, pixels, std::max(128, ceil_div(pixels, kMaxSums)), g, y(), nullptr};
     int blocks = ceil_div(pixels, p.chunk);
     p.partial = take<double>(int64_t(2) * blocks * co);
-    launch(relu_conv_bn_sums_kernel<T, V>, channel_grid(blocks), 2 * kThreads * V * int(sizeof(Acc<T>)), stream, p);
+    launch(relu_conv_bn_sums_kernel<T, V>, channel_grid(blocks), 2 * kThreads * V * int(sizeof(Acc<T>)), queue, p);
     NormGradients<T> f{outputs, p.partial, blocks, std::min(co, kMergeChannels), {}};
-    launch(norm_gradients_kernel<T>, dim3(1, ceil_div(co, f.channels)), kThreads * int(sizeof(double)), stream, f);
+    launch(norm_gradients_kernel<T>, dim3(1, ceil_div(co, f.channels)), kThreads * int(sizeof(double)), queue, f);
   }
   template <bool TensorCores>
   void spread(const T* g, const Acc<T>* coefficients, T* grad_x) const {
@@ -107,7 +111,7 @@ struct ReLUConvBNPass {
     p.shape = shape<TensorCores, kFewColumns>(co / passes, ci, false);
     p.wide_y = wide_y(g), p.g = g, p.y = y(), p.coefficients = coefficients, p.grad_x = grad_x;
     launch(relu_conv_bn_backward_kernel<T, TensorCores>, dim3(ceil_div(pixels, p.shape.pixels)),
-           ProductShared<T, TensorCores>(p.shape).bytes, stream, p);
+           ProductShared<T, TensorCores>(p.shape).bytes, queue, p);
   }
   void backward(const T* g, T* grad_x, Acc<T>* grad_gamma, Acc<T>* grad_beta) const {
     Acc<T>* coefficients = take<Acc<T>>(int64_t(4) * co);
@@ -130,17 +134,19 @@ void check_size(const ReLUConvBN& a) {
 
 void relu_conv_bn_forward(Storage storage, const ReLUConvBN& a, void* out, void* stream, const Allocate& allocate) {
   check_size(a);
+  Queue queue(stream);
   with_storage(storage, [&]<class T>() {
-    ReLUConvBNPass<T>{a, static_cast<cudaStream_t>(stream), allocate}.forward(static_cast<T*>(out));
+    ReLUConvBNPass<T>{a, queue, allocate}.forward(static_cast<T*>(out));
   });
 }
 void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, const void* g, void* grad_x, void* grad_gamma,
                         void* grad_beta, void* stream, const Allocate& allocate) {
   check_size(a);
+  Queue queue(stream);
   with_storage(storage, [&]<class T>() {
     auto parameters = [](void* p) { return static_cast<Acc<T>*>(p); };
-    ReLUConvBNPass<T>{a, static_cast<cudaStream_t>(stream), allocate}.backward(
-        static_cast<const T*>(g), static_cast<T*>(grad_x), parameters(grad_gamma), parameters(grad_beta));
+    ReLUConvBNPass<T>{a, queue, allocate}.backward(static_cast<const T*>(g), static_cast<T*>(grad_x),
+                                                   parameters(grad_gamma), parameters(grad_beta));
   });
 }
 

@@ -4,9 +4,10 @@
 #include <ucontext.h>
 
 #include <cstdio>
+#include <map>
 #include <numeric>
 #include <random>
-#include <vector>
+#include <stdexcept>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -26,6 +27,12 @@ constexpr size_t kStack = 128 << 10;
 constexpr int kMaxThreads = 1024;
 bool shuffled = false, recording = false;
 std::string log;
+std::vector<Device> devices = {{9, 0, 228 << 10, 227 << 10, 1 << 10, true, -1}};
+int current = 0;
+cudaError_t last_error = cudaSuccess;
+// device and kernel -> bytes of shared memory
+std::map<std::pair<int, const void*>, size_t> granted;
+cudaError_t result(bool good, cudaError_t error) { return good ? cudaSuccess : last_error = error; }
 void (*body)(void*);
 void* context;
 
@@ -179,6 +186,24 @@ bool write_down(const char* function, dim3 grid, size_t shared) {
          std::to_string(shared) + "\n";
   return true;
 }
+void emulate(std::vector<Device> some) {
+  devices = std::move(some);
+  current = 0, last_error = cudaSuccess;
+  granted.clear();
+}
+void allocate(int64_t bytes) {
+  int64_t most = devices[current].allocation;
+  if (most >= 0 && bytes > most) throw std::runtime_error("aoti_torch_aten_new_empty(...) API call failed");
+}
+bool launchable(const void* kernel, size_t shared) {
+  // what is beyond needs cudaFuncSetAttribute
+  size_t most = granted.count({current, kernel}) ? granted[{current, kernel}] : 48 << 10;
+  if (!devices[current].image) last_error = cudaErrorNoKernelImageForDevice;
+  else if (shared > most) last_error = cudaErrorInvalidValue;
+  else return true;
+  return false;
+}
+
 void barrier() {
   thread->state = State::Barrier;
   leave();
@@ -223,3 +248,51 @@ void run(dim3 grid, dim3 size, size_t shared, void (*kernel)(void*), void* argum
 }
 
 }  // namespace emulation
+
+using emulation::current;
+using emulation::devices;
+using emulation::result;
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+  }
+  return "unknown error";
+}
+cudaError_t cudaGetLastError() { return std::exchange(emulation::last_error, cudaSuccess); }
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = int(devices.size());
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = current;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  bool known = device >= 0 && device < int(devices.size());
+  if (known) current = device;
+  return result(known, cudaErrorInvalidDevice);
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const emulation::Device& d = devices.at(device);
+  int values[] = {d.major, d.minor, d.per_multiprocessor, d.per_block, d.reserved};
+  *value = values[attribute];
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return result(devices[current].image, cudaErrorNoKernelImageForDevice);
+}
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  bool room = bytes <= devices[current].per_block;
+  if (room) emulation::granted[{current, kernel}] = bytes;
+  return result(room, cudaErrorInvalidValue);
+}
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *free = devices[current].allocation < 0 ? size_t(1) << 40 : size_t(devices[current].allocation);
+  *total = size_t(1) << 40;
+  return cudaSuccess;
+}

@@ -1,5 +1,6 @@
 // CUDA C++ on the CPU, for tests: one fiber per CUDA thread, one block after the other, one OS thread. Covers what
-// csrc/cuda uses. Fixed or shuffled thread order; shared memory begins as NaNs. Does not see races between blocks.
+// csrc/cuda uses. Fixed or shuffled thread order; shared memory begins as NaNs. Does not see races between blocks. The
+// devices are what a test says: their limits are enforced, and errors come as on a GPU.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <string>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -29,11 +31,31 @@ struct dim3 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrReservedSharedMemoryPerBlock,
+};
+struct cudaFuncAttributes {};
+const char* cudaGetErrorString(cudaError_t);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes);
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   std::memset(p, value, bytes);
   return cudaSuccess;
@@ -77,6 +99,19 @@ struct Block {
 };
 extern Thread* thread;
 extern Block block;
+
+// Shared memory in bytes; image: the library has code for it; allocation: bytes of the largest one, or -1 for any.
+struct Device {
+  int major, minor, per_multiprocessor, per_block, reserved;
+  bool image;
+  int64_t allocation;
+};
+// one H100 unless a test says otherwise; the first is current again
+void emulate(std::vector<Device> devices);
+// fails as torch's allocator through its stable ABI
+void allocate(int64_t bytes);
+// whether the current device takes a launch; if not, that is the last error
+bool launchable(const void* kernel, size_t shared);
 
 void barrier();
 void warp_operation(unsigned mask, int operation);
@@ -128,6 +163,7 @@ void multiply_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, dim3 size, size_t shared, const Params& params) {
+  if (!launchable(reinterpret_cast<const void*>(kernel), shared)) return;
   if (write_down(__PRETTY_FUNCTION__, grid, shared)) return;
   auto body = [&] { kernel(params); };
   run(grid, size, shared, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);

@@ -388,6 +388,15 @@ class Backend(Protocol):
         """The facts that `rfdarts env` prints: `built`, `reason` where it cannot run, and others."""
 
 
+def cuda_status(unavailable_reason: Callable[[int], str | None]) -> dict[str, str]:
+    """The facts of `Backend.status` about CUDA devices: `reason` where none runs the kernels, or that of each
+    which does not."""
+    reasons = [unavailable_reason(device) for device in range(torch.cuda.device_count() or 1)]
+    if None not in reasons:
+        return {"reason": str(reasons[0])}
+    return {f"not on device {i}": reason for i, reason in enumerate(reasons) if reason is not None}
+
+
 _backends: dict[str, Backend] = {}
 
 

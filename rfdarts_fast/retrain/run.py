@@ -35,6 +35,7 @@ from rfdarts_fast.runs.run import (
     choose_device,
     evaluate,
     load_data,
+    on_device,
     place,
     seed_everything,
 )
@@ -229,20 +230,22 @@ def opened(config: TrainConfig, read_only: bool = False) -> Iterator[TrainRun]:
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
-    choose_device(config.device)
+    device = choose_device(config.device)
     genotype = read_genotype(config.genotype)
     source = load_data(config)
     source.require_test()
     check_genotype(config, genotype, source.image_size)
-    check_network(
-        lambda: build_network(config, genotype, source.num_classes),
-        config.batch_size,
-        [len(source.train)],
-        source.image_size,
-    )
-    config = dataclasses.replace(config, image_size=source.image_size, genotype=str(genotype))
-    with RunFolder(config.out, "train", config, fingerprint(source), read_only) as folder:
-        yield TrainRun(config, genotype, source, folder)
+    with on_device(device):
+        check_network(
+            lambda: build_network(config, genotype, source.num_classes),
+            config.batch_size,
+            [len(source.train)],
+            source.image_size,
+            device,
+        )
+        config = dataclasses.replace(config, image_size=source.image_size, genotype=str(genotype))
+        with RunFolder(config.out, "train", config, fingerprint(source), read_only) as folder:
+            yield TrainRun(config, genotype, source, folder)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -293,7 +296,8 @@ def evaluate_run(path: Path, checkpoint: str = "best", **changes: Any) -> dict[s
         raise misfit(file, wrong)
     with restoring(file):
         network.load_state_dict(state["network"])
-    return evaluate(place(network, config, device), _test_batches(config, source, device))
+    with on_device(device):
+        return evaluate(place(network, config, device), _test_batches(config, source, device))
 
 
 def _checkpoint(path: Path, which: str) -> tuple[Path, dict[str, Any]]:

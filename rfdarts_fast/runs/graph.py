@@ -12,17 +12,62 @@ Step = Callable[..., None]
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-class Recorder:
-    """Records with torch.cuda.graph; all recordings share one memory pool, as only one replays at a time."""
+# of torch's warning about a graph without any work
+_EMPTY = "CUDA Graph is empty"
 
-    def __init__(self) -> None:
+
+class CaptureError(RuntimeError):
+    """A capture failed once it had begun. The step has changed nothing, and what there is can be saved; but
+    torch may never reuse memory that was freed meanwhile, so that the process should not go on."""
+
+
+class Recorder:
+    """Records with torch.cuda.graph on a device; all recordings share one memory pool, as only one replays at
+    a time. Other threads, such as one that pins memory, go on meanwhile.
+
+    Raises:
+        RuntimeError: if no capture could begin, or if it holds no work.
+        CaptureError: if it failed later.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
+        # what is captured is the current device's work
+        with torch.cuda.device(self._device), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self._capture(graph, work)
+        if any(_EMPTY in str(warning.message) for warning in caught):
+            raise RuntimeError(f"the recorded step holds no work for {self._device}")
+        for warning in caught:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], None]) -> None:
+        began, cause, before = False, None, torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                began = True
+                try:
+                    work()
+                except Exception as error:
+                    # ending the capture raises another one
+                    cause = error
+                    raise
+        except Exception as error:
+            # torch leaves its own one current where the capture cannot be ended
+            torch.cuda.set_stream(before)
+            if not began:
+                raise
+            cause = cause or error
+            text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            raise CaptureError(f"the step cannot be captured: {text}") from cause
 
 
 class GraphedStep:
@@ -33,9 +78,11 @@ class GraphedStep:
 
     Args:
         step: takes tensors, returns nothing.
-        record: takes the work to record, which need not run yet, and returns a function that replays it.
+        record: takes the work to record, which need not run yet, and returns a function that replays it; see
+            `Recorder`.
         warmup: calls before recording, for each variant and shapes: lazily made state must be there.
-        required: a step that cannot be recorded raises; otherwise it goes on unrecorded, with a warning.
+        required: a step that cannot be recorded raises; otherwise it goes on unrecorded, with a warning. A
+            CaptureError is raised anyway.
     """
 
     def __init__(self, step: Step, record: Record, warmup: int = 3, required: bool = False) -> None:
@@ -66,7 +113,7 @@ class GraphedStep:
         try:
             self._recorded[key] = static, self._record(lambda: self._step(variant, *static))
         except RuntimeError as error:
-            if self._required:
+            if self._required or isinstance(error, CaptureError):
                 raise
             self.reason = str(error).splitlines()[0]
             warnings.warn(

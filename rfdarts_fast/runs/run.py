@@ -8,6 +8,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rfdarts_fast.data import Batches, DataSource, load
-from rfdarts_fast.ops import BackendError, use_backend
+from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import restoring, rng_state, set_rng_state
 from rfdarts_fast.runs.config import ConfigError, RunConfig
 from rfdarts_fast.runs.files import WriteError, write_text
+from rfdarts_fast.runs.graph import CaptureError
 from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.runs.progress import EventWriter, Progress
 from rfdarts_fast.runs.run_folder import LAST, RunFolder
@@ -41,6 +43,12 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """While it is entered, a CUDA device is the current one: memory is pinned and graphs are captured for
+    this, and nothing is made on the first device meanwhile."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def load_data(config: RunConfig) -> DataSource:
@@ -63,12 +71,18 @@ def place(network: Network, config: RunConfig, device: torch.device) -> Network:
 
 @torch.no_grad()
 def check_network(
-    build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
+    build: Callable[[], nn.Module],
+    batch_size: int,
+    set_sizes: Sequence[int],
+    image_size: int,
+    device: torch.device,
 ) -> None:
-    """ConfigError unless the network can train on sets of these sizes; tried on a copy, on the CPU."""
-    # a backend asked for by name has to be able to run, too
-    with use_backend("reference" if use_backend.name == "auto" else use_backend.name):
+    """ConfigError unless the network can train on sets of these sizes, tried on a copy, on the CPU;
+    BackendError if a backend was asked for by name that cannot run on the device."""
+    with use_backend("reference"):
         _try_network(build, batch_size, set_sizes, image_size)
+    if use_backend.name not in ("auto", "reference"):
+        build().to(device)(torch.zeros(2, 3, image_size, image_size, device=device))
 
 
 def _try_network(
@@ -80,8 +94,6 @@ def _try_network(
         raise ConfigError(str(error)) from None
     try:
         network(torch.zeros(2, 3, image_size, image_size))
-    except BackendError:
-        raise
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"image_size: expected a size that fits the network's reductions, got {image_size}: "
@@ -224,7 +236,7 @@ class Run(ABC):
 
         Raises:
             Stopped: after SIGTERM or SIGINT, with the state saved.
-            RunFailed: if the disk, memory or the loss does not allow to go on.
+            RunFailed: if the disk, memory, the loss or a failed CUDA graph does not allow to go on.
         """
         steps = len(self.batches)
         progress = Progress(self.epochs * steps, self.epoch * steps + self.step, self.label)
@@ -276,7 +288,12 @@ class Run(ABC):
     def _run_epoch(self, stop: StopRequest, progress: Progress) -> None:
         saved = before = time.monotonic()
         for images, labels in self.batches.epoch(self.epoch, self.step):
-            self.train_step(images, labels)
+            try:
+                self.train_step(images, labels)
+            except CaptureError as error:
+                self.save()
+                kept = f"{self._kept()}, with --cuda-graph off"
+                raise RunFailed(f"cuda-graph: {in_one_line(error)}; {kept}") from None
             self.step += 1
             now = time.monotonic()
             self.seconds += now - before
@@ -290,7 +307,7 @@ class Run(ABC):
                 saved = time.monotonic()
             before = time.monotonic()
         if self.batches.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.batches.device)
             self.seconds += time.monotonic() - before
         loss = self.meter.result()["loss"]
         if loss is not None and not math.isfinite(loss):

@@ -158,7 +158,8 @@ class SearchConfig(RunConfig):
     amp: Literal["off", "bf16"] = "off"
     """bf16: activations in bfloat16; statistics, BatchNorm parameters and architecture weights in float32."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Record a step in a CUDA graph and replay it: auto where that can be done, on or stop."""
+    """Record a step in a CUDA graph and replay it: auto where that can be done, on or stop. A recording that
+    fails midway saves the run and ends it."""
 
     @property
     def random_features(self) -> bool:

@@ -31,6 +31,7 @@ from rfdarts_fast.runs.run import (
     choose_device,
     evaluate,
     load_data,
+    on_device,
     place,
     seed_everything,
 )
@@ -127,7 +128,7 @@ class SearchRun(Run):
         self.architect = Architect(self.network, self.weight_optimizer, config.order, config.amp == "bf16")
         self._graph: GraphedStep | None = None
         if graphed:
-            self._graph = GraphedStep(self._compute, Recorder(), required=config.cuda_graph == "on")
+            self._graph = GraphedStep(self._compute, Recorder(device), required=config.cuda_graph == "on")
         self.resume()
         self._val_stream = self.val_batches.stream(self.val_position)
 
@@ -305,12 +306,13 @@ def opened(config: SearchConfig, read_only: bool = False) -> Iterator[SearchRun]
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend
     budget = None if config.memory_budget is None else int(config.memory_budget * 1e6)
-    with use_backend(backend, config.memory, budget):
+    with on_device(device), use_backend(backend, config.memory, budget):
         check_network(
             lambda: build_supernet(config, source.num_classes),
             config.batch_size,
             sizes,
             source.image_size,
+            device,
         )
         config = dataclasses.replace(config, image_size=source.image_size)
         data = fingerprint(source, dict(zip(("weights", "architecture"), parts, strict=True)))

@@ -32,12 +32,17 @@ def compiler():
     return shutil.which("g++")
 
 
+def setup_options():
+    """setup.py as a module, anew."""
+    spec = importlib.util.spec_from_file_location("setup_options", CSRC.parent / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def find_nvcc():
     """By setup.py's own rules."""
-    spec = importlib.util.spec_from_file_location("setup_options", CSRC.parent / "setup.py")
-    setup_options = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup_options)
-    return setup_options.find_nvcc()
+    return setup_options().find_nvcc()
 
 
 def find_cuobjdump():
@@ -117,10 +122,10 @@ class EmulatedBackend(cuda.CUDABackend):
     devices = frozenset({"cpu"})
 
     def unsupported_cell(self, call):
-        return cuda.unsupported_anywhere(call)
+        return self._ops.cuda_missing(0) or cuda.unsupported_anywhere(call) or self.misfit(call, 0)
 
     def unsupported_layer(self, x, layer):
-        return cuda.unsupported_layer_anywhere(x, layer)
+        return self._ops.cuda_missing(0) or cuda.unsupported_layer_anywhere(x, layer)
 
 
 class EmulatedKernels(Kernels):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rfdarts_fast.ops import CellCall, Memory, reference, use_backend
 from rfdarts_fast.ops.dispatch import cell_call
@@ -121,7 +121,8 @@ class GPUKernels(Kernels):
 
 
 class RecordedOps:
-    """A compiled backend's ops; the last call of each is kept as (overload, arguments, options).
+    """A compiled backend's ops; the last call of each that takes tensors is kept as (overload, arguments,
+    options).
 
     Attributes:
         backend: a backend of these ops.
@@ -135,9 +136,10 @@ class RecordedOps:
         op = getattr(self._ops, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            # some are changed in place
-            kept = tree_map_only(Tensor, lambda x: x.detach().clone(), (arguments, options))
-            self.calls[name] = (op.default, *kept)
+            if any(isinstance(x, Tensor) for x in tree_leaves((arguments, options))):
+                # some are changed in place
+                kept = tree_map_only(Tensor, lambda x: x.detach().clone(), (arguments, options))
+                self.calls[name] = (op.default, *kept)
             return op(*arguments, **options)
 
         return call

@@ -85,7 +85,7 @@ def _cell_forward(
 ):  # fmt: skip
     c = _Cell(inputs, cell)
     c.expect(conv_weights, gamma, beta, op_weights, edge_weights, moments, noise)
-    nodes = [_state(c.x, c.channels, c.h, c.w) for _ in range(c.shape.nodes)]
+    nodes = [] if concat else [_state(c.x, c.channels, c.h, c.w) for _ in range(c.shape.nodes)]
     whole = _state(c.x, c.shape.nodes * c.channels, c.h, c.w) if concat else c.x.new_empty(0)
     used_moments = c.x.new_empty(2, c.shape.norms, c.mixed, dtype=torch.float64)
     return nodes, whole, c.branch_outputs(bfloat16), used_moments

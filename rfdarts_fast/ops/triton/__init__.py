@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rfdarts_fast.ops import reference
-from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer, register_backend
+from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer, cuda_status, register_backend
 from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
 
 STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,9 +39,9 @@ def _kernels() -> ModuleType | str:
         return f"triton does not load ({error})"
 
 
-def unavailable_reason() -> str | None:
-    """The reason why the kernels cannot run on this machine, or None."""
-    return _unavailable_reason(_interpreted())
+def unavailable_reason(device: int) -> str | None:
+    """The reason why the kernels cannot run on the CUDA device of this number, or None."""
+    return _unavailable_reason(_interpreted(), device)
 
 
 def _interpreted() -> bool:
@@ -50,13 +50,13 @@ def _interpreted() -> bool:
 
 # asked for every cell of every step
 @functools.cache
-def _unavailable_reason(interpreted: bool) -> str | None:
+def _unavailable_reason(interpreted: bool, device: int) -> str | None:
     if not interpreted and importlib.util.find_spec("triton") is not None:
         if not torch.cuda.is_available():
             return "there is no CUDA device"
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
-            return f"the CUDA device has compute capability {major}.{minor}, 8.0 is needed"
+            return f"Triton needs compute capability 8.0, CUDA device {device} has {major}.{minor}"
     kernels = _kernels()
     return kernels if isinstance(kernels, str) else None
 
@@ -97,17 +97,15 @@ class TritonBackend:
         return [reference.relu_conv_bn(x, *layer) for layer in layers]
 
     def status(self) -> dict[str, str | bool]:
-        """`built`: Triton is installed; `reason` where it does not run."""
-        status: dict[str, str | bool] = {"built": importlib.util.find_spec("triton") is not None}
-        reason = unavailable_reason()
-        return status if reason is None else status | {"reason": reason}
+        """`built`: Triton is installed; see `cuda_status`."""
+        return {"built": importlib.util.find_spec("triton") is not None, **cuda_status(unavailable_reason)}
 
 
 def _unsupported_device(inputs: Sequence[Tensor]) -> str | None:
-    device = "cpu" if _interpreted() else "cuda"
-    reason = unavailable_reason()
-    if reason is None and any(x.device.type != device or x.device != inputs[0].device for x in inputs):
-        reason = f"inputs that are not all on one {device.upper()} device"
+    device_type, device = "cpu" if _interpreted() else "cuda", inputs[0].device
+    reason = unavailable_reason(device.index or 0)
+    if reason is None and any(x.device.type != device_type or x.device != device for x in inputs):
+        reason = f"inputs that are not all on one {device_type.upper()} device"
     return reason
 
 

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rfdarts_fast.ops import backends
-from tests.kernels.emulation import CSRC, find_nvcc, resource_usage
+from tests.kernels.emulation import CSRC, find_nvcc, resource_usage, setup_options
 
 STRICT = ["-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror", "-Werror", "all-warnings"]
-ARCHS = ("80", "90", "100")
+ARCHS = ("80", "90", "100", "120")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,24 @@ def test_kernels_compile_without_spills(nvcc, tmp_path, arch):
     with ThreadPoolExecutor(2) as pool:
         for result in pool.map(compile_one, (CSRC / "sources_cuda.txt").read_text().split()):
             assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "expected"),
+    [
+        ("75 80 90 100 103 120", "", "8.0 9.0 10.0 12.0+PTX"),
+        # of a toolkit before 12.8
+        ("75 80 86 89 90", "", "8.0 9.0+PTX"),
+        ("", "8.6;9.0a", "8.6 9.0a"),
+    ],
+)
+def test_architectures_are_those_that_nvcc_knows(monkeypatch, known, asked, expected):
+    options = setup_options()
+    text = "\n".join(f"compute_{number}" for number in known.split())
+    done = subprocess.CompletedProcess([], 0, stdout=text)
+    monkeypatch.setattr(options.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert options.archs() == expected.split()
 
 
 SPILL = (

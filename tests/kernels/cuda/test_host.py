@@ -24,7 +24,8 @@ needs_schemas = pytest.mark.skipif(
 @pytest.fixture
 def with_gpu(monkeypatch):
     """The kernels may be called on fake tensors."""
-    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(cuda.CUDABackend, "misfit", lambda *_: None)
 
 
 def without_data(module):

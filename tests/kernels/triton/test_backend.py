@@ -65,7 +65,7 @@ def test_an_absent_triton_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     reason = "triton is not installed (pip install 'rfdarts_fast[triton]')"
-    assert triton.unavailable_reason() == reason
+    assert triton.unavailable_reason(0) == reason
     assert TRITON.backend.status() == {"built": False, "reason": reason}
 
 
@@ -74,8 +74,12 @@ def test_a_device_too_old_is_named(monkeypatch):
         pytest.skip("needs triton")
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "7.5" in triton.unavailable_reason()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((8, 6), (7, 5))[device])
+    assert "7.5" not in str(triton.unavailable_reason(0))
+    assert triton.unavailable_reason(1) == "Triton needs compute capability 8.0, CUDA device 1 has 7.5"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    status = TRITON.backend.status()
+    assert "7.5" in status["not on device 1"] and "not on device 0" not in status
 
 
 def reason(edges, *inputs):
