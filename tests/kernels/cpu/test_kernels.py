@@ -96,7 +96,9 @@ def bfloat16(values):
 
 
 @pytest.mark.parametrize(("kind", "isa"), PRODUCTS)
-@pytest.mark.parametrize("shape", [(7, 5, 16), (3, 17, 32), (9, 19, 64), (4, 8, 4), (9, 6, 8), (5, 3, 12)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(7, 5, 16), (3, 17, 32), (9, 19, 64), (4, 8, 4), (9, 6, 8), (5, 3, 12)], ids=str
+)
 @pytest.mark.parametrize("conv", CONVS, ids=str)
 def test_products_of_bfloat16(kind, isa, shape, conv):
     """Both operands are rounded, and nothing else: what comes out is that of rounded ones in float64."""
