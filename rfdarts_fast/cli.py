@@ -30,6 +30,7 @@ from rfdarts_fast.runs.options import as_typed, parse_config, parse_options
 from rfdarts_fast.runs.output import complain, repair_streams, say, silence
 from rfdarts_fast.runs.run import RunFailed, in_one_line, out_of_memory
 from rfdarts_fast.runs.run_folder import RunFolderError
+from rfdarts_fast.runs.world import launched
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.config import preset_values as search_preset
 from rfdarts_fast.spaces import SPACES
@@ -54,12 +55,16 @@ rfdarts COMMAND --help lists the options of a command. To begin:
   rfdarts search --preset quick --out runs/search
   rfdarts train --preset quick --genotype runs/search/genotype.json --out runs/train
 
+On several processes, machines too (every option is the same; --batch-size is that of all processes):
+  torchrun --nproc-per-node 8 -m rfdarts_fast search --preset rf-pcdarts-imagenet --out runs/search
+
 exit codes:
   0    done
   1    the run cannot go on (disk, memory, loss), and names its last good state; `check` finds damage; a run
        of a `study` failed
   2    an option, a file or a folder does not fit: nothing was begun or changed
-  130  interrupted (Ctrl-C), 143 terminated: the state is saved, and the same command resumes
+  75   the time limit is reached; 130 interrupted (Ctrl-C), 138 SIGUSR1, 143 terminated: the state is saved,
+       and the same command resumes
   141  nobody reads the output any more
 """
 
@@ -190,16 +195,24 @@ class BenchOptions:
 def run_search(args: list[str]) -> None:
     from rfdarts_fast.search import search
 
-    config = parse_config(SearchConfig, search_preset, args, "rfdarts search")
-    genotype = search(config)
+    with launched() as world:
+        with world.agreeing():
+            config = parse_config(SearchConfig, search_preset, args, "rfdarts search")
+        genotype = search(config)
+        if not world.leads:
+            return
     say(f"\n{genotype}\n\ngenotype  {config.out / 'genotype.json'}\nmetrics   {config.out / 'metrics.jsonl'}")
 
 
 def run_train(args: list[str]) -> None:
     from rfdarts_fast.retrain import train
 
-    config = parse_config(TrainConfig, train_preset, args, "rfdarts train")
-    result = train(config)
+    with launched() as world:
+        with world.agreeing():
+            config = parse_config(TrainConfig, train_preset, args, "rfdarts train")
+        result = train(config)
+        if not world.leads:
+            return
     say(
         f"\ntest accuracy {result['test_accuracy']:.2f}% after the last epoch, best "
         f"{result['best_accuracy']:.2f}% after epoch {result['best_epoch']}; "

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from rfdarts_fast.nn import SynchronisedBatchNorm2d
 from rfdarts_fast.runs import run as run_module
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.run_folder import RunFolder
+from rfdarts_fast.runs.signals import Stopped
 
 
 def check_out(lab):
@@ -117,6 +119,24 @@ def check_checkpoint_minutes(lab):
     run.run()
     assert steps - {len(run.batches)} == {0}
     assert set(saved) == set(range(len(run.batches) + 1))
+
+
+def check_sync_batch_norm(lab):
+    for wanted in (False, True):
+        network = lab.start(sync_batch_norm=wanted).network
+        norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert norms
+        assert {isinstance(m, SynchronisedBatchNorm2d) for m in norms} == {wanted}
+
+
+def check_time_limit_minutes(lab):
+    lab.start(time_limit_minutes=60.0, epochs=1).run()
+    run = lab.start(time_limit_minutes=1e-9)
+    with pytest.raises(Stopped) as stopped:
+        run.run()
+    assert stopped.value.code == 75
+    assert (run.epoch, run.step) == (0, 1)
+    assert "step 1" in run.folder.last_saved
 
 
 def check_tensorboard(lab):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,20 @@ from rfdarts_fast.data import (
     evaluation_augment,
 )
 from rfdarts_fast.messages import thing_at
-from rfdarts_fast.nn import NasBench201Network, Network
+from rfdarts_fast.nn import NasBench201Network, Network, synchronise_batch_norms
 from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
 from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import load_checkpoint, misfit, restoring
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.fingerprint import fingerprint
+from rfdarts_fast.runs.follower import FollowerFolder
+from rfdarts_fast.runs.meters import batch_sums
 from rfdarts_fast.runs.output import complain
 from rfdarts_fast.runs.run import (
     Run,
     check_network,
+    check_shares,
     choose_device,
     evaluate,
     load_data,
@@ -50,6 +53,8 @@ from rfdarts_fast.runs.run_folder import (
     to_plain,
 )
 from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
+from rfdarts_fast.runs.watch import Watch
+from rfdarts_fast.runs.world import ALONE, World, launched
 from rfdarts_fast.spaces import AnyGenotype, CellGenotype, GenotypeError, parse, to_json
 from rfdarts_fast.spaces.text import MOST_CHARACTERS
 
@@ -106,9 +111,15 @@ class TrainRun(Run):
     results = ("genotype.json", "best.pt", "result.json")
 
     def __init__(
-        self, config: TrainConfig, genotype: AnyGenotype, source: DataSource, folder: RunFolder
+        self,
+        config: TrainConfig,
+        genotype: AnyGenotype,
+        source: DataSource,
+        folder: RunFolder | FollowerFolder,
+        world: World | None = None,
     ) -> None:
-        device = choose_device(config.device)
+        world = world or World()
+        device = world.device(choose_device(config.device))
         channels_last = config.memory_format == "channels_last"
         jitter = ColourJitter(0.4, 0.4, 0.4, 0.2) if config.colour_jitter else None
         augment = default_augment(
@@ -122,13 +133,16 @@ class TrainRun(Run):
             seed=config.seed,
             device=device,
             workers=config.workers,
+            shard=world.shard,
         )
-        super().__init__(folder, config, batches, config.epochs, "train")
+        super().__init__(folder, config, batches, config.epochs, "train", world)
         self.config = config
         self.genotype = genotype
-        self.test_batches = _test_batches(config, source, device)
+        self.test_batches = _test_batches(config, source, device, world)
         seed_everything(config.seed)
         self.network = place(build_network(config, genotype, source.num_classes), config, device)
+        if config.sync_batch_norm:
+            synchronise_batch_norms(self.network)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=config.learning_rate,
@@ -138,6 +152,9 @@ class TrainRun(Run):
         )
         self.best: dict[str, Any] = {"epoch": -1, "accuracy": -1.0}
         self.resume()
+
+    def agreed(self) -> list[Tensor]:
+        return list(self.network.parameters())
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         return {"network": self.network, "optimizer": self.optimizer}
@@ -174,11 +191,20 @@ class TrainRun(Run):
                 auxiliary, labels, label_smoothing=smoothing
             )
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        self.world.weighed(total, self.batches.share).backward()
+        used = {name: p for name, p in self.network.named_parameters() if p.grad is not None}
+        local = [p.grad for p in used.values() if p.grad is not None]
+        grads, sums = self.world.sum_step(local, batch_sums(loss, logits, labels))
+        for parameter, grad in zip(used.values(), grads, strict=True):
+            parameter.grad = grad
+        if self.watch is None:
+            # parameters that no loss depends on have no gradient
+            self.watch = Watch(images.device, ["loss", *(f"the gradient of {name}" for name in used)])
+        self.watch.see(0, sums[0], grads)
         if config.grad_clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), config.grad_clip)
         self.optimizer.step()
-        self.meter.add(loss, logits, labels)
+        self.meter.sums += sums
 
     def finish_epoch(self) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -188,7 +214,7 @@ class TrainRun(Run):
         }
         done = self.epoch + 1
         if done % self.config.evaluate_every == 0 or done == self.epochs:
-            record["test"] = evaluate(self.network, self.test_batches)
+            record["test"] = evaluate(self.network, self.test_batches, self.world)
             if record["test"]["accuracy"] > self.best["accuracy"]:
                 self.best = {"epoch": self.epoch, "accuracy": record["test"]["accuracy"]}
                 self.save("best.pt")
@@ -201,6 +227,22 @@ class TrainRun(Run):
             raise RunFolderError(f"run: {self.folder.metrics.path} is damaged: its last record has no test")
         return test
 
+    def result(self) -> dict[str, Any]:
+        """The values of result.json; RunFolderError as `last_test`."""
+        last = self.last_test()
+        head = getattr(self.network, "auxiliary_head", None)
+        own, of_head = (
+            sum(p.numel() for p in part.parameters()) if part is not None else 0
+            for part in (self.network, head)
+        )
+        return {
+            "test_accuracy": last["accuracy"],
+            "test_loss": last["loss"],
+            "best_accuracy": self.best["accuracy"],
+            "best_epoch": self.best["epoch"],
+            "parameters": own - of_head,
+        }
+
     def summary(self, record: dict[str, Any]) -> str:
         train, test = record["train"], record.get("test")
         tested = f"  test {test['loss']:.3f} {test['accuracy']:.2f}%" if test else ""
@@ -210,7 +252,9 @@ class TrainRun(Run):
         )
 
 
-def _test_batches(config: TrainConfig, source: DataSource, device: torch.device) -> Batches:
+def _test_batches(
+    config: TrainConfig, source: DataSource, device: torch.device, world: World = ALONE
+) -> Batches:
     return Batches(
         source.require_test(),
         None,
@@ -220,29 +264,44 @@ def _test_batches(config: TrainConfig, source: DataSource, device: torch.device)
         device=device,
         shuffle=False,
         workers=config.workers,
+        shard=world.shard,
     )
 
 
 @contextmanager
 def opened(config: TrainConfig, read_only: bool = False) -> Iterator[TrainRun]:
     """The run of a config at the position from which it goes on; see `rfdarts_fast.search.run.opened`."""
+    with launched() as world, ExitStack() as stack:
+        with world.agreeing():
+            config, genotype, source, folder = _prepared(config, world, read_only, stack)
+        yield TrainRun(config, genotype, source, folder, world)
+
+
+def _prepared(
+    config: TrainConfig, world: World, read_only: bool, stack: ExitStack
+) -> tuple[TrainConfig, AnyGenotype, DataSource, RunFolder | FollowerFolder]:
+    """The config as it is noted, the genotype, the data, and the folder, its lock in `stack`."""
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
-    choose_device(config.device)
+    world.device(choose_device(config.device))
     genotype = read_genotype(config.genotype)
     source = load_data(config)
     source.require_test()
     check_genotype(config, genotype, source.image_size)
+    check_shares(config.batch_size, [len(source.train)], world.size)
     check_network(
         lambda: build_network(config, genotype, source.num_classes),
         config.batch_size,
         [len(source.train)],
         source.image_size,
+        world.size,
     )
     config = dataclasses.replace(config, image_size=source.image_size, genotype=str(genotype))
-    with RunFolder(config.out, "train", config, fingerprint(source), read_only) as folder:
-        yield TrainRun(config, genotype, source, folder)
+    if not world.leads:
+        return config, genotype, source, FollowerFolder(config.out)
+    folder = stack.enter_context(RunFolder(config.out, "train", config, fingerprint(source), read_only))
+    return config, genotype, source, folder
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -254,18 +313,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with opened(config) as run:
         run.write_result("genotype.json", to_json(run.genotype) + "\n")
         run.run()
-        last = run.last_test()
-        auxiliary_head = getattr(run.network, "auxiliary_head", None)
-        counted = sum(p.numel() for p in run.network.parameters())
-        if auxiliary_head is not None:
-            counted -= sum(p.numel() for p in auxiliary_head.parameters())
-        result = {
-            "test_accuracy": last["accuracy"],
-            "test_loss": last["loss"],
-            "best_accuracy": run.best["accuracy"],
-            "best_epoch": run.best["epoch"],
-            "parameters": counted,
-        }
+        result = run.world.from_leader(run.result() if run.world.leads else {})
         run.write_result("result.json", json.dumps(result, indent=2) + "\n")
     return result
 

@@ -72,6 +72,11 @@ class RunConfig:
     """Layout of activations in memory."""
     checkpoint_minutes: float = 10.0
     """Save inside an epoch too, this often; each epoch's end, SIGTERM and Ctrl-C always save."""
+    sync_batch_norm: bool = False
+    """Under torchrun: BatchNorm normalises by the whole batch, not by each process's part of it. A search
+    then runs in plain PyTorch (--backend reference): the compiled cells cannot exchange statistics."""
+    time_limit_minutes: float | None = None
+    """Save and leave with exit code 75 after so many minutes of steps; the same command goes on."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the extra `log`)."""
 
@@ -84,6 +89,8 @@ class RunConfig:
         if self.threads is not None:
             require_positive(self, "threads", most=4096)
         require_positive(self, "checkpoint_minutes")
+        if self.time_limit_minutes is not None:
+            require_positive(self, "time_limit_minutes")
         require(
             not self.tensorboard or importlib.util.find_spec("tensorboard") is not None, self, "tensorboard",
             "tensorboard to be installed (pip install 'rfdarts_fast[log]')",

@@ -39,7 +39,7 @@ from rfdarts_fast.runs.lock import HOLDER, LOCK, FolderLock, InUse
 # where and how fast a run runs, not what it computes
 FREE_FIELDS = frozenset(
     {"out", "config", "preset", "data_root", "download", "workers", "checkpoint_minutes", "tensorboard"}
-    | {"restart", "table", "diagnose_every", "diagnose_images", "diagnose_cells"}
+    | {"time_limit_minutes", "restart", "table", "diagnose_every", "diagnose_images", "diagnose_cells"}
 )
 
 
