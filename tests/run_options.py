@@ -3,6 +3,8 @@
 A lab has `start(**changes)`, a run at its first step, and `finish(**changes)`, the folder of a finished one.
 """
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -119,6 +121,22 @@ def check_checkpoint_minutes(lab):
     run.run()
     assert steps - {len(run.batches)} == {0}
     assert set(saved) == set(range(len(run.batches) + 1))
+
+
+def check_keep_checkpoints(lab):
+    folder = lab.finish(epochs=5, keep_checkpoints=2)
+    assert sorted(p.name for p in folder.glob("checkpoint*")) == [
+        "checkpoint.epoch-4.pt", "checkpoint.epoch-5.pt", "checkpoint.previous.pt", "checkpoint.pt"
+    ]  # fmt: skip
+    last = (folder / "checkpoint.pt").read_bytes()
+    assert last == (folder / "checkpoint.epoch-5.pt").read_bytes()
+    # back by an epoch
+    shutil.copy(folder / "checkpoint.epoch-4.pt", folder / "checkpoint.pt")
+    lab.finish(out=folder, epochs=5)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 5
+    lab.finish(out=folder, epochs=1, restart=True)
+    assert not list(folder.glob("checkpoint.epoch*"))
+    assert (folder / "before-restart-1" / "checkpoint.epoch-5.pt").exists()
 
 
 def check_sync_batch_norm(lab):

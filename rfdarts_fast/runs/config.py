@@ -72,6 +72,9 @@ class RunConfig:
     """Layout of activations in memory."""
     checkpoint_minutes: float = 10.0
     """Save inside an epoch too, this often; each epoch's end, SIGTERM and Ctrl-C always save."""
+    keep_checkpoints: int = 0
+    """Keep the checkpoints of so many last epochs too, as checkpoint.epoch-N.pt; one of them, copied over
+    checkpoint.pt, is where the same command goes on from."""
     sync_batch_norm: bool = False
     """Under torchrun: BatchNorm normalises by the whole batch, not by each process's part of it. A search
     then runs in plain PyTorch (--backend reference): the compiled cells cannot exchange statistics."""
@@ -85,6 +88,7 @@ class RunConfig:
         if self.image_size is not None:
             require_positive(self, "image_size", most=MOST_SIDE)
         require_not_negative(self, "workers", most=1024)
+        require_not_negative(self, "keep_checkpoints", most=10**6)
         require(0 <= self.seed < 2**32, self, "seed", "a number from 0 to 2**32 - 1")
         if self.threads is not None:
             require_positive(self, "threads", most=4096)

@@ -86,6 +86,7 @@ COMMON = {
     "seed-huge": "--seed 4294967296 | seed: expected a number from 0 to 2**32 - 1",
     "threads": "--threads 0 | threads: expected a positive number",
     "checkpoint-minutes": "--checkpoint-minutes 0 | checkpoint-minutes: expected a positive number",
+    "keep-checkpoints": "--keep-checkpoints -1 | keep-checkpoints: expected 0 or more",
     "time-limit": "--time-limit-minutes 0 | time-limit-minutes: expected a positive number",
     "device-unknown": "--device toaster | device: 'toaster' cannot be used",
     "device-absent": "--device cuda:99 | device: 'cuda:99' cannot be used",

@@ -269,7 +269,7 @@ def test_shards_are_the_parts_of_a_batch(parts, tmp_path):
     """Crops, colours and cutouts included; the last batch of 3 leaves some of five out."""
 
     def photos(**options):
-        for i, image in enumerate(random_images(7, side=12)):
+        for i, image in enumerate(random_images(7, size=12)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
         paths = [tmp_path / f"{i}.png" for i in range(7)]
         dataset = ImageFolderSet(paths, torch.arange(7), 8)
