@@ -1,4 +1,4 @@
-"""The command line: rfdarts search | train | eval | check | study | show | query | bench | env."""
+"""The command line: rfdarts search | train | cache | eval | check | study | show | query | bench | env."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ Differentiable architecture search with frozen random features.
 commands:
   search    search a cell with a supernet
   train     train the network of a genotype from scratch
+  cache     decode a subset of photos once, into a store that search reads
   eval      evaluate a training run on the test images
   check     verify a run's folder and say what can be resumed
   study     many searches as one resumable job, summarised with error bars
@@ -222,6 +223,12 @@ def run_train(args: list[str]) -> None:
     )
 
 
+def run_cache(args: list[str]) -> None:
+    from rfdarts_fast.cache import CacheOptions, build_store
+
+    print(build_store(parse_options(CacheOptions, args, "rfdarts cache")))
+
+
 def run_eval(args: list[str]) -> None:
     from rfdarts_fast.retrain import evaluate_run
 
@@ -363,6 +370,7 @@ def load_plugins() -> None:
 COMMANDS = {
     "search": run_search,
     "train": run_train,
+    "cache": run_cache,
     "eval": run_eval,
     "check": run_check,
     "study": run_study,

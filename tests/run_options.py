@@ -47,6 +47,18 @@ def check_data_root(lab):
         lab.start(data_root=lab.tmp_path / "other.npz")
 
 
+def check_corrupt(lab):
+    lab.start(corrupt="fatal")
+    with pytest.raises(ValueError, match="corrupt: expected fatal for the data set npz, got 'skip'"):
+        lab.start(corrupt="skip")
+
+
+def check_cache_on(lab):
+    """See tests/cache for what it does."""
+    with pytest.raises(ConfigError, match="cache_on: expected auto with the data set npz, got 'host'"):
+        lab.start(cache_on="host")
+
+
 def check_download(lab):
     asked = []
     load = run_module.load

@@ -12,8 +12,10 @@ from .augment import Augment
 from .device import Batch, copied_ahead, upload
 from .errors import DataError, require, require_int
 from .files import FileReader
+from .resample import centre_boxes, crop_and_resize, draw_boxes
 from .seeding import Purpose, torch_generator
 from .sets import ImageFolderSet, ImageSet
+from .store import StoredSet
 
 
 class Batches:
@@ -40,7 +42,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: ImageSet | ImageFolderSet,
+        dataset: ImageSet | ImageFolderSet | StoredSet,
         indices: Tensor | np.ndarray | Sequence[int] | None,
         batch_size: int,
         *,
@@ -74,7 +76,7 @@ class Batches:
         if isinstance(dataset, ImageFolderSet):
             pinned = self.device.type == "cuda"
             self._reader = FileReader(dataset, augment, self.seed, workers, pinned)
-        elif augment.resized_crop is not None:
+        elif augment.resized_crop is not None and not dataset.photos:
             raise DataError("resized_crop: expected None for images in memory (crop them with pad)")
 
     def __len__(self) -> int:
@@ -102,7 +104,11 @@ class Batches:
     def _batches(self, position: int, stop: int | None) -> Iterator[Batch]:
         if isinstance(self.dataset, ImageSet):
             return self._from_memory(self.dataset.on(self.device), position, stop)
-        return self._from_files(position, stop)
+        order = self._order(position, stop)
+        if isinstance(self.dataset, StoredSet):
+            return self._from_host(self.dataset.read(order, self.device), position, stop)
+        assert self._reader is not None
+        return self._from_host(self._reader.read(order), position, stop)
 
     def _from_memory(self, dataset: ImageSet, position: int, stop: int | None) -> Iterator[Batch]:
         for epoch, step, indices in self._order(position, stop):
@@ -111,9 +117,8 @@ class Batches:
             self.share = len(indices) / self._size(step)
             yield self._augmented(images, epoch, step), dataset.labels.index_select(0, chosen)
 
-    def _from_files(self, position: int, stop: int | None) -> Iterator[Batch]:
-        assert self._reader is not None
-        read = copied_ahead(self._reader.read(self._order(position, stop)), self.device)
+    def _from_host(self, batches: Iterator[Batch], position: int, stop: int | None) -> Iterator[Batch]:
+        read = copied_ahead(batches, self.device)
         for (epoch, step, _), (images, labels) in zip(self._order(position, stop), read, strict=False):
             self.share = len(labels) / self._size(step)
             yield self._augmented(images, epoch, step), labels
@@ -122,9 +127,18 @@ class Batches:
         generator = torch_generator(self.seed, Purpose.BATCH, epoch, step)
         size = self._size(step)
         draws = self.augment.draw(size, self.dataset.image_size, generator)
+        if isinstance(self.dataset, StoredSet):
+            boxes = self._boxes(size, self.dataset.side, generator)[:, slice(*self._part(size))]
+            images = crop_and_resize(images, boxes, self.dataset.image_size)
         if len(images) < size:
             draws = draws.part(*self._part(size))
         return self.augment.apply(images, draws.to(self.device))
+
+    def _boxes(self, count: int, side: int, generator: torch.Generator) -> Tensor:
+        augment = self.augment
+        if augment.resized_crop is None:
+            return centre_boxes(count, side, augment.centre_fraction)
+        return draw_boxes(count, side, augment.resized_crop, augment.resized_ratio, generator)
 
     def _size(self, step: int) -> int:
         """Images of a whole batch."""

@@ -51,9 +51,15 @@ class RunConfig:
     config: Path | None = None
     """A YAML file of values for the options below; the command line wins over it."""
     dataset: Annotated[str, one_of(DATASETS)] = "digits"
-    """Images: digits come with scikit-learn; npz is a file of x_train, y_train, x_test, y_test."""
+    """Images: digits come with scikit-learn; npz is a file of x_train, y_train, x_test, y_test; cache a store
+    of decoded photos that `rfdarts cache` made."""
     data_root: Path | None = None
     """The data set's npz file or folder."""
+    corrupt: Literal["fatal", "skip"] = "fatal"
+    """imagefolder: an image that cannot be read ends the run, or is left out, named and counted."""
+    cache_on: Literal["auto", "host", "device"] = "auto"
+    """cache: batches are taken from the store's file, or from a copy on the device; auto takes that for a GPU
+    half of whose free memory holds it."""
     download: bool = False
     """Let torchvision download the data set to data_root."""
     image_size: int | None = None
@@ -89,6 +95,10 @@ class RunConfig:
             require_positive(self, "image_size", most=MOST_SIDE)
         require_not_negative(self, "workers", most=1024)
         require_not_negative(self, "keep_checkpoints", most=10**6)
+        # of all configs: the command line and YAML files check choices themselves
+        check_choices(self)
+        cached = self.dataset == "cache"
+        require(cached or self.cache_on == "auto", self, "cache_on", f"auto with the data set {self.dataset}")
         require(0 <= self.seed < 2**32, self, "seed", "a number from 0 to 2**32 - 1")
         if self.threads is not None:
             require_positive(self, "threads", most=4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import math
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rfdarts_fast.data import Batches, DataSource, load
+from rfdarts_fast.data import Batches, DataSource, StoredSet, load
 from rfdarts_fast.ops import BackendError, use_backend
 from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import restoring, rng_state, set_rng_state
@@ -48,7 +49,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_data(config: RunConfig) -> DataSource:
-    return load(config.dataset, root=config.data_root, image_size=config.image_size, download=config.download)
+    source = load(
+        config.dataset,
+        root=config.data_root,
+        image_size=config.image_size,
+        download=config.download,
+        corrupt=config.corrupt,
+    )
+    if isinstance(source.train, StoredSet):
+        source = dataclasses.replace(source, train=source.train.placed(config.cache_on))
+    return source
 
 
 def seed_everything(seed: int) -> None:

@@ -49,15 +49,8 @@ from rfdarts_fast.runs.lock import HOLDER, LOCK, FolderLock, InUse
 # where and how fast a run runs, not what it computes
 FREE_FIELDS = frozenset(
     {"out", "config", "preset", "data_root", "download", "workers", "checkpoint_minutes", "tensorboard"}
-    | {
-        "keep_checkpoints",
-        "time_limit_minutes",
-        "restart",
-        "table",
-        "diagnose_every",
-        "diagnose_images",
-        "diagnose_cells",
-    }
+    | {"restart", "table", "diagnose_every", "diagnose_images", "diagnose_cells"}
+    | {"keep_checkpoints", "time_limit_minutes", "cache_on"}
 )
 
 
@@ -81,7 +74,7 @@ Config = TypeVar("Config", bound=RunConfig)
 KEPT = re.compile(r"checkpoint\.epoch-(\d{1,9})\.pt")
 LAST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 HISTORY = ("metrics.jsonl", "alphas.jsonl")
-_RESULTS = ("best.pt", "genotype.json", "result.json", "tensorboard")
+_RESULTS = ("split.json", "best.pt", "genotype.json", "result.json", "tensorboard")
 # config.json goes last: without it the rest would be foreign files
 _OWN = (LAST, PREVIOUS, DAMAGED, *HISTORY, *_RESULTS, "environment.json", "data.json", "config.json")
 _ASIDE = "before-restart-"

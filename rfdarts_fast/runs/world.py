@@ -169,7 +169,7 @@ class World:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """What fails inside in one process ends all. It may exchange nothing with the others.
+        """An error inside in one process ends all. Nothing inside may wait for the others.
 
         The first process that fails raises its error, the others OtherFailed.
         """
@@ -204,7 +204,11 @@ def launched() -> Iterator[World]:
         return
     on_gpu = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+        # torchrun's store outlives the processes that it starts anew: addresses of dead ones are still there
+        store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {size}", store)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"torchrun: the processes cannot be joined: {reason(error)}") from None
     try:

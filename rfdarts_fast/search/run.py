@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from rfdarts_fast.data import (
     Batches,
     DataSource,
+    StoredSet,
     default_augment,
     evaluation_augment,
     read_split_file,
@@ -73,6 +75,8 @@ def split(config: SearchConfig, source: DataSource) -> tuple[Tensor, Tensor]:
             return split_stratified(labels, config.train_portion, config.seed, "train-portion")
         case "per-class":
             fractions = config.train_fraction, config.val_fraction
+            if isinstance(source.train, StoredSet):
+                return source.train.split(fractions)
             train, val = split_per_class(labels, fractions, config.seed, ("train-fraction", "val-fraction"))
             return train, val
     assert config.split_file is not None
@@ -160,6 +164,11 @@ class SearchRun(Run):
         weights = [names[p] for p in self.architect.weights]
         arch = [f"the gradient of {name}" for name in self.network.named_arch_parameters()]
         return [["loss", *weights], ["validation loss", *arch], ["loss", *weights, *arch]]
+
+    def split_names(self) -> dict[str, list[str]]:
+        """The images of the two parts of the split, by the names of their files."""
+        parts = {"weights": self.batches, "architecture": self.val_batches}
+        return {part: b.dataset.names(b.indices.tolist()) for part, b in parts.items()}
 
     def agreed(self) -> list[Tensor]:
         return [*self.architect.weights, *self.architect.arch]
@@ -379,6 +388,8 @@ def search(config: SearchConfig) -> AnyGenotype:
     fit, Stopped (with the state saved) after SIGTERM and RunFailed if the run cannot go on.
     """
     with opened(config) as run:
+        if config.split == "per-class":
+            run.write_result("split.json", json.dumps(run.split_names(), indent=1) + "\n")
         run.run()
         genotype = run.network.genotype(config.genotype_rule)
         run.write_result("genotype.json", to_json(genotype, config.genotype_rule) + "\n")
