@@ -1,4 +1,4 @@
-"""The command line: rfdarts search | train | cache | eval | check | study | show | query | bench | env."""
+"""The command line, `rfdarts COMMAND`: see USAGE."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ commands:
   train     train the network of a genotype from scratch
   cache     decode a subset of photos once, into a store that search reads
   eval      evaluate a training run on the test images
+  export    a trained network as ONNX or safetensors
   check     verify a run's folder and say what can be resumed
   study     many searches as one resumable job, summarised with error bars
   show      a run or a genotype as text, figures and one HTML page
@@ -82,6 +83,22 @@ class EvalOptions:
     """The data set's npz file or folder, if it has moved since."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write the network of a training run for other programs. Needs the extra `export`."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a `rfdarts train` run."""
+    onnx: Path | None = None
+    """Write this ONNX file: normalised images [N, 3, S, S] to logits. It is kept only if onnxruntime computes
+    the same."""
+    safetensors: Path | None = None
+    """Write the weights, without the auxiliary head, to this file; also for timm.create_model(
+    "rfdarts_imagenet", genotype=..., checkpoint_path=FILE) after `import rfdarts_fast.export.timm`."""
+    checkpoint: Literal["best", "last"] = "best"
+    """The checkpoint whose weights are written."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +256,22 @@ def run_eval(args: list[str]) -> None:
     print(json.dumps(evaluate_run(options.run, options.checkpoint, **changes)))
 
 
+def run_export(args: list[str]) -> None:
+    from rfdarts_fast.export import export_onnx, save_weights
+    from rfdarts_fast.retrain.run import load_network
+
+    options = parse_options(ExportOptions, args, "rfdarts export")
+    require(bool(options.onnx or options.safetensors), options, "onnx", "this or --safetensors, or both")
+    file, network, config = load_network(options.run, options.checkpoint)
+    if options.onnx is not None:
+        assert config.image_size is not None
+        error = export_onnx(network, config.image_size, options.onnx)
+        print(f"wrote {options.onnx} from {file}: onnxruntime's logits are within {error:.1e} of the largest")
+    if options.safetensors is not None:
+        save_weights(network, config, options.safetensors)
+        print(f"wrote {options.safetensors} from {file}")
+
+
 def run_check(args: list[str]) -> int:
     from rfdarts_fast import retrain, search
     from rfdarts_fast.runs.check import check_folder
@@ -372,6 +405,7 @@ COMMANDS = {
     "train": run_train,
     "cache": run_cache,
     "eval": run_eval,
+    "export": run_export,
     "check": run_check,
     "study": run_study,
     "show": run_show,

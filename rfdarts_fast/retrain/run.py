@@ -326,22 +326,43 @@ def evaluate_run(path: Path, checkpoint: str = "best", **changes: Any) -> dict[s
         checkpoint: "best" or "last"; where the last is damaged or missing, the one before it, said on stderr.
         changes: values that replace those of the run's config, such as device or data_root.
     """
-    stored = read_config(path, "train", TrainConfig)
+    file, network, stored = load_network(path, checkpoint)
     config = dataclasses.replace(stored, **changes)
     config.check()
     device = choose_device(config.device)
-    file, state = _checkpoint(path, checkpoint)
-    check_config(file, state, "train", to_plain(stored))
     source = load_data(config)
     parts = fingerprint(source)
     refuse_other_data(path, {name: parts[name] for name in ("classes", "test") if name in parts})
-    network = build_network(config, read_genotype(config.genotype), source.num_classes)
-    wrong = schema.misfit(state.get("network"), network, "network")
+    classes = network.classifier.out_features
+    if classes != source.num_classes:
+        raise misfit(file, f"it has {classes} classes and the data set {source.num_classes}")
+    return evaluate(place(network, config, device), _test_batches(config, source, device))
+
+
+def load_network(path: Path, checkpoint: str = "best") -> tuple[Path, Any, TrainConfig]:
+    """The checkpoint of a training run's folder, its network, in training mode, and the run's config.
+
+    Args:
+        path: folder of a `rfdarts train` run.
+        checkpoint: as of `evaluate_run`.
+
+    Raises RunFolderError, CheckpointError or ConfigError for a folder that is damaged or of another kind.
+    """
+    config = read_config(path, "train", TrainConfig)
+    config.check()
+    file, state = _checkpoint(path, checkpoint)
+    check_config(file, state, "train", to_plain(config))
+    weights: Any = state.get("network")
+    bias = weights.get("classifier.bias") if isinstance(weights, dict) else None
+    # without one the misfit below names it
+    classes = len(bias) if isinstance(bias, Tensor) and bias.ndim == 1 else 1
+    network = build_network(config, read_genotype(config.genotype), classes)
+    wrong = schema.misfit(weights, network, "network")
     if wrong:
         raise misfit(file, wrong)
     with restoring(file):
-        network.load_state_dict(state["network"])
-    return evaluate(place(network, config, device), _test_batches(config, source, device))
+        network.load_state_dict(weights)
+    return file, network, config
 
 
 def _checkpoint(path: Path, which: str) -> tuple[Path, dict[str, Any]]:

@@ -172,7 +172,8 @@ def test_torchrun_starts_anew_what_died(run, tiny_npz, tmp_path):
     words = [*torchrun, "--max-restarts", "2", "-m", "rfdarts_fast", *options.split(), "--dataset", "npz"]
     words += ["--data-root", str(tiny_npz), "--device", "cpu", "--out", str(folder)]
     with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
-        while not (folder / "metrics.jsonl").exists():
+        metrics = folder / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
             assert job.poll() is None, job.stdout.read()
             time.sleep(0.01)
         os.kill(json.loads((folder / ".lock.json").read_text())["pid"], signal.SIGKILL)
