@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rfdarts_fast.data import (
     Batches,
@@ -22,22 +24,27 @@ from rfdarts_fast.data import (
 )
 from rfdarts_fast.messages import thing_at
 from rfdarts_fast.nn import NasBench201Network, Network, synchronise_batch_norms
+from rfdarts_fast.nn.counting import multiply_adds
 from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
+from rfdarts_fast.ops import use_backend
 from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import load_checkpoint, misfit, restoring
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.fingerprint import fingerprint
-from rfdarts_fast.runs.follower import FollowerFolder
+from rfdarts_fast.runs.follower import FollowerFolder, folder_of
 from rfdarts_fast.runs.meters import batch_sums
 from rfdarts_fast.runs.output import complain
 from rfdarts_fast.runs.run import (
     Run,
+    RunFailed,
     check_network,
     check_shares,
     choose_device,
     evaluate,
+    in_one_line,
     load_data,
+    out_of_memory,
     place,
     seed_everything,
 )
@@ -82,6 +89,35 @@ def build_network(config: TrainConfig, genotype: AnyGenotype, num_classes: int) 
     if isinstance(genotype, CellGenotype):
         return NasBench201Network(genotype, config.channels, num_classes, config.cells_per_stage)
     return Network(genotype, config.channels, num_classes, config.layers, config.auxiliary, config.stem)
+
+
+def fitted(config: TrainConfig, genotype: AnyGenotype, num_classes: int, image_size: int) -> TrainConfig:
+    """The config, with fewer channels if it asks for them; ConfigError for a network above its limit."""
+    limit = config.max_multiply_adds
+    if limit is None:
+        return config
+
+    def millions(channels: int) -> float:
+        with torch.device("meta"):
+            network = build_network(
+                dataclasses.replace(config, channels=channels, auxiliary=False), genotype, num_classes
+            )
+        return multiply_adds(network, image_size) / 1e6
+
+    widths = range(config.channels - config.channels % 2, 0, -2)
+    # they grow with the width
+    place = bisect.bisect_left(widths, True, key=lambda width: millions(width) < limit)
+    fits = widths[place] if place < len(widths) else None
+    if fits == config.channels or (config.auto_width and fits):
+        return dataclasses.replace(config, channels=fits)
+    here = millions(config.channels)
+    if here < limit:
+        return config
+    narrower = f"--auto-width takes {fits} channels" if fits else "no width stays below it"
+    raise ConfigError(
+        f"max_multiply_adds: expected a network below {limit:g} million, got {here:.4g} with "
+        f"{config.channels} channels ({narrower})"
+    )
 
 
 def check_genotype(config: TrainConfig, genotype: AnyGenotype, image_size: int) -> None:
@@ -150,6 +186,12 @@ class TrainRun(Run):
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
         )
+        self.ema: AveragedModel | None = None
+        if config.ema_decay:
+            average = get_ema_multi_avg_fn(config.ema_decay)
+            self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        # kernels are for frozen convolutions, and their dispatcher is nothing to compile
+        self._forward = torch.compile(self.network) if config.compile else self.network
         self.best: dict[str, Any] = {"epoch": -1, "accuracy": -1.0}
         self.resume()
 
@@ -157,7 +199,9 @@ class TrainRun(Run):
         return list(self.network.parameters())
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
-        return {"network": self.network, "optimizer": self.optimizer}
+        parts: dict[str, nn.Module | torch.optim.Optimizer]
+        parts = {"network": self.network, "optimizer": self.optimizer}
+        return parts if self.ema is None else {**parts, "ema": self.ema}
 
     def values(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -182,7 +226,11 @@ class TrainRun(Run):
         # linear from 0 (quark0/darts train.py)
         if isinstance(self.network, Network):
             self.network.drop_path_prob = config.drop_path * self.epoch / config.epochs
-        logits, auxiliary = self.network(images)
+        bf16 = config.amp == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            logits, auxiliary = self._outputs(images)
+        if bf16:
+            logits, auxiliary = logits.float(), None if auxiliary is None else auxiliary.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         total = loss
         if auxiliary is not None:
@@ -204,7 +252,19 @@ class TrainRun(Run):
         if config.grad_clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), config.grad_clip)
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
         self.meter.sums += sums
+
+    def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        try:
+            return self._forward(images)
+        except RuntimeError as error:
+            if not self.config.compile or out_of_memory(error):
+                raise
+            raise RunFailed(
+                f"compile: the network cannot be compiled here: {in_one_line(error)}; {self._kept()}"
+            ) from error
 
     def finish_epoch(self) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -215,6 +275,10 @@ class TrainRun(Run):
         done = self.epoch + 1
         if done % self.config.evaluate_every == 0 or done == self.epochs:
             record["test"] = evaluate(self.network, self.test_batches, self.world)
+            if self.ema is not None:
+                # the average is what is kept and exported
+                record["without_ema"] = record["test"]
+                record["test"] = evaluate(self.ema.module, self.test_batches, self.world)
             if record["test"]["accuracy"] > self.best["accuracy"]:
                 self.best = {"epoch": self.epoch, "accuracy": record["test"]["accuracy"]}
                 self.save("best.pt")
@@ -237,6 +301,7 @@ class TrainRun(Run):
         )
         return {
             "test_accuracy": last["accuracy"],
+            "test_top5": last.get("top5"),
             "test_loss": last["loss"],
             "best_accuracy": self.best["accuracy"],
             "best_epoch": self.best["epoch"],
@@ -246,6 +311,9 @@ class TrainRun(Run):
     def summary(self, record: dict[str, Any]) -> str:
         train, test = record["train"], record.get("test")
         tested = f"  test {test['loss']:.3f} {test['accuracy']:.2f}%" if test else ""
+        # of few classes five are most
+        if test and self.test_batches.dataset.labels.max() > 10:
+            tested += f" top-5 {test['top5']:.2f}%"
         return (
             f"epoch {record['epoch']:3d}/{self.epochs}  train {train['loss']:.3f} {train['accuracy']:.1f}%"
             f"{tested}  {record['images_per_second']:.0f} images/s  lr {record['learning_rate']:.4f}"
@@ -273,14 +341,18 @@ def opened(config: TrainConfig, read_only: bool = False) -> Iterator[TrainRun]:
     """The run of a config at the position from which it goes on; see `rfdarts_fast.search.run.opened`."""
     with launched() as world, ExitStack() as stack:
         with world.agreeing():
-            config, genotype, source, folder = _prepared(config, world, read_only, stack)
+            config, genotype, source = _prepared(config, world, stack)
+            data = fingerprint(source)
+        world.refuse_different(data, "data")
+        with world.agreeing():
+            folder = stack.enter_context(folder_of(world, "train", config, data, read_only))
         yield TrainRun(config, genotype, source, folder, world)
 
 
 def _prepared(
-    config: TrainConfig, world: World, read_only: bool, stack: ExitStack
-) -> tuple[TrainConfig, AnyGenotype, DataSource, RunFolder | FollowerFolder]:
-    """The config as it is noted, the genotype, the data, and the folder, its lock in `stack`."""
+    config: TrainConfig, world: World, stack: ExitStack
+) -> tuple[TrainConfig, AnyGenotype, DataSource]:
+    """The config as it is noted, the genotype and the data; the backend is in `stack`."""
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -290,6 +362,8 @@ def _prepared(
     source.require_test()
     check_genotype(config, genotype, source.image_size)
     check_shares(config.batch_size, [len(source.train)], world.size)
+    if config.compile:
+        stack.enter_context(use_backend("reference"))
     check_network(
         lambda: build_network(config, genotype, source.num_classes),
         config.batch_size,
@@ -297,11 +371,9 @@ def _prepared(
         source.image_size,
         world.size,
     )
+    config = fitted(config, genotype, source.num_classes, source.image_size)
     config = dataclasses.replace(config, image_size=source.image_size, genotype=str(genotype))
-    if not world.leads:
-        return config, genotype, source, FollowerFolder(config.out)
-    folder = stack.enter_context(RunFolder(config.out, "train", config, fingerprint(source), read_only))
-    return config, genotype, source, folder
+    return config, genotype, source
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -353,6 +425,9 @@ def load_network(path: Path, checkpoint: str = "best") -> tuple[Path, Any, Train
     file, state = _checkpoint(path, checkpoint)
     check_config(file, state, "train", to_plain(config))
     weights: Any = state.get("network")
+    if config.ema_decay and isinstance(state.get("ema"), dict):
+        # the part below `module.`, beside a counter
+        weights = {n.removeprefix("module."): x for n, x in state["ema"].items() if n != "n_averaged"}
     bias = weights.get("classifier.bias") if isinstance(weights, dict) else None
     # without one the misfit below names it
     classes = len(bias) if isinstance(bias, Tensor) and bias.ndim == 1 else 1

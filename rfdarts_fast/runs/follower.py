@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from rfdarts_fast.runs.config import RunConfig
+from rfdarts_fast.runs.fingerprint import Fingerprint
+from rfdarts_fast.runs.run_folder import RunFolder
+from rfdarts_fast.runs.world import World
 
 
 class FollowerFolder:
@@ -33,3 +39,12 @@ class FollowerFolder:
 
     def append(self, record: dict[str, Any]) -> None:
         pass
+
+
+def folder_of(
+    world: World, command: str, config: RunConfig, data: Fingerprint, read_only: bool
+) -> AbstractContextManager[RunFolder | FollowerFolder]:
+    """The folder of a run, open in the process that leads; arguments and errors as of `RunFolder`."""
+    if not world.leads:
+        return FollowerFolder(config.out)
+    return RunFolder(config.out, command, config, data, read_only)

@@ -50,7 +50,7 @@ from rfdarts_fast.runs.lock import HOLDER, LOCK, FolderLock, InUse
 FREE_FIELDS = frozenset(
     {"out", "config", "preset", "data_root", "download", "workers", "checkpoint_minutes", "tensorboard"}
     | {"restart", "table", "diagnose_every", "diagnose_images", "diagnose_cells"}
-    | {"keep_checkpoints", "time_limit_minutes", "cache_on"}
+    | {"keep_checkpoints", "time_limit_minutes", "cache_on", "max_multiply_adds", "auto_width"}
 )
 
 

@@ -167,6 +167,15 @@ class World:
             for x, part in zip(chosen, flat.split([x.numel() for x in chosen]), strict=True):
                 x.copy_(part.view(x.shape))
 
+    def refuse_different(self, value: Any, name: str) -> None:
+        """ConfigError, in process 0 alone, unless all processes have the same plain value; PeerLost."""
+        values = self.gathered(value)
+        other = next((k for k, there in enumerate(values) if there != values[0]), None)
+        if other is not None and self.leads:
+            raise ConfigError(f"{name}: expected the same in all processes, got others in process {other}")
+        if other is not None:
+            raise OtherFailed
+
     @contextmanager
     def agreeing(self) -> Iterator[None]:
         """An error inside in one process ends all. Nothing inside may wait for the others.

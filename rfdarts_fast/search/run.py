@@ -25,8 +25,8 @@ from rfdarts_fast.data import (
 from rfdarts_fast.nn import synchronise_batch_norms
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs.config import require
-from rfdarts_fast.runs.fingerprint import fingerprint
-from rfdarts_fast.runs.follower import FollowerFolder
+from rfdarts_fast.runs.fingerprint import Fingerprint, fingerprint
+from rfdarts_fast.runs.follower import FollowerFolder, folder_of
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.runs.run import (
@@ -338,14 +338,17 @@ def opened(config: SearchConfig, read_only: bool = False) -> Iterator[SearchRun]
     """
     with launched() as world, ExitStack() as stack:
         with world.agreeing():
-            config, source, folder, table = _prepared(config, world, read_only, stack)
+            config, source, data, table = _prepared(config, world, stack)
+        world.refuse_different(data, "data")
+        with world.agreeing():
+            folder = stack.enter_context(folder_of(world, "search", config, data, read_only))
         yield SearchRun(config, source, folder, table, world)
 
 
 def _prepared(
-    config: SearchConfig, world: World, read_only: bool, stack: ExitStack
-) -> tuple[SearchConfig, DataSource, RunFolder | FollowerFolder, Table | None]:
-    """The config with its image size, the data, and the folder, its lock and the backend in `stack`."""
+    config: SearchConfig, world: World, stack: ExitStack
+) -> tuple[SearchConfig, DataSource, Fingerprint, Table | None]:
+    """The config with its image size, the data and their fingerprint; the backend is in `stack`."""
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -374,11 +377,8 @@ def _prepared(
         world.size,
     )
     config = dataclasses.replace(config, image_size=source.image_size)
-    if not world.leads:
-        return config, source, FollowerFolder(config.out), table
     data = fingerprint(source, dict(zip(("weights", "architecture"), parts, strict=True)))
-    folder = stack.enter_context(RunFolder(config.out, "search", config, data, read_only))
-    return config, source, folder, table
+    return config, source, data, table
 
 
 def search(config: SearchConfig) -> AnyGenotype:

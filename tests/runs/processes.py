@@ -1,7 +1,8 @@
 """Runs `rfdarts` in several forked processes as torchrun would start them; torch is imported once.
 
 Each line of stdin is JSON: arguments, number of processes, folder of logs, and null or [rank, epoch, step,
-signal]: at that position this process sends itself the signal. The answer is a line with the exit codes.
+signal]: at that position this process sends itself the signal. The argument RANK is each process's own
+number. The answer is a line with the exit codes.
 """
 
 import json
@@ -46,7 +47,7 @@ def process(rank, size, port, arguments, logs, signalled):
         if signalled and signalled[0] == rank:
             for run_class in (SearchRun, TrainRun):
                 signal_self(run_class, *signalled[1:])
-        sys.argv = ["rfdarts", *arguments]
+        sys.argv = ["rfdarts", *(str(rank) if word == "RANK" else word for word in arguments)]
         cli.main()
         code = 0
     except SystemExit as stop:

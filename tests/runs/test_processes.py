@@ -23,7 +23,7 @@ COMMANDS = {
     "search": SEARCH,
     "second-order": f"{SEARCH} --order second --arch-warmup-epochs 0",
     "one-level": f"{SEARCH} --levels 1",
-    "train": f"{TRAIN} --batch-size 17",
+    "train": f"{TRAIN} --batch-size 17 --ema-decay 0.5",
 }
 
 
@@ -159,6 +159,11 @@ def test_an_error_is_said_once(run, tmp_path):
     assert not any(logs[1:])
     codes, logs = run(f"{SEARCH} --backend cpu --sync-batch-norm", tmp_path / "run", 2)
     assert "sync-batch-norm: expected none on the backend cpu, got True" in logs[0]
+    # each process has a seed of its own, and so another split
+    codes, logs = run(f"{SEARCH} --split stratified --seed RANK", tmp_path / "run", 2)
+    assert codes == [2, 2]
+    said = "data: expected the same in all processes, got others in process 1"
+    assert logs == [f"[process 0] rfdarts search: {said}\n", ""]
     assert not (tmp_path / "run").exists()
 
 
