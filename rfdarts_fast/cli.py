@@ -30,7 +30,7 @@ from rfdarts_fast.runs.options import as_typed, parse_config, parse_options
 from rfdarts_fast.runs.output import complain, repair_streams, say, silence
 from rfdarts_fast.runs.run import RunFailed, in_one_line, out_of_memory
 from rfdarts_fast.runs.run_folder import RunFolderError
-from rfdarts_fast.runs.world import launched
+from rfdarts_fast.runs.world import PeerLost, launched
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.config import preset_values as search_preset
 from rfdarts_fast.spaces import SPACES
@@ -189,7 +189,7 @@ class BenchOptions:
     """Time one search step of a supernet on this machine, variants taking turns, and measure their memory."""
 
     method: Literal["rf-darts", "rf-pcdarts"] | None = None
-    """rf-pcdarts has K = 4 (default; for nasbench201 rf-darts, the only one)."""
+    """Default: rf-pcdarts; for nasbench201 rf-darts, the only one."""
     space: Annotated[str, one_of(SPACES)] = "darts"
     """Search space; nasbench201 goes with rf-darts."""
     batch: int = 64
@@ -200,6 +200,12 @@ class BenchOptions:
     """Channels of the first cells."""
     layers: int = 8
     """Cells of the supernet; for nasbench201 cells of each of its three stages."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layers; imagenet, with --size 224 and --classes 1000, is the supernet of rf-pcdarts-imagenet."""
+    partial_channels: int | None = None
+    """K of rf-pcdarts (default: 4)."""
+    classes: int = 10
+    """Classes of the classifier."""
     rounds: int = 7
     """Turns of every variant; the median is reported."""
     threads: int | None = None
@@ -359,7 +365,9 @@ def run_bench(args: list[str]) -> None:
     from rfdarts_fast.ops import backends
 
     options = parse_options(BenchOptions, args, "rfdarts bench")
-    require_positive(options, "batch", "size", "channels", "layers", "rounds", most=65_536)
+    require_positive(options, "batch", "size", "channels", "layers", "rounds", "classes", most=65_536)
+    if options.partial_channels is not None:
+        require_positive(options, "partial_channels", most=65_536)
     if options.threads is not None:
         require_positive(options, "threads", most=4096)
         torch.set_num_threads(options.threads)
@@ -371,10 +379,15 @@ def run_bench(args: list[str]) -> None:
     partial = not bench.is_nasbench201(options.space)
     method = options.method or ("rf-pcdarts" if partial else "rf-darts")
     require(partial or method == "rf-darts", options, "method", f"rf-darts for {options.space}")
-    shape = {
-        name: getattr(options, name) for name in ("space", "batch", "size", "channels", "layers", "rounds")
-    }
-    print(bench.table(bench.run(method, variants, **shape, out=options.out)))
+    k = options.partial_channels
+    divides = k is None or (method == "rf-pcdarts" and options.channels % k == 0)
+    require(
+        divides, options, "partial_channels", f"a divisor of {options.channels} channels, with rf-pcdarts"
+    )
+    require(partial or options.stem == "cifar", options, "stem", f"cifar for {options.space}")
+    names = ("space", "batch", "size", "channels", "layers", "rounds", "stem", "classes")
+    shape = {name: getattr(options, name) for name in names}
+    print(bench.table(bench.run(method, variants, **shape, K=k, out=options.out)))
 
 
 def run_env(args: list[str]) -> None:
@@ -429,7 +442,7 @@ def run_command(args: list[str]) -> int:
     except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
         complain(f"rfdarts {args[0]}: {as_typed(str(error), args)}")
         return 2
-    except (RunFailed, WriteError) as error:
+    except (RunFailed, WriteError, PeerLost) as error:
         complain(f"rfdarts {args[0]}: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:

@@ -155,7 +155,7 @@ class TrainRun(Run):
         world: World | None = None,
     ) -> None:
         world = world or World()
-        device = world.device(choose_device(config.device))
+        device = choose_device(config.device, world)
         channels_last = config.memory_format == "channels_last"
         jitter = ColourJitter(0.4, 0.4, 0.4, 0.2) if config.colour_jitter else None
         augment = default_augment(
@@ -356,7 +356,7 @@ def _prepared(
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
-    world.device(choose_device(config.device))
+    choose_device(config.device, world)
     genotype = read_genotype(config.genotype)
     source = load_data(config)
     source.require_test()

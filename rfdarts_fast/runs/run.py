@@ -35,10 +35,11 @@ from rfdarts_fast.runs.world import ALONE, PeerLost, World
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` names; ConfigError if it is not there."""
+def choose_device(name: str, world: World = ALONE) -> torch.device:
+    """The device that `--device` names, in this process of several; ConfigError if it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = world.gpu(name)
     try:
         device = torch.device(name)
         # the meta device, for one, holds no values

@@ -33,11 +33,6 @@ class StopRequest:
             return self._signalled
         return TIME_IS_UP if self._deadline is not None and time.monotonic() >= self._deadline else None
 
-    def flags(self) -> list[float]:
-        """The request as numbers that add up over processes: 1 at its place in CODES."""
-        code = self.code
-        return [float(code == other) for other in CODES]
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signalled == 128 + signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -74,20 +74,23 @@ class World:
         """The part of each batch that is this process's, as `Batches` takes it."""
         return self.rank, self.size
 
-    def device(self, device: torch.device) -> torch.device:
-        """The device of this process where several share a machine; ConfigError if there are too few GPUs."""
-        if self.alone or device.type != "cuda":
-            return device
-        if device.index is not None:
-            raise ConfigError(f"device: expected cpu, cuda or auto with several processes, got '{device}'")
+    def gpu(self, name: str) -> str:
+        """The device that a name means in this process: the GPU of its number, which is made the current one.
+
+        Other devices, and all of a process alone, are what they are called. Raises ConfigError if there are
+        fewer GPUs than processes on this machine.
+        """
+        if self.alone or not name.startswith("cuda") or not torch.cuda.is_available():
+            return name
+        if name != "cuda":
+            raise ConfigError(f"device: expected cpu, cuda or auto with several processes, got {name!r}")
         if self.local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"device: expected a GPU for each process of a machine, got {torch.cuda.device_count()} and "
                 f"process {self.local_rank}"
             )
-        device = torch.device("cuda", self.local_rank)
-        torch.cuda.set_device(device)
-        return device
+        torch.cuda.set_device(self.local_rank)
+        return f"cuda:{self.local_rank}"
 
     def seed_step(self, seed: int, epoch: int, step: int) -> None:
         """Seeds what a step draws besides its data, such as drop path: of its own in each process.
@@ -109,7 +112,11 @@ class World:
         """
         if self.alone:
             return list(grads), sums
-        flags = torch.tensor(self.stop.flags(), dtype=grads[0].dtype, device=grads[0].device)
+        flags = grads[0].new_zeros(len(CODES))
+        code = self.stop.code
+        if code is not None:
+            # a list would be copied to a GPU, which waits for it; this happens once
+            flags[CODES.index(code)] = 1
         flat = torch.cat([*(grad.reshape(-1) for grad in grads), sums.to(flags.dtype), flags])
         self.sum_(flat)
         self.messages[flat.numel() * flat.element_size()] += 1

@@ -103,7 +103,7 @@ class SearchRun(Run):
         world: World | None = None,
     ) -> None:
         world = world or World()
-        device = world.device(choose_device(config.device))
+        device = choose_device(config.device, world)
         channels_last = config.memory_format == "channels_last"
         train_indices, val_indices = split(config, source)
         augment = default_augment(source, cutout=config.cutout, flip=config.flip, channels_last=channels_last)
@@ -352,7 +352,7 @@ def _prepared(
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = world.device(choose_device(config.device))
+    device = choose_device(config.device, world)
     graphed = device.type == "cuda" and world.alone
     where = f"device {device}" if world.alone else "several processes"
     require(config.cuda_graph != "on" or graphed, config, "cuda_graph", f"off or auto on {where}")

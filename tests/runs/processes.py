@@ -2,7 +2,7 @@
 
 Each line of stdin is JSON: arguments, number of processes, folder of logs, and null or [rank, epoch, step,
 signal]: at that position this process sends itself the signal. The argument RANK is each process's own
-number. The answer is a line with the exit codes.
+number. At epoch -1 it is when it loads its data. The answer is a line with the exit codes.
 """
 
 import json
@@ -44,7 +44,11 @@ def process(rank, size, port, arguments, logs, signalled):
         if size > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if signalled and signalled[0] == rank:
+        if signalled and signalled[0] == rank and signalled[1] < 0:
+            from rfdarts_fast.runs import run as run_module
+
+            run_module.load = lambda *_, **__: os.kill(os.getpid(), signalled[3])
+        elif signalled and signalled[0] == rank:
             for run_class in (SearchRun, TrainRun):
                 signal_self(run_class, *signalled[1:])
         sys.argv = ["rfdarts", *(str(rank) if word == "RANK" else word for word in arguments)]

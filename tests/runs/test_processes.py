@@ -186,3 +186,11 @@ def test_torchrun_starts_anew_what_died(run, tiny_npz, tmp_path):
     assert job.returncode == 0, log
     assert "resuming at epoch " in log
     assert_same_run(folder, tmp_path / "whole", unlike={"checkpoint.previous.pt"})
+
+
+def test_a_process_dies_before_the_first_step(run, tmp_path):
+    """While the others wait for what it has to say of its data."""
+    codes, logs = run(SEARCH, tmp_path / "run", 2, [1, -1, -1, signal.SIGKILL])
+    assert codes == [1, -signal.SIGKILL]
+    assert logs[0].startswith("[process 0] rfdarts search: another process of the run is gone: ")
+    assert logs[0].count("\n") == 1
