@@ -30,7 +30,7 @@ from rfdarts_fast.runs.progress import EventWriter, Progress
 from rfdarts_fast.runs.run_folder import LAST, RunFolder
 from rfdarts_fast.runs.signals import Stopped, StopRequest
 from rfdarts_fast.runs.watch import Watch
-from rfdarts_fast.runs.world import ALONE, PeerLost, World
+from rfdarts_fast.runs.world import ALONE, OtherFailed, PeerLost, World
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -161,6 +161,10 @@ class RunFailed(RuntimeError):
 
 class Diverged(RunFailed):
     """The training loss, or what is trained, is no longer finite."""
+
+
+class Disagreement(RunFailed):
+    """The processes of a run have come to different states."""
 
 
 def in_one_line(error: BaseException) -> str:
@@ -320,6 +324,11 @@ class Run(ABC):
         except KeyboardInterrupt:
             progress.line(f"interrupted; {self._kept()}")
             raise
+        except (Diverged, Disagreement):
+            # all processes know it at the same step
+            if self.world.leads:
+                raise
+            raise OtherFailed(1) from None
         except (WriteError, PeerLost) as error:
             raise RunFailed(f"{error}; {self._kept()}") from None
         except (MemoryError, RuntimeError) as error:
@@ -395,7 +404,7 @@ class Run(ABC):
             raise self._diverged(f"{bad[1]}: became NaN or infinite", f"epoch {epoch}, step {step}")
 
     def _agree(self) -> None:
-        """RunFailed unless all processes have come to the same state.
+        """Disagreement unless all processes have come to the same state.
 
         Then running statistics are the leader's: as under DistributedDataParallel, those of the others count
         for nothing.
@@ -408,7 +417,7 @@ class Run(ABC):
         digests = self.world.gathered(digest.hexdigest())
         other = next((k for k, there in enumerate(digests) if there != digests[0]), None)
         if other is not None:
-            raise RunFailed(
+            raise Disagreement(
                 f"process {other} has come to other weights or alphas than process 0 in epoch {self.epoch}; "
                 f"{self._kept()}"
             )

@@ -35,10 +35,10 @@ class PeerLost(RuntimeError):
 
 
 class OtherFailed(SystemExit):
-    """Another process failed where all have to succeed, and says why; this one leaves without a word."""
+    """All fail where one does, and another process says why; this one leaves without a word."""
 
-    def __init__(self) -> None:
-        super().__init__(2)
+    def __init__(self, code: int = 2) -> None:
+        super().__init__(code)
 
 
 class World:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def test_one_process_dies(run, command, tmp_path):
     """The others leave and say so; the same command goes on, bit by bit, and with another number, too."""
     # drop path and noise draw numbers of their own in each process
     options = SEARCH.replace("s2", "s4") if command == "search" else TRAIN.replace("path 0", "path 0.5")
-    options += " --batch-size 6" if command == "search" else " --batch-size 12"
+    # parts of unequal sizes: the processes' random states would part, too
+    options += " --batch-size 7" if command == "search" else " --batch-size 13"
     options += " --checkpoint-minutes 1e-9"
     whole, folder, other = (tmp_path / name for name in ("whole", "run", "other"))
     done(*run(options, whole, 2))
@@ -147,6 +149,25 @@ def test_a_signal_to_one_stops_all_after_the_same_step(run, tmp_path):
     assert not logs[1]
     done(*run(options, folder, 2))
     assert_same_run(folder, whole, unlike={"checkpoint.previous.pt"})
+
+
+def test_processes_that_disagree_end(run, tmp_path):
+    codes, logs = run(f"{SEARCH} --arch-weight-decay RANK", tmp_path / "run", 2)
+    assert codes == [1, 1]
+    assert "process 1 has come to other weights or alphas than process 0 in epoch 1; the last good" in logs[0]
+    assert not logs[1]
+    # the epoch of warm-up is kept
+    assert len(records(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_all_stop_at_the_step_that_diverges(run, tmp_path):
+    options = f"{TRAIN} --batch-size 4 --learning-rate 1e9 --weight-decay 1e9 --grad-clip 0"
+    codes, logs = run(options, tmp_path / "run", 2)
+    assert codes == [1, 1]
+    assert re.search(
+        r": became NaN or infinite in epoch 0, step \d; the last good state is .*step 0", logs[0]
+    )
+    assert not logs[1]
 
 
 def test_an_error_is_said_once(run, tmp_path):
