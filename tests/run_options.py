@@ -10,10 +10,15 @@ import torch
 from PIL import Image
 
 from rfdarts_fast.nn import SynchronisedBatchNorm2d
+from rfdarts_fast.retrain.run import TrainConfig
+from rfdarts_fast.retrain.run import opened as train_opened
 from rfdarts_fast.runs import run as run_module
+from rfdarts_fast.runs.check import check_folder
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.runs.signals import Stopped
+from rfdarts_fast.search.run import SearchConfig
+from rfdarts_fast.search.run import opened as search_opened
 
 
 def check_out(lab):
@@ -140,6 +145,13 @@ def check_keep_checkpoints(lab):
     assert sorted(p.name for p in folder.glob("checkpoint*")) == [
         "checkpoint.epoch-4.pt", "checkpoint.epoch-5.pt", "checkpoint.previous.pt", "checkpoint.pt"
     ]  # fmt: skip
+    commands = {"search": (SearchConfig, search_opened), "train": (TrainConfig, train_opened)}
+    assert check_folder(folder, commands).sound
+    kept = (folder / "checkpoint.epoch-4.pt").read_bytes()
+    (folder / "checkpoint.epoch-4.pt").write_bytes(kept[:-9])
+    assert "checkpoint.epoch-4.pt" in str(check_folder(folder, commands))
+    assert not check_folder(folder, commands).sound
+    (folder / "checkpoint.epoch-4.pt").write_bytes(kept)
     last = (folder / "checkpoint.pt").read_bytes()
     assert last == (folder / "checkpoint.epoch-5.pt").read_bytes()
     # back by an epoch
