@@ -3,8 +3,10 @@
 import pytest
 import torch
 from same_run import assert_same_run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfdarts_fast.runs.run import Diverged
+from rfdarts_fast.runs.watch import Watch
 from rfdarts_fast.search import PRESETS, SearchConfig, search
 from rfdarts_fast.search.architect import Architect
 
@@ -54,3 +56,30 @@ def test_the_first_bad_tensor_is_named(tmp_path, monkeypatch, levels, name):
             start(tmp_path / "run", levels=levels)
     start(tmp_path / "run", levels=levels)
     assert_same_run(tmp_path / "run", tmp_path / "whole", unlike={"checkpoint.previous.pt"})
+
+
+class NeverAsked(TorchDispatchMode):
+    """Fails where a value is read on the host, which a recorded CUDA graph cannot do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_watch_notes_the_first_bad_step_without_being_asked():
+    watch = Watch(torch.device("cpu"), ["loss", "a", "b"], ["other", "c"])
+    good, bad = torch.ones(3), torch.tensor([1.0, float("inf"), 0.0])
+    steps = [
+        (0, good[0], [good, good]),
+        (1, good[0], [good]),
+        (0, good[0], [good, bad]),
+        (0, bad[1], [bad, bad]),
+    ]
+    found = []
+    for which, loss, grads in steps:
+        with NeverAsked():
+            watch.see(which, loss, grads)
+        found.append(watch.end_step())
+    assert found == [None, None, (2, "b"), (2, "b")]
+    with pytest.raises(AssertionError), NeverAsked():
+        good[0].item()
