@@ -1,4 +1,4 @@
-"""The command line: rfdarts search | train | eval | check | study | show | query | bench | env."""
+"""The command line, `rfdarts COMMAND`: see USAGE."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from rfdarts_fast.runs.options import as_typed, parse_config, parse_options
 from rfdarts_fast.runs.output import complain, repair_streams, say, silence
 from rfdarts_fast.runs.run import RunFailed, in_one_line, out_of_memory
 from rfdarts_fast.runs.run_folder import RunFolderError
+from rfdarts_fast.runs.world import PeerLost, launched
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.config import preset_values as search_preset
 from rfdarts_fast.spaces import SPACES
@@ -42,7 +43,9 @@ Differentiable architecture search with frozen random features.
 commands:
   search    search a cell with a supernet
   train     train the network of a genotype from scratch
+  cache     decode a subset of photos once, into a store that search reads
   eval      evaluate a training run on the test images
+  export    a trained network as ONNX or safetensors
   check     verify a run's folder and say what can be resumed
   study     many searches as one resumable job, summarised with error bars
   show      a run or a genotype as text, figures and one HTML page
@@ -54,12 +57,16 @@ rfdarts COMMAND --help lists the options of a command. To begin:
   rfdarts search --preset quick --out runs/search
   rfdarts train --preset quick --genotype runs/search/genotype.json --out runs/train
 
+On several processes, machines too (every option is the same; --batch-size is that of all processes):
+  torchrun --nproc-per-node 8 -m rfdarts_fast search --preset rf-pcdarts-imagenet --out runs/search
+
 exit codes:
   0    done
   1    the run cannot go on (disk, memory, loss), and names its last good state; `check` finds damage; a run
        of a `study` failed
   2    an option, a file or a folder does not fit: nothing was begun or changed
-  130  interrupted (Ctrl-C), 143 terminated: the state is saved, and the same command resumes
+  75   the time limit is reached; 130 interrupted (Ctrl-C), 138 SIGUSR1, 143 terminated: the state is saved,
+       and the same command resumes
   141  nobody reads the output any more
 """
 
@@ -76,6 +83,22 @@ class EvalOptions:
     """The data set's npz file or folder, if it has moved since."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write the network of a training run for other programs. Needs the extra `export`."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a `rfdarts train` run."""
+    onnx: Path | None = None
+    """Write this ONNX file: normalised images [N, 3, S, S] to logits. It is kept only if onnxruntime computes
+    the same."""
+    safetensors: Path | None = None
+    """Write the weights, without the auxiliary head, to this file; also for timm.create_model(
+    "rfdarts_imagenet", genotype=..., checkpoint_path=FILE) after `import rfdarts_fast.export.timm`."""
+    checkpoint: Literal["best", "last"] = "best"
+    """The checkpoint whose weights are written."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +189,7 @@ class BenchOptions:
     """Time one search step of a supernet on this machine, variants taking turns, and measure their memory."""
 
     method: Literal["rf-darts", "rf-pcdarts"] | None = None
-    """rf-pcdarts has K = 4 (default; for nasbench201 rf-darts, the only one)."""
+    """Default: rf-pcdarts; for nasbench201 rf-darts, the only one."""
     space: Annotated[str, one_of(SPACES)] = "darts"
     """Search space; nasbench201 goes with rf-darts."""
     batch: int = 64
@@ -177,6 +200,12 @@ class BenchOptions:
     """Channels of the first cells."""
     layers: int = 8
     """Cells of the supernet; for nasbench201 cells of each of its three stages."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layers; imagenet, with --size 224 and --classes 1000, is the supernet of rf-pcdarts-imagenet."""
+    partial_channels: int | None = None
+    """K of rf-pcdarts (default: 4)."""
+    classes: int = 10
+    """Classes of the classifier."""
     rounds: int = 7
     """Turns of every variant; the median is reported."""
     threads: int | None = None
@@ -192,16 +221,24 @@ class BenchOptions:
 def run_search(args: list[str]) -> None:
     from rfdarts_fast.search import search
 
-    config = parse_config(SearchConfig, search_preset, args, "rfdarts search")
-    genotype = search(config)
+    with launched() as world:
+        with world.agreeing():
+            config = parse_config(SearchConfig, search_preset, args, "rfdarts search")
+        genotype = search(config)
+        if not world.leads:
+            return
     say(f"\n{genotype}\n\ngenotype  {config.out / 'genotype.json'}\nmetrics   {config.out / 'metrics.jsonl'}")
 
 
 def run_train(args: list[str]) -> None:
     from rfdarts_fast.retrain import train
 
-    config = parse_config(TrainConfig, train_preset, args, "rfdarts train")
-    result = train(config)
+    with launched() as world:
+        with world.agreeing():
+            config = parse_config(TrainConfig, train_preset, args, "rfdarts train")
+        result = train(config)
+        if not world.leads:
+            return
     say(
         f"\ntest accuracy {result['test_accuracy']:.2f}% after the last epoch, best "
         f"{result['best_accuracy']:.2f}% after epoch {result['best_epoch']}; "
@@ -209,6 +246,12 @@ def run_train(args: list[str]) -> None:
         f"checkpoints  {config.out / 'checkpoint.pt'}, {config.out / 'best.pt'}\n"
         f"metrics      {config.out / 'metrics.jsonl'}"
     )
+
+
+def run_cache(args: list[str]) -> None:
+    from rfdarts_fast.cache import CacheOptions, build_store
+
+    print(build_store(parse_options(CacheOptions, args, "rfdarts cache")))
 
 
 def run_eval(args: list[str]) -> None:
@@ -219,6 +262,22 @@ def run_eval(args: list[str]) -> None:
     if options.data_root is not None:
         changes["data_root"] = options.data_root
     print(json.dumps(evaluate_run(options.run, options.checkpoint, **changes)))
+
+
+def run_export(args: list[str]) -> None:
+    from rfdarts_fast.export import export_onnx, save_weights
+    from rfdarts_fast.retrain.run import load_network
+
+    options = parse_options(ExportOptions, args, "rfdarts export")
+    require(bool(options.onnx or options.safetensors), options, "onnx", "this or --safetensors, or both")
+    file, network, config = load_network(options.run, options.checkpoint)
+    if options.onnx is not None:
+        assert config.image_size is not None
+        error = export_onnx(network, config.image_size, options.onnx)
+        print(f"wrote {options.onnx} from {file}: onnxruntime's logits are within {error:.1e} of the largest")
+    if options.safetensors is not None:
+        save_weights(network, config, options.safetensors)
+        print(f"wrote {options.safetensors} from {file}")
 
 
 def run_check(args: list[str]) -> int:
@@ -308,7 +367,9 @@ def run_bench(args: list[str]) -> None:
     from rfdarts_fast.ops import backends
 
     options = parse_options(BenchOptions, args, "rfdarts bench")
-    require_positive(options, "batch", "size", "channels", "layers", "rounds", most=65_536)
+    require_positive(options, "batch", "size", "channels", "layers", "rounds", "classes", most=65_536)
+    if options.partial_channels is not None:
+        require_positive(options, "partial_channels", most=65_536)
     require(
         all(0 <= budget < 10**9 for budget in options.memory_budgets), options, "memory_budgets", "0 or more"
     )
@@ -324,10 +385,15 @@ def run_bench(args: list[str]) -> None:
     partial = not bench.is_nasbench201(options.space)
     method = options.method or ("rf-pcdarts" if partial else "rf-darts")
     require(partial or method == "rf-darts", options, "method", f"rf-darts for {options.space}")
-    shape = {
-        name: getattr(options, name) for name in ("space", "batch", "size", "channels", "layers", "rounds")
-    }
-    print(bench.table(bench.run(method, variants, **shape, out=options.out)))
+    k = options.partial_channels
+    divides = k is None or (method == "rf-pcdarts" and options.channels % k == 0)
+    require(
+        divides, options, "partial_channels", f"a divisor of {options.channels} channels, with rf-pcdarts"
+    )
+    require(partial or options.stem == "cifar", options, "stem", f"cifar for {options.space}")
+    names = ("space", "batch", "size", "channels", "layers", "rounds", "stem", "classes")
+    shape = {name: getattr(options, name) for name in names}
+    print(bench.table(bench.run(method, variants, **shape, K=k, out=options.out)))
 
 
 def run_env(args: list[str]) -> None:
@@ -356,7 +422,9 @@ def load_plugins() -> None:
 COMMANDS = {
     "search": run_search,
     "train": run_train,
+    "cache": run_cache,
     "eval": run_eval,
+    "export": run_export,
     "check": run_check,
     "study": run_study,
     "show": run_show,
@@ -380,7 +448,7 @@ def run_command(args: list[str]) -> int:
     except (ConfigError, DataError, RunFolderError, CheckpointError, BackendError) as error:
         complain(f"rfdarts {args[0]}: {as_typed(str(error), args)}")
         return 2
-    except (RunFailed, WriteError) as error:
+    except (RunFailed, WriteError, PeerLost) as error:
         complain(f"rfdarts {args[0]}: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:

@@ -3,13 +3,22 @@
 A lab has `start(**changes)`, a run at its first step, and `finish(**changes)`, the folder of a finished one.
 """
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
 
+from rfdarts_fast.nn import SynchronisedBatchNorm2d
+from rfdarts_fast.retrain.run import TrainConfig
+from rfdarts_fast.retrain.run import opened as train_opened
 from rfdarts_fast.runs import run as run_module
+from rfdarts_fast.runs.check import check_folder
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.run_folder import RunFolder
+from rfdarts_fast.runs.signals import Stopped
+from rfdarts_fast.search.run import SearchConfig
+from rfdarts_fast.search.run import opened as search_opened
 
 
 def check_out(lab):
@@ -41,6 +50,18 @@ def check_dataset(lab):
 def check_data_root(lab):
     with pytest.raises(ValueError, match=r"other\.npz"):
         lab.start(data_root=lab.tmp_path / "other.npz")
+
+
+def check_corrupt(lab):
+    lab.start(corrupt="fatal")
+    with pytest.raises(ValueError, match="corrupt: expected fatal for the data set npz, got 'skip'"):
+        lab.start(corrupt="skip")
+
+
+def check_cache_on(lab):
+    """See tests/cache for what it does."""
+    with pytest.raises(ConfigError, match="cache_on: expected auto with the data set npz, got 'host'"):
+        lab.start(cache_on="host")
 
 
 def check_download(lab):
@@ -117,6 +138,47 @@ def check_checkpoint_minutes(lab):
     run.run()
     assert steps - {len(run.batches)} == {0}
     assert set(saved) == set(range(len(run.batches) + 1))
+
+
+def check_keep_checkpoints(lab):
+    folder = lab.finish(epochs=5, keep_checkpoints=2)
+    assert sorted(p.name for p in folder.glob("checkpoint*")) == [
+        "checkpoint.epoch-4.pt", "checkpoint.epoch-5.pt", "checkpoint.previous.pt", "checkpoint.pt"
+    ]  # fmt: skip
+    commands = {"search": (SearchConfig, search_opened), "train": (TrainConfig, train_opened)}
+    assert check_folder(folder, commands).sound
+    kept = (folder / "checkpoint.epoch-4.pt").read_bytes()
+    (folder / "checkpoint.epoch-4.pt").write_bytes(kept[:-9])
+    assert "checkpoint.epoch-4.pt" in str(check_folder(folder, commands))
+    assert not check_folder(folder, commands).sound
+    (folder / "checkpoint.epoch-4.pt").write_bytes(kept)
+    last = (folder / "checkpoint.pt").read_bytes()
+    assert last == (folder / "checkpoint.epoch-5.pt").read_bytes()
+    # back by an epoch
+    shutil.copy(folder / "checkpoint.epoch-4.pt", folder / "checkpoint.pt")
+    lab.finish(out=folder, epochs=5)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 5
+    lab.finish(out=folder, epochs=1, restart=True)
+    assert not list(folder.glob("checkpoint.epoch*"))
+    assert (folder / "before-restart-1" / "checkpoint.epoch-5.pt").exists()
+
+
+def check_sync_batch_norm(lab):
+    for wanted in (False, True):
+        network = lab.start(sync_batch_norm=wanted).network
+        norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert norms
+        assert {isinstance(m, SynchronisedBatchNorm2d) for m in norms} == {wanted}
+
+
+def check_time_limit_minutes(lab):
+    lab.start(time_limit_minutes=60.0, epochs=1).run()
+    run = lab.start(time_limit_minutes=1e-9)
+    with pytest.raises(Stopped) as stopped:
+        run.run()
+    assert stopped.value.code == 75
+    assert (run.epoch, run.step) == (0, 1)
+    assert "step 1" in run.folder.last_saved
 
 
 def check_tensorboard(lab):

@@ -23,6 +23,7 @@ REFERENCE = [
     "tables",
     "results",
     "study",
+    "export",
     "drop_in",
 ]
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
@@ -90,7 +91,8 @@ def test_sections_end_at_headings_outside_code_and_links_to_files_are_text(tmp_p
 
 
 @pytest.mark.parametrize(
-    "command", ["search", "train", "eval", "check", "study", "show", "query", "bench", "env"]
+    "command",
+    ["search", "train", "cache", "eval", "export", "check", "study", "show", "query", "bench", "env"],
 )
 def test_help_of_each_command_is_on_the_page(command):
     page = (DOCS / "command_line.md").read_text()

@@ -19,21 +19,42 @@ ALLOWED = {
     "nn": {"ops", "spaces"},
     "tables": {"data", "spaces", "messages"},
     "runs": {"data", "ops", "messages"},
+    "cache": {"data", "runs", "messages"},
     "search": {"nn", "data", "runs", "spaces", "ops", "tables"},
     "retrain": {"nn", "data", "runs", "spaces", "ops", "messages"},
+    "export": {"nn", "ops", "retrain", "runs", "spaces", "messages"},
     "results": {"runs", "spaces", "messages"},
     "report": {"results", "nn", "runs", "spaces", "tables"},
     "study": {"report", "results", "search", "retrain", "runs", "spaces", "tables", "messages"},
     "drop_in": {"nn", "data", "runs", "spaces", "ops"},
     "bench": {"nn", "data", "runs", "spaces", "ops", "search", "retrain", "drop_in"},
-    "cli": {"bench", "search", "retrain", "drop_in", "nn", "data", "runs", "spaces", "ops", "tables"}
+    "cli": {
+        "bench",
+        "cache",
+        "export",
+        "search",
+        "retrain",
+        "drop_in",
+        "nn",
+        "data",
+        "runs",
+        "spaces",
+        "ops",
+        "tables",
+    }
     | {"results", "report", "study", "messages"},
     "__main__": {"cli"},
     # the package itself offers `accelerate` and `use_backend`, imported on first use
     "__init__": {"drop_in", "ops"},
 }
 # not pandas: scikit-learn loads it where it is installed
-OPTIONAL = {"torchvision", "triton", "tensorboard", "matplotlib", "nats_bench", "submitit"}
+OPTIONAL = {"torchvision", "triton", "tensorboard", "matplotlib", "nats_bench", "submitit", "webdataset"} | {
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "safetensors",
+    "timm",
+}
 
 
 def part_of(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,15 +36,16 @@ def machine_roofs(device: str = "cpu") -> dict[str, float]:
     return {"gflops": 2 * side**3 / product / 1e9, "gbytes": 2 * source.numel() * 4 / copy / 1e9}
 
 
-def step_counts(
-    method: Method, batch: int, size: int, channels: int, layers: int, space: str
-) -> dict[str, float]:
+def step_counts(method: Method, batch: int, size: int, **shape: Any) -> dict[str, float]:
     """Floating-point operations and float32 bytes of the mixed ops in one step with the kernels.
 
     Counted are the convolutions (forward, and backward to their inputs, tap by tap) and the branch outputs;
     states, pools, bypass and preprocessing come on top.
     """
-    network = make_network(method, channels, layers, space)
+    network = make_network(method, **shape)
+    channels, space = shape["channels"], shape["space"]
+    if shape.get("stem") == "imagenet":
+        size //= 8
     flops = moved = 0.0
     for cell in search_cells(network):
         if getattr(cell, "reduction", False):

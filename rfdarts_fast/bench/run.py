@@ -20,6 +20,7 @@ from rfdarts_fast.bench.variants import (
     PLAIN,
     VARIANTS,
     Method,
+    Stem,
     check_method,
     is_nasbench201,
     label,
@@ -63,13 +64,17 @@ def run(
     space: str = "darts",
     rounds: int = 7,
     out: Path | None = None,
+    stem: Stem = "cifar",
+    K: int | None = None,
+    classes: int = 10,
 ) -> dict:
     """Times one step of a supernet, variants taking turns `rounds` times, so that a busy minute hits all.
     PyTorch and the kernels have a process each: the heap that PyTorch's gigabytes leave slows the kernels.
     Memory is measured in one more process for each variant.
 
     Args:
-        method: "rf-darts" or "rf-pcdarts" (K = 4).
+        method: "rf-darts" or "rf-pcdarts".
+        stem, K, classes: as of `variants.make_network`.
         layers: cells; of NAS-Bench-201 those of each stage.
         variants: keys of `VARIANTS`, "compile" takes minutes before its first step; "budget-100" is "fast"
             with a memory budget of 100 MB.
@@ -90,6 +95,7 @@ def run(
             raise ValueError(f"variant: {variant} needs the compiled kernels: {status['reason']}")
     check_method(method, space)
     shape = {"batch": batch, "size": size, "channels": channels, "layers": layers, "space": space}
+    shape |= {"stem": stem, "K": K, "classes": classes}
     turns: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     peaks: dict[str, int | None] = {}
     for variant in variants:
@@ -141,7 +147,7 @@ def table(report: dict) -> str:
     lines = [
         f"{report['method']}, space {report['space']}, batch {report['batch']}, {report['size']}x"
         f"{report['size']}, C={report['channels']}, {report['layers']} cells"
-        f"{' a stage' * is_nasbench201(report['space'])}, {report['threads']} threads, "
+        f"{' a stage' * is_nasbench201(report['space'])}{_unusual(report)}, {report['threads']} threads, "
         f"kernels: {report['kernels'].get('isa', 'none')}, load {report['load']:.1f}",
         f"roofs: {roofs['gflops']:.0f} GFLOP/s, {roofs['gbytes']:.1f} GB/s; mixed ops alone: "
         f"{counts['flops'] / 1e9:.1f} GFLOP = {counts['flops'] / roofs['gflops'] / 1e9:.3f} s, "
@@ -165,6 +171,15 @@ def table(report: dict) -> str:
             f"{counts['flops'] / r['seconds'] / 1e9:>9.1f}" + (f"{moved:>7.1f}" if kernels else "")
         )
     return "\n".join(lines)
+
+
+def _unusual(report: dict) -> str:
+    """The network's options that are not as of CIFAR-10, in words."""
+    stem, k, classes = (report.get(name) for name in ("stem", "K", "classes"))
+    words = [f"{stem} stem"] if stem not in (None, "cifar") else []
+    words += [f"K={k}"] if k else []
+    words += [f"{classes} classes"] if classes not in (None, 10) else []
+    return "".join(f", {word}" for word in words)
 
 
 def _process() -> ProcessPoolExecutor:

@@ -19,6 +19,7 @@ from rfdarts_fast.ops import reference
 from rfdarts_fast.spaces import get_space
 
 Method = Literal["rf-darts", "rf-pcdarts"]
+Stem = Literal["cifar", "imagenet"]
 
 VARIANTS = {
     "eager": "reference, NCHW",
@@ -55,9 +56,17 @@ def check_method(method: str, space: str) -> None:
         raise ValueError(f"method: expected rf-darts for the space {space}, got {method}")
 
 
-def make_network(method: Method, channels: int, layers: int, space: str) -> Supernet:
+def make_network(
+    method: Method,
+    channels: int,
+    layers: int,
+    space: str,
+    stem: Stem = "cifar",
+    K: int | None = None,
+    classes: int = 10,
+) -> Supernet:
     """The supernet of an RF method with frozen convolutions, from a fixed seed; for NAS-Bench-201 `layers` is
-    N, the cells of each stage.
+    N, the cells of each stage. `K` is that of rf-pcdarts, 4 by default.
 
     Raises:
         ValueError: for partial channels in NAS-Bench-201, which has none.
@@ -67,21 +76,20 @@ def make_network(method: Method, channels: int, layers: int, space: str) -> Supe
     partial, searched = method == "rf-pcdarts", get_space(space)
     network: Supernet
     if is_nasbench201(space):
-        network = NasBench201SearchNetwork(searched, C=channels, N=layers)
+        network = NasBench201SearchNetwork(searched, C=channels, num_classes=classes, N=layers)
     else:
-        network = SearchNetwork(searched, C=channels, layers=layers, K=4 if partial else 1, edge_norm=partial)
+        k = (K or 4) if partial else 1
+        network = SearchNetwork(searched, channels, classes, layers, stem, K=k, edge_norm=partial)
     freeze_random_features(network)
     return network
 
 
-def step_of(
-    variant: str, method: Method, batch: int, size: int, channels: int, layers: int, space: str
-) -> Callable[[], float]:
+def step_of(variant: str, method: Method, batch: int, size: int, **shape: Any) -> Callable[[], float]:
     """A function that runs one step and returns its loss: forward, and backward to all BatchNorm and
-    architecture gradients. The network is built at the call of `step_of`."""
-    network = make_network(method, channels, layers, space)
+    architecture gradients. The network is built at the call of `step_of`; `shape` as of `make_network`."""
+    network = make_network(method, **shape)
     torch.manual_seed(1)
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, shape.get("classes", 10), (batch,))
     amp = variant.endswith("amp")
     if variant not in ("eager", "eager-amp"):
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -14,6 +14,7 @@ from .errors import DataError
 from .sets import ImageFolderSet, ImageSet
 from .sources import DATASETS, Dataset, DataSource, Images, Statistics, load, register_dataset
 from .splits import read_split_file, split_half, split_per_class, split_stratified
+from .store import StoredSet
 
 __all__ = [
     "DATASETS",
@@ -28,6 +29,7 @@ __all__ = [
     "ImageSet",
     "Images",
     "Statistics",
+    "StoredSet",
     "default_augment",
     "evaluation_augment",
     "load",

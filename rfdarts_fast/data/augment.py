@@ -124,6 +124,11 @@ class Draws:
     places: Tensor
     colour: ColourDraws | None = None
 
+    def part(self, first: int, last: int) -> Draws:
+        """The draws of the images `first` to `last` - 1."""
+        colour = self.colour.part(first, last) if self.colour is not None else None
+        return Draws(self.places[:, first:last], colour)
+
     def to(self, device: torch.device) -> Draws:
         """The same draws on `device`."""
         if device.type == "cpu":

@@ -12,8 +12,10 @@ from .augment import Augment
 from .device import Batch, copied_ahead, upload
 from .errors import DataError, require, require_int
 from .files import FileReader
+from .resample import centre_boxes, crop_and_resize, draw_boxes
 from .seeding import Purpose, torch_generator
 from .sets import ImageFolderSet, ImageSet
+from .store import StoredSet
 
 
 class Batches:
@@ -25,8 +27,14 @@ class Batches:
 
     Each epoch visits every image once, in an order of its own if `shuffle`; `drop_last` leaves out a last,
     smaller batch. For image folders `workers` processes decode (0: this one) and live until `close` or the
-    end of the program; an image set in memory needs none and ignores the number. Under distributed training
-    give every process its share of the indices and a seed of its own.
+    end of the program; an image set in memory needs none and ignores the number.
+
+    With `shard` (k, n) these are the k-th of n equal parts of the same batches, crops included: the parts are
+    disjoint, and one after the other they are the batch that a single process gets. A batch with fewer images
+    than parts leaves some parts out.
+
+    Attributes:
+        share: the number of images in the part that came last, over the number in its whole batch.
 
     Raises DataError for indices out of range, an empty subset, options out of range, and `drop_last` with a
     batch_size that leaves no step in an epoch.
@@ -34,7 +42,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: ImageSet | ImageFolderSet,
+        dataset: ImageSet | ImageFolderSet | StoredSet,
         indices: Tensor | np.ndarray | Sequence[int] | None,
         batch_size: int,
         *,
@@ -44,6 +52,7 @@ class Batches:
         shuffle: bool = True,
         drop_last: bool = False,
         workers: int = 0,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         self.dataset = dataset
         self.indices = _checked_indices(indices, len(dataset))
@@ -52,6 +61,8 @@ class Batches:
         self.seed = require_int(seed, "seed", 0)
         self.device = torch.device(device)
         self.shuffle = shuffle
+        self.shard = shard
+        self.share = 1.0
         self.drop_last = drop_last
         full, rest = divmod(len(self.indices), batch_size)
         self._steps = full + (rest > 0 and not drop_last)
@@ -65,7 +76,7 @@ class Batches:
         if isinstance(dataset, ImageFolderSet):
             pinned = self.device.type == "cuda"
             self._reader = FileReader(dataset, augment, self.seed, workers, pinned)
-        elif augment.resized_crop is not None:
+        elif augment.resized_crop is not None and not dataset.photos:
             raise DataError("resized_crop: expected None for images in memory (crop them with pad)")
 
     def __len__(self) -> int:
@@ -93,35 +104,64 @@ class Batches:
     def _batches(self, position: int, stop: int | None) -> Iterator[Batch]:
         if isinstance(self.dataset, ImageSet):
             return self._from_memory(self.dataset.on(self.device), position, stop)
-        return self._from_files(position, stop)
+        order = self._order(position, stop)
+        if isinstance(self.dataset, StoredSet):
+            return self._from_host(self.dataset.read(order, self.device), position, stop)
+        assert self._reader is not None
+        return self._from_host(self._reader.read(order), position, stop)
 
     def _from_memory(self, dataset: ImageSet, position: int, stop: int | None) -> Iterator[Batch]:
         for epoch, step, indices in self._order(position, stop):
             chosen = upload(indices, self.device)
             images = dataset.images.index_select(0, chosen)
+            self.share = len(indices) / self._size(step)
             yield self._augmented(images, epoch, step), dataset.labels.index_select(0, chosen)
 
-    def _from_files(self, position: int, stop: int | None) -> Iterator[Batch]:
-        assert self._reader is not None
-        read = copied_ahead(self._reader.read(self._order(position, stop)), self.device)
+    def _from_host(self, batches: Iterator[Batch], position: int, stop: int | None) -> Iterator[Batch]:
+        read = copied_ahead(batches, self.device)
         for (epoch, step, _), (images, labels) in zip(self._order(position, stop), read, strict=False):
+            self.share = len(labels) / self._size(step)
             yield self._augmented(images, epoch, step), labels
 
     def _augmented(self, images: Tensor, epoch: int, step: int) -> Tensor:
         generator = torch_generator(self.seed, Purpose.BATCH, epoch, step)
-        draws = self.augment.draw(len(images), self.dataset.image_size, generator)
+        size = self._size(step)
+        draws = self.augment.draw(size, self.dataset.image_size, generator)
+        if isinstance(self.dataset, StoredSet):
+            boxes = self._boxes(size, self.dataset.side, generator)[:, slice(*self._part(size))]
+            images = crop_and_resize(images, boxes, self.dataset.image_size)
+        if len(images) < size:
+            draws = draws.part(*self._part(size))
         return self.augment.apply(images, draws.to(self.device))
 
+    def _boxes(self, count: int, side: int, generator: torch.Generator) -> Tensor:
+        augment = self.augment
+        if augment.resized_crop is None:
+            return centre_boxes(count, side, augment.centre_fraction)
+        return draw_boxes(count, side, augment.resized_crop, augment.resized_ratio, generator)
+
+    def _size(self, step: int) -> int:
+        """Images of a whole batch."""
+        return min(self.batch_size, len(self.indices) - step * self.batch_size)
+
+    def _part(self, size: int) -> tuple[int, int]:
+        """First and last + 1 of a whole batch's images in this shard."""
+        k, n = self.shard
+        return size * k // n, size * (k + 1) // n
+
     def _order(self, position: int, stop: int | None) -> Iterator[tuple[int, int, Tensor]]:
-        """(epoch, step, indices into the data set) of every batch from `position` on, up to `stop`."""
+        """(epoch, step, indices into the data set) of every part of a batch from `position` on, to `stop`."""
         chosen = self.indices
         while stop is None or position < stop:
-            epoch, first = divmod(position, self._steps)
+            epoch, start = divmod(position, self._steps)
             if self.shuffle:
                 generator = torch_generator(self.seed, Purpose.ORDER, epoch)
                 chosen = self.indices[torch.randperm(len(self.indices), generator=generator)]
-            for step in range(first, self._steps):
-                yield epoch, step, chosen[step * self.batch_size : (step + 1) * self.batch_size]
+            for step in range(start, self._steps):
+                first, last = self._part(self._size(step))
+                if last > first:
+                    offset = step * self.batch_size
+                    yield epoch, step, chosen[offset + first : offset + last]
             position = (epoch + 1) * self._steps
 
 

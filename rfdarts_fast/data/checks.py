@@ -19,12 +19,17 @@ from .photo import check_photo
 _CHUNK = 64
 
 
-def check_photos(paths: Sequence[str | os.PathLike[str]], decode: bool) -> None:
+def unusable(problems: list[str], total: int) -> str:
+    """The number of images that cannot be used, in words, and the first five."""
+    return f"{len(problems)} of {total} images cannot be used: {first_few(problems, separator='; ')}"
+
+
+def check_photos(paths: Sequence[str | os.PathLike[str]], decode: bool) -> dict[int, str]:
     """Reads the header of every file, or all of it with `decode`; a thread for each CPU, a bar on a terminal.
 
-    Raises DataError that counts the unusable files and names the first five.
+    Returns the reason for each file that cannot be used, by its place in `paths`.
     """
-    problems: list[str] = []
+    problems: dict[int, str] = {}
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
     bar = tqdm(
         total=len(paths),
@@ -39,23 +44,20 @@ def check_photos(paths: Sequence[str | os.PathLike[str]], decode: bool) -> None:
         warnings.simplefilter("ignore")
         try:
             checked = pool.map(lambda chunk: _problems(chunk, decode), chunks)
-            for chunk, wrong in zip(chunks, checked, strict=True):
-                problems += wrong
+            for number, (chunk, wrong) in enumerate(zip(chunks, checked, strict=True)):
+                problems |= {number * _CHUNK + place: why for place, why in wrong.items()}
                 bar.update(len(chunk))
         finally:
             # Ctrl-C does not wait for the rest
             pool.shutdown(cancel_futures=True)
-    if problems:
-        raise DataError(
-            f"{len(problems)} of {len(paths)} images cannot be used: {first_few(problems, separator='; ')}"
-        )
+    return problems
 
 
-def _problems(paths: Sequence[str | os.PathLike[str]], decode: bool) -> list[str]:
-    problems = []
-    for path in paths:
+def _problems(paths: Sequence[str | os.PathLike[str]], decode: bool) -> dict[int, str]:
+    problems = {}
+    for place, path in enumerate(paths):
         try:
             check_photo(path, decode)
         except DataError as error:
-            problems.append(str(error))
+            problems[place] = str(error)
     return problems

@@ -72,6 +72,13 @@ class ColourDraws:
         sizes = tuple(tuple(torch.bincount(r, minlength=4).tolist()) for r in rounds)
         return cls(factors, rounds.argsort(dim=1, stable=True), sizes)
 
+    def part(self, first: int, last: int) -> ColourDraws:
+        """The draws of the images `first` to `last` - 1."""
+        order = torch.empty_like(self.by_change)
+        for row, images, sizes in zip(order, self.by_change, self.sizes, strict=True):
+            row[images] = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+        return ColourDraws.of(self.factors[first:last], order[:, first:last].t())
+
     def to(self, device: torch.device) -> ColourDraws:
         """The same draws on `device`."""
         return ColourDraws(upload(self.factors, device), upload(self.by_change, device), self.sizes)

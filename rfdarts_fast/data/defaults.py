@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .augment import Augment
 from .colour import ColourJitter
-from .sets import ImageFolderSet
 from .sources.source import DataSource
 
 
@@ -18,12 +17,13 @@ def default_augment(
 ) -> Augment:
     """The training augmentation of a data set; `cutout` (pixels) and `jitter` are off unless asked for.
 
-    Image folders: a random part of 8% to 100% of the area, resized, and a mirror (the ImageNet recipes).
+    Image folders and stores: a random part of 8% to 100% of the area, resized, and a mirror, as in the
+    ImageNet recipes.
     All others: a random crop after padding by an eighth of the side, and a mirror. That is the published
     4 pixels for CIFAR and SVHN at 32 and 2 at 16 (DARTS, RobustDARTS, NAS-Bench-201). `flip` overrides
     `source.mirrored`; turn it off for an npz of images that have a left and a right.
     """
-    photos = isinstance(source.train, ImageFolderSet)
+    photos = source.train.photos
     return Augment(
         mean=source.mean,
         std=source.std,
@@ -41,7 +41,7 @@ def evaluation_augment(source: DataSource, *, channels_last: bool = False) -> Au
 
     At 224 pixels that is the usual resize to 256 and centre crop.
     """
-    photos = isinstance(source.train, ImageFolderSet)
+    photos = source.train.photos
     return Augment(
         mean=source.mean,
         std=source.std,

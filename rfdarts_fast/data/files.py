@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from .augment import Augment
 from .device import Batch
@@ -34,6 +36,8 @@ class FileReader:
         self._workers = workers
         self._pinned = pinned
         self._queue = _Queue()
+        # the reasons of the images that were skipped, by file
+        self.skipped: dict[str, str] = {}
         self._loader: DataLoader[Any] | None = None
         self._reads = 0
 
@@ -51,9 +55,18 @@ class FileReader:
             # an error travels as a value: raised in a worker it would come out wrapped in its traceback
             if isinstance(batch, DataError):
                 raise batch
-            yield batch
+            images, labels, problems = batch
+            self._report(problems)
+            yield images, labels
             if this_read != self._reads:
                 raise RuntimeError("these batches ended when others were asked of the same Batches")
+
+    def _report(self, problems: dict[str, str]) -> None:
+        """Each skipped file once on stderr, with how many there are by now."""
+        for file, why in problems.items():
+            if file not in self.skipped:
+                self.skipped[file] = why
+                tqdm.write(f"skipped: {why} ({len(self.skipped)} so far)", file=sys.stderr)
 
     def close(self) -> None:
         self._reads += 1
@@ -81,13 +94,27 @@ class _Decoder(Dataset[Any]):
         self.augment = augment
         self.seed = seed
 
-    def __getitems__(self, keys: tuple[int, list[int]]) -> Batch | DataError:
+    def __getitems__(self, keys: tuple[int, list[int]]) -> tuple[Tensor, Tensor, dict[str, str]] | DataError:
         epoch, indices = keys
+        problems: dict[str, str] = {}
         try:
-            images = torch.stack([self._square(epoch, index) for index in indices])
+            read = [self._readable_square(epoch, index, problems) for index in indices]
         except DataError as error:
             return error
-        return images, self.dataset.labels[indices]
+        images, used = zip(*read, strict=True)
+        return torch.stack(images), self.dataset.labels[list(used)], problems
+
+    def _readable_square(self, epoch: int, index: int, problems: dict[str, str]) -> tuple[Tensor, int]:
+        """The square of the image at `index`, or if that may be, of the next that can be read; its index."""
+        count = len(self.dataset)
+        for other in (k % count for k in range(index, index + count)):
+            try:
+                return self._square(epoch, other), other
+            except DataError as error:
+                if not self.dataset.skip_corrupt:
+                    raise
+                problems[str(self.dataset.path(other))] = str(error)
+        raise DataError("expected an image that can be read, got none")
 
     def _square(self, epoch: int, index: int) -> Tensor:
         image, size, augment = read_rgb(self.dataset.path(index)), self.dataset.image_size, self.augment

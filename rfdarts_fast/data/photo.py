@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO
 
 import numpy as np
 import torch
@@ -25,13 +26,13 @@ _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+def read_rgb(path: str | os.PathLike[str], side: int | None = None) -> Image.Image:
     """The image file at `path`, decoded completely, as RGB of 8 bits.
 
     Transparent pixels are laid over white. Grey of 16 bits is scaled from 0..65535 to 0..255; of colours of
     16 bits the high byte is taken. CMYK and YCbCr are converted by their formulas, CIE L*a*b* from D50 to
     sRGB; embedded colour profiles and orientations are ignored. Of a JPEG with several pictures (MPO) the
-    first is read.
+    first is read. With `side` a JPEG may be decoded smaller, its sides at least that long.
 
     Raises DataError naming the file if it is damaged, no image, or one that cannot be converted without a
     guess: floating-point and 32-bit pixels, 12 bits in a TIFF, animations, files of several pages; and if
@@ -41,7 +42,22 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
         # odd metadata and palettes with transparency are common in photo collections and harmless
         warnings.simplefilter("ignore")
         with _opened(path) as image:
-            return _to_rgb(image)
+            return _to_rgb(_drafted(image, side))
+
+
+def decode_rgb(file: IO[bytes], name: str, side: int | None = None) -> Image.Image:
+    """`read_rgb` of an open file, which errors call by `name`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _decoded(file, name) as image:
+            return _to_rgb(_drafted(image, side))
+
+
+def _drafted(image: Image.Image, side: int | None) -> Image.Image:
+    if side is not None:
+        # JPEGs alone: by 8, 4 or 2 in each direction
+        image.draft(None, (side, side))  # type: ignore[arg-type]
+    return image
 
 
 def check_photo(path: str | os.PathLike[str], decode: bool) -> None:
@@ -61,8 +77,14 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     # opening a FIFO would wait for its writer
     there = thing_at(path)
     require(there == "a file", f"{name}: expected a readable image, got {there}")
+    with _decoded(path, name) as image:
+        yield image
+
+
+@contextmanager
+def _decoded(file: str | os.PathLike[str] | IO[bytes], name: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(file, formats=_FORMATS) as image:
             got = _unsuitable(image)
             require(not got, f"{name}: expected one image of 8 bits a channel, or 16-bit grey, got {got}")
             yield image
@@ -146,6 +168,16 @@ def centre_crop(image: Image.Image, size: int, fraction: float) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def centre_square(image: Image.Image, size: int, interpolation: Image.Resampling) -> Image.Image:
+    """The centred square of an image, resized to size x size pixels: that of its resized short side."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    # the box lies within the image, so that the filter sees nothing that the square has not
+    square = (round(left), round(top), round(left) + side, round(top) + side)
+    return image.crop(square).resize((size, size), interpolation)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -14,6 +14,7 @@ class Purpose(IntEnum):
     ORDER = 0
     BATCH = 1
     PHOTO = 2
+    STEP = 3
 
 
 def torch_generator(seed: int, purpose: Purpose, *keys: int) -> torch.Generator:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_photos
+from .checks import check_photos, unusable
 from .errors import DataError, require, require_int
 from .fingerprint import of_files, of_tensor
 
@@ -24,6 +24,9 @@ class ImageSet:
     a training and a validation half of the same images occupy the device's memory once.
     Raises DataError for another dtype or shape, for mismatched lengths and for an empty set.
     """
+
+    # augmented as photos are, by crops of any size
+    photos = False
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -81,6 +84,10 @@ class ImageSet:
         resized._images_hash = self.fingerprint()["images"]
         return resized
 
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The numbers of the images, as they have no names."""
+        return [str(int(index)) for index in indices]
+
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the images, as they were before any resizing, and of the labels."""
         if self._images_hash is None:
@@ -92,8 +99,11 @@ class ImageFolderSet:
     """Image files, decoded only when a batch asks for them: N `paths`, `labels` int64 [N].
 
     `image_size` is the side in pixels of the square that every image is cropped and resized to.
+    With `skip_corrupt` an image that cannot be decoded gives way to the next one that can, with its label.
     Raises DataError for mismatched lengths, an empty set and an image_size below 1.
     """
+
+    photos = True
 
     def __init__(
         self, paths: Sequence[str | os.PathLike[str]], labels: Tensor, image_size: int = 224
@@ -101,6 +111,7 @@ class ImageFolderSet:
         _check_labels(labels, len(paths))
         self.image_size = require_int(image_size, "image_size", 1)
         self.labels = labels
+        self.skip_corrupt = False
         # one array, not a million str objects: worker processes read it without touching reference counts,
         # which would copy the list into each of them page by page
         self._paths = np.array([os.fsencode(path) for path in paths])
@@ -113,6 +124,18 @@ class ImageFolderSet:
 
     def path(self, index: int) -> Path:
         return Path(os.fsdecode(self._paths[index]))
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The files below the folder that all are in."""
+        folder = os.path.commonpath([self._paths[0], self._paths[-1]])
+        return [os.fsdecode(self._paths[index][len(folder) + 1 :]) for index in indices]
+
+    def without(self, indices: set[int]) -> ImageFolderSet:
+        """This set without the images at `indices`; DataError if none is left."""
+        kept = [index for index in range(len(self)) if index not in indices]
+        other = ImageFolderSet([self.path(index) for index in kept], self.labels[kept], self.image_size)
+        other.skip_corrupt = self.skip_corrupt
+        return other
 
     def resized(self, image_size: int) -> ImageFolderSet:
         """This set, read as images of image_size x image_size pixels."""
@@ -133,8 +156,15 @@ class ImageFolderSet:
 
         Raises DataError that counts the unusable files and names the first five.
         """
+        problems = self.problems(indices, decode)
+        total = len(self) if indices is None else len(indices)
+        require(not problems, unusable(list(problems.values()), total))
+
+    def problems(self, indices: Sequence[int] | None = None, decode: bool = True) -> dict[int, str]:
+        """The unusable files among those, by index, with the reasons."""
         chosen = range(len(self)) if indices is None else indices
-        check_photos([self.path(index) for index in chosen], decode)
+        wrong = check_photos([self.path(index) for index in chosen], decode)
+        return {chosen[place]: why for place, why in wrong.items()}
 
 
 def _check_labels(labels: Tensor, count: int) -> None:

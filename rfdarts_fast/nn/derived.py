@@ -133,10 +133,15 @@ class Network(nn.Module):
                 c_auxiliary = c_prev
         self.auxiliary_head = AuxiliaryHead(c_auxiliary, num_classes, stem) if auxiliary else None
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(c_prev, num_classes)
+        self.classifier: nn.Module = nn.Linear(c_prev, num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images [N, 3, H, W] -> logits [N, num_classes] and, in training, the auxiliary ones (else None)."""
+        x, auxiliary = self.features(x)
+        return self.classifier(self.global_pooling(x).flatten(1)), auxiliary
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last cell's output, [N, C', H', W'], and the auxiliary logits as of `forward`."""
         auxiliary = None
         if hasattr(self, "stem"):
             s0 = s1 = self.stem(x)
@@ -147,4 +152,4 @@ class Network(nn.Module):
             s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
             if i == 2 * self.layers // 3 and self.auxiliary_head is not None and self.training:
                 auxiliary = self.auxiliary_head(s1)
-        return self.classifier(self.global_pooling(s1).flatten(1)), auxiliary
+        return s1, auxiliary

@@ -6,13 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from rfdarts_fast.nn import NasBench201Network, Network
+from rfdarts_fast.nn.counting import multiply_adds
 from rfdarts_fast.spaces import AnyGenotype, CellGenotype
-
-CONVENTION = "multiply-adds of convolutions and linear layers for one image; no auxiliary head"
-"""The meaning of `Counts.multiply_adds`; papers differ by some per cent."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Counts:
     Attributes:
         network: its shape in words.
         parameters: all of them, without an auxiliary head.
-        multiply_adds: as in `CONVENTION`.
+        multiply_adds: as in `nn.counting.CONVENTION`.
     """
 
     network: str
@@ -35,11 +32,7 @@ class Counts:
 
 def counted(network: nn.Module, image_size: int, words: str) -> Counts:
     """The counts of a network on the meta device, so that nothing is computed."""
-    network.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, image_size, image_size, device="meta"))
-    # the library counts a multiply-add as two operations
-    return Counts(words, sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2)
+    return Counts(words, sum(p.numel() for p in network.parameters()), multiply_adds(network, image_size))
 
 
 def count_genotype(genotype: AnyGenotype, classes: int = 10) -> list[Counts]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from rfdarts_fast.nn.counting import CONVENTION
 from rfdarts_fast.report import curves
 from rfdarts_fast.report.cells import draw_genotype
-from rfdarts_fast.report.counts import CONVENTION, count_genotype
+from rfdarts_fast.report.counts import count_genotype
 from rfdarts_fast.report.page import Section, page
 from rfdarts_fast.results import RunResults
 from rfdarts_fast.runs.lock import HOLDER, describe

@@ -38,6 +38,11 @@ class TrainConfig(RunConfig):
     """Cells in each of the three stages (NAS-Bench-201)."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layers: cifar keeps the resolution, imagenet divides it by 8."""
+    max_multiply_adds: float | None = None
+    """The network has to stay below so many million multiply-adds: of convolutions and linear layers, for one
+    image, without the auxiliary head (ImageNet's mobile setting: 600)."""
+    auto_width: bool = False
+    """Take the largest even number of channels, --channels at most, that stays below --max-multiply-adds."""
     auxiliary: bool = True
     """Train a second classifier at two thirds of the depth."""
     auxiliary_weight: float = 0.4
@@ -73,6 +78,13 @@ class TrainConfig(RunConfig):
     """Side of the square cut out of training images, in pixels; 0 for none."""
     colour_jitter: bool = False
     """Brightness, contrast, saturation (0.4 each) and hue (0.2), as published for ImageNet."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of weights and running statistics, 0.9999 say, and evaluate and
+    export that; 0 for none."""
+    amp: Literal["off", "bf16"] = "off"
+    """bf16: activations in bfloat16; weights, their gradients and statistics in float32."""
+    compile: bool = False
+    """torch.compile of the network, without drop path; the first step takes minutes."""
     evaluate_every: int = 1
     """Epochs between evaluations on the test images; the last epoch is always evaluated."""
 
@@ -89,6 +101,13 @@ class TrainConfig(RunConfig):
         )  # fmt: skip
         require_not_negative(self, "cutout", most=MOST_SIDE)
         require(self.momentum < 1, self, "momentum", "less than 1")
+        if self.max_multiply_adds is not None:
+            require_positive(self, "max_multiply_adds")
+        limited = self.max_multiply_adds is not None
+        require(limited or not self.auto_width, self, "auto_width", "a limit, --max-multiply-adds, beside it")
+        require(0 <= self.ema_decay < 1, self, "ema_decay", "a share below 1")
+        # its probability, which each epoch has another of, would be compiled in
+        require(not (self.compile and self.drop_path), self, "compile", "--drop-path 0 beside it")
         require(0 <= self.drop_path < 1, self, "drop_path", "a probability below 1")
         require(0 <= self.label_smoothing < 1, self, "label_smoothing", "a share below 1")
         require(not self.nesterov or self.momentum > 0, self, "nesterov", "a momentum above 0 beside it")
@@ -101,6 +120,7 @@ _IMAGENET = {
     "channels": 48,
     "layers": 14,
     "stem": "imagenet",
+    "max_multiply_adds": 600.0,
     "drop_path": 0.0,
     "epochs": 250,
     "batch_size": 128,

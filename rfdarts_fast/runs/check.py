@@ -14,6 +14,7 @@ from rfdarts_fast.runs.config import ConfigError, RunConfig
 from rfdarts_fast.runs.lock import HOLDER, describe
 from rfdarts_fast.runs.run import Run
 from rfdarts_fast.runs.run_folder import (
+    KEPT,
     LAST,
     PREVIOUS,
     RunFolderError,
@@ -97,7 +98,8 @@ def check_folder(path: Path, commands: Mapping[str, Command], data_root: Path | 
 def _checkpoints(report: Report, path: Path, command: str, config: dict[str, Any]) -> dict[str, Any]:
     """The states of the folder's checkpoints that can be read, by file name."""
     states = {}
-    for name in (LAST, PREVIOUS, "best.pt"):
+    kept = sorted(file.name for file in path.iterdir() if KEPT.fullmatch(file.name))
+    for name in (LAST, PREVIOUS, "best.pt", *kept):
         file = path / name
         if not file.exists():
             continue

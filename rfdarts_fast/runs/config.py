@@ -51,9 +51,15 @@ class RunConfig:
     config: Path | None = None
     """A YAML file of values for the options below; the command line wins over it."""
     dataset: Annotated[str, one_of(DATASETS)] = "digits"
-    """Images: digits come with scikit-learn; npz is a file of x_train, y_train, x_test, y_test."""
+    """Images: digits come with scikit-learn; npz is a file of x_train, y_train, x_test, y_test; cache a store
+    of decoded photos that `rfdarts cache` made."""
     data_root: Path | None = None
     """The data set's npz file or folder."""
+    corrupt: Literal["fatal", "skip"] = "fatal"
+    """imagefolder: an image that cannot be read ends the run, or is left out, named and counted."""
+    cache_on: Literal["auto", "host", "device"] = "auto"
+    """cache: batches are taken from the store's file, or from a copy on the device; auto takes that for a GPU
+    half of whose free memory holds it."""
     download: bool = False
     """Let torchvision download the data set to data_root."""
     image_size: int | None = None
@@ -72,6 +78,14 @@ class RunConfig:
     """Layout of activations in memory."""
     checkpoint_minutes: float = 10.0
     """Save inside an epoch too, this often; each epoch's end, SIGTERM and Ctrl-C always save."""
+    keep_checkpoints: int = 0
+    """Keep the checkpoints of so many last epochs too, as checkpoint.epoch-N.pt; one of them, copied over
+    checkpoint.pt, is where the same command goes on from."""
+    sync_batch_norm: bool = False
+    """Under torchrun: BatchNorm normalises by the whole batch, not by each process's part of it. A search
+    then runs in plain PyTorch (--backend reference): the compiled cells cannot exchange statistics."""
+    time_limit_minutes: float | None = None
+    """Save and leave with exit code 75 after so many minutes of steps; the same command goes on."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the extra `log`)."""
 
@@ -80,10 +94,17 @@ class RunConfig:
         if self.image_size is not None:
             require_positive(self, "image_size", most=MOST_SIDE)
         require_not_negative(self, "workers", most=1024)
+        require_not_negative(self, "keep_checkpoints", most=10**6)
+        # of all configs: the command line and YAML files check choices themselves
+        check_choices(self)
+        cached = self.dataset == "cache"
+        require(cached or self.cache_on == "auto", self, "cache_on", f"auto with the data set {self.dataset}")
         require(0 <= self.seed < 2**32, self, "seed", "a number from 0 to 2**32 - 1")
         if self.threads is not None:
             require_positive(self, "threads", most=4096)
         require_positive(self, "checkpoint_minutes")
+        if self.time_limit_minutes is not None:
+            require_positive(self, "time_limit_minutes")
         require(
             not self.tensorboard or importlib.util.find_spec("tensorboard") is not None, self, "tensorboard",
             "tensorboard to be installed (pip install 'rfdarts_fast[log]')",

@@ -23,6 +23,10 @@ _OPTIONAL = {
     "nats_bench": "official tables of NAS-Bench-201 (pip install 'rfdarts_fast[nasbench]')",
     "matplotlib": "figures of `rfdarts show` and `study` (pip install 'rfdarts_fast[report]')",
     "submitit": "`rfdarts study` (pip install 'rfdarts_fast[cluster]')",
+    "webdataset": "tar shards of `rfdarts cache` (pip install 'rfdarts_fast[webdataset]')",
+    "onnxruntime": "`rfdarts export --onnx` (pip install 'rfdarts_fast[export]')",
+    "safetensors": "`rfdarts export --safetensors` (pip install 'rfdarts_fast[export]')",
+    "timm": "rfdarts_fast.export.timm (pip install 'rfdarts_fast[export]')",
     "triton": "GPU kernels in Triton (pip install 'rfdarts_fast[triton]')",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,17 @@ def write_atomic(path: Path, *parts: bytes | memoryview, previous: Path | None =
                 with contextlib.suppress(OSError):
                     previous.replace(path)
             raise
+
+
+def link_or_copy(path: Path, other: Path) -> None:
+    """Makes `other` the same file as `path`, or a copy where the file system has no links."""
+    with contextlib.suppress(FileNotFoundError):
+        temporary(other).unlink()
+    try:
+        os.link(path, temporary(other))
+    except OSError:
+        shutil.copyfile(path, temporary(other))
+    temporary(other).replace(other)
 
 
 def sync_folder(path: Path) -> None:

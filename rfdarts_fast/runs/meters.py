@@ -6,6 +6,19 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
+def batch_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over a batch, float64 [4]: loss, hits in the first place and in the first five, images.
+
+    loss: mean over the batch; logits [N, classes]; labels [N].
+    """
+    n = labels.shape[0]
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = (top == labels[:, None]).sum(dim=0)
+    sums = torch.stack([loss.detach() * n, hits[0], hits.sum(), torch.full_like(hits[0], n)])
+    return sums.to(torch.float64)
+
+
 class Meter:
     """Mean loss and top-1 / top-5 accuracy over the images added since the last `reset`."""
 
@@ -15,15 +28,9 @@ class Meter:
     def reset(self) -> None:
         self.sums.zero_()
 
-    @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """loss: mean over the batch; logits [N, classes]; labels [N]."""
-        n = labels.shape[0]
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = (top == labels[:, None]).sum(dim=0)
-        self.sums += torch.stack([loss.detach() * n, hits[0], hits.sum(), torch.full_like(hits[0], n)]).to(
-            torch.float64
-        )
+        self.sums += batch_sums(loss, logits, labels)
 
     @property
     def images(self) -> int:

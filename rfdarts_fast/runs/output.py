@@ -44,7 +44,9 @@ def say(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Prints a line to stderr, if that can be."""
+    """Prints a line to stderr, if that can be; under torchrun with the number of the process before it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        text = f"[process {os.environ.get('RANK')}] {text}"
     try:
         print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):

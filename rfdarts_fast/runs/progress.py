@@ -20,23 +20,26 @@ class Progress:
     Args:
         total: steps of the whole run.
         done: steps that an earlier start did.
+        shown: False in a process that another one speaks for.
     """
 
-    def __init__(self, total: int, done: int, label: str) -> None:
+    def __init__(self, total: int, done: int, label: str, shown: bool = True) -> None:
+        self._shown = shown
         self._bar = tqdm(
             total=total,
             initial=done,
             desc=label,
             unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
         )
 
     def step(self) -> None:
         self._draw(self._bar.update)
 
     def line(self, text: str) -> None:
-        say(text)
+        if self._shown:
+            say(text)
 
     def close(self) -> None:
         self._draw(self._bar.close)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import hashlib
 import math
 import random
 import time
@@ -17,25 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rfdarts_fast.data import Batches, DataSource, load
+from rfdarts_fast.data import Batches, DataSource, StoredSet, load
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import restoring, rng_state, set_rng_state
 from rfdarts_fast.runs.config import ConfigError, RunConfig
 from rfdarts_fast.runs.files import WriteError, write_text
+from rfdarts_fast.runs.follower import FollowerFolder
 from rfdarts_fast.runs.graph import CaptureError
 from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.runs.progress import EventWriter, Progress
 from rfdarts_fast.runs.run_folder import LAST, RunFolder
 from rfdarts_fast.runs.signals import Stopped, StopRequest
+from rfdarts_fast.runs.watch import Watch
+from rfdarts_fast.runs.world import ALONE, OtherFailed, PeerLost, World
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` names; ConfigError if it is not there."""
+def choose_device(name: str, world: World = ALONE) -> torch.device:
+    """The device that `--device` names, in this process of several; ConfigError if it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = world.gpu(name)
     try:
         device = torch.device(name)
         # the meta device, for one, holds no values
@@ -52,7 +58,16 @@ def on_device(device: torch.device) -> AbstractContextManager[None]:
 
 
 def load_data(config: RunConfig) -> DataSource:
-    return load(config.dataset, root=config.data_root, image_size=config.image_size, download=config.download)
+    source = load(
+        config.dataset,
+        root=config.data_root,
+        image_size=config.image_size,
+        download=config.download,
+        corrupt=config.corrupt,
+    )
+    if isinstance(source.train, StoredSet):
+        source = dataclasses.replace(source, train=source.train.placed(config.cache_on))
+    return source
 
 
 def seed_everything(seed: int) -> None:
@@ -69,6 +84,21 @@ def place(network: Network, config: RunConfig, device: torch.device) -> Network:
     return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
 
 
+def batch_sizes(batch_size: int, set_sizes: Sequence[int]) -> set[int]:
+    """The sizes of all batches of an epoch over sets of these sizes."""
+    return {n for size in set_sizes for n in (min(batch_size, size), size % batch_size) if n}
+
+
+def check_shares(batch_size: int, set_sizes: Sequence[int], processes: int) -> None:
+    """ConfigError unless each process has an image of every batch of sets of these sizes."""
+    smallest = min(batch_sizes(batch_size, set_sizes))
+    if smallest < processes:
+        raise ConfigError(
+            f"batch_size: expected an image for each of {processes} processes in every step, but "
+            f"{batch_size} leaves a batch of {smallest} of {' and '.join(map(str, set_sizes))} images"
+        )
+
+
 @torch.no_grad()
 def check_network(
     build: Callable[[], nn.Module],
@@ -76,17 +106,26 @@ def check_network(
     set_sizes: Sequence[int],
     image_size: int,
     device: torch.device,
+    processes: int = 1,
 ) -> None:
     """ConfigError unless the network can train on sets of these sizes, tried on a copy, on the CPU;
-    BackendError if a backend was asked for by name that cannot run on the device."""
+    BackendError if a backend was asked for by name that cannot run on the device.
+
+    Batches are shared out among the processes.
+    """
+    one_image = any(n // processes <= 1 for n in batch_sizes(batch_size, set_sizes))
     with use_backend("reference"):
-        _try_network(build, batch_size, set_sizes, image_size)
+        _try_network(build, batch_size, set_sizes, image_size, one_image)
     if use_backend.name not in ("auto", "reference"):
         build().to(device)(torch.zeros(2, 3, image_size, image_size, device=device))
 
 
 def _try_network(
-    build: Callable[[], nn.Module], batch_size: int, set_sizes: Sequence[int], image_size: int
+    build: Callable[[], nn.Module],
+    batch_size: int,
+    set_sizes: Sequence[int],
+    image_size: int,
+    one_image: bool,
 ) -> None:
     try:
         network = build()
@@ -99,7 +138,7 @@ def _try_network(
             f"image_size: expected a size that fits the network's reductions, got {image_size}: "
             f"{str(error).splitlines()[0]}"
         ) from None
-    if not any(size % batch_size == 1 for size in set_sizes) and batch_size > 1:
+    if not one_image:
         return
     try:
         network(torch.zeros(1, 3, image_size, image_size))
@@ -111,8 +150,8 @@ def _try_network(
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches: Batches) -> dict[str, float | None]:
-    """Loss and accuracies over one pass in evaluation mode; the mode is put back."""
+def evaluate(network: nn.Module, batches: Batches, world: World = ALONE) -> dict[str, float | None]:
+    """Loss and accuracies over one pass in evaluation mode, of all processes' parts; the mode is put back."""
     training = network.training
     network.eval()
     meter = Meter(batches.device)
@@ -121,6 +160,7 @@ def evaluate(network: nn.Module, batches: Batches) -> dict[str, float | None]:
         logits: Tensor = output[0] if isinstance(output, tuple) else output
         meter.add(F.cross_entropy(logits, labels), logits, labels)
     network.train(training)
+    world.sum_(meter.sums)
     return meter.result()
 
 
@@ -130,6 +170,10 @@ class RunFailed(RuntimeError):
 
 class Diverged(RunFailed):
     """The training loss, or what is trained, is no longer finite."""
+
+
+class Disagreement(RunFailed):
+    """The processes of a run have come to different states."""
 
 
 def in_one_line(error: BaseException) -> str:
@@ -155,9 +199,18 @@ class Run(ABC):
     results: tuple[str, ...] = ()
 
     def __init__(
-        self, folder: RunFolder, config: RunConfig, batches: Batches, epochs: int, label: str
+        self,
+        folder: RunFolder | FollowerFolder,
+        config: RunConfig,
+        batches: Batches,
+        epochs: int,
+        label: str,
+        world: World | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder: Any = folder
+        self.world = world = world or World()
+        minutes = config.time_limit_minutes
+        world.stop = StopRequest(None if minutes is None else 60 * minutes)
         self.batches = batches
         self.epochs = epochs
         self.label = label
@@ -167,7 +220,12 @@ class Run(ABC):
         # time spent in the steps of this epoch, without validation and checkpoints
         self.seconds = 0.0
         self._checkpoint_seconds = 60 * config.checkpoint_minutes
-        self._events = EventWriter(folder.path, config.tensorboard)
+        self._seed = config.seed
+        # of a subclass that sets it
+        self.watch: Watch | None = None
+        # the position from which it counts
+        self._begun = 0
+        self._events = EventWriter(folder.path, config.tensorboard and world.leads)
 
     @abstractmethod
     def train_step(self, images: Tensor, labels: Tensor) -> None:
@@ -176,6 +234,10 @@ class Run(ABC):
     @abstractmethod
     def finish_epoch(self) -> dict[str, Any]:
         """Called after the last step of an epoch; returns its record in metrics.jsonl."""
+
+    @abstractmethod
+    def agreed(self) -> list[Tensor]:
+        """The tensors that have to be the same in all processes at the end of an epoch."""
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module | Optimizer]:
@@ -212,6 +274,8 @@ class Run(ABC):
 
     def save(self, name: str = LAST) -> None:
         """Writes a checkpoint; Diverged instead of a state that is not finite, and the good ones stay."""
+        if not self.world.leads:
+            return
         state = {**{name: part.state_dict() for name, part in self.parts().items()}, **self._plain_state()}
         diverged = schema.not_finite(state)
         if diverged:
@@ -219,17 +283,23 @@ class Run(ABC):
         self.folder.save(state, name)
 
     def resume(self) -> None:
-        """Goes back to the folder's last good checkpoint, if there is one."""
-        state = self.folder.load(self.misfit)
+        """Goes back to the folder's last good checkpoint, if there is one; all processes to the same."""
+        with self.world.agreeing():
+            state = self.folder.load(self.misfit)
+        state = self.world.from_leader(state)
         if state is not None:
-            with restoring(self.folder.checkpoint):
+            with restoring(self.folder.path / LAST):
                 self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
                 self.meter.sums.copy_(state["meter"])
                 for name, part in self.parts().items():
                     part.load_state_dict(state[name])
                 self.load_values(state)
                 set_rng_state(state["rng"])
-        self.folder.begin()
+        for part in self.parts().values():
+            if isinstance(part, nn.Module):
+                self.world.take_from_leader(part)
+        with self.world.agreeing():
+            self.folder.begin()
 
     def run(self) -> None:
         """Runs to the end.
@@ -239,7 +309,10 @@ class Run(ABC):
             RunFailed: if the disk, memory, the loss or a failed CUDA graph does not allow to go on.
         """
         steps = len(self.batches)
-        progress = Progress(self.epochs * steps, self.epoch * steps + self.step, self.label)
+        self._begun = self.epoch * steps + self.step
+        progress = Progress(self.epochs * steps, self._begun, self.label, self.world.leads)
+        if not self.world.alone:
+            progress.line(f"{self.world.size} processes share each batch of {self.batches.batch_size} images")
         for note in self.folder.notes:
             progress.line(note)
         if self.epoch or self.step:
@@ -248,16 +321,24 @@ class Run(ABC):
         gc.collect()
         gc.freeze()
         try:
-            with StopRequest() as stop:
+            with self.world.stop:
                 if self.folder.last_saved is None:
                     # records without a checkpoint are a damage from now on
                     self.save()
                 while self.epoch < self.epochs:
-                    self._run_epoch(stop, progress)
+                    self._run_epoch(progress)
+            sent = [f"{count} of {size:,} bytes" for size, count in self.world.messages.items()]
+            if sent:
+                progress.line(f"gradient messages of each process: {', '.join(sent)}")
         except KeyboardInterrupt:
             progress.line(f"interrupted; {self._kept()}")
             raise
-        except WriteError as error:
+        except (Diverged, Disagreement):
+            # all processes know it at the same step
+            if self.world.leads:
+                raise
+            raise OtherFailed(1) from None
+        except (WriteError, PeerLost) as error:
             raise RunFailed(f"{error}; {self._kept()}") from None
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
@@ -270,38 +351,45 @@ class Run(ABC):
 
     def write_result(self, name: str, text: str) -> None:
         """Writes a file of results; after RunFailed the same command writes it again."""
+        if not self.world.leads:
+            return
         try:
             write_text(self.folder.path / name, text)
         except WriteError as error:
             raise RunFailed(f"{error}; {self._kept()}") from None
 
     def _kept(self) -> str:
+        if not self.world.leads:
+            return f"the last good state is in {self.folder.path}: the same command resumes"
         saved = self.folder.last_saved
         return f"the last good state is {saved}: the same command resumes" if saved else "nothing is lost"
 
-    def _diverged(self, what: str) -> Diverged:
+    def _diverged(self, what: str, at: str | None = None) -> Diverged:
         return Diverged(
-            f"{what} in epoch {self.epoch}; the last good state is {self.folder.last_saved} "
+            f"{what} in {at or f'epoch {self.epoch}'}; the last good state is {self.folder.last_saved} "
             "(a smaller --learning-rate needs a new folder)"
         )
 
-    def _run_epoch(self, stop: StopRequest, progress: Progress) -> None:
+    def _run_epoch(self, progress: Progress) -> None:
         saved = before = time.monotonic()
         for images, labels in self.batches.epoch(self.epoch, self.step):
+            self.world.seed_step(self._seed, self.epoch, self.step)
             try:
                 self.train_step(images, labels)
             except CaptureError as error:
                 self.save()
                 kept = f"{self._kept()}, with --cuda-graph off"
                 raise RunFailed(f"cuda-graph: {in_one_line(error)}; {kept}") from None
+            self._look()
             self.step += 1
             now = time.monotonic()
             self.seconds += now - before
             progress.step()
-            if stop.signal_number is not None:
+            code = self.world.stop_code()
+            if code is not None:
                 self.save()
                 progress.line(f"stopped and saved at epoch {self.epoch}, step {self.step}")
-                raise Stopped(stop.signal_number)
+                raise Stopped(code)
             if now - saved > self._checkpoint_seconds:
                 self.save()
                 saved = time.monotonic()
@@ -312,6 +400,7 @@ class Run(ABC):
         loss = self.meter.result()["loss"]
         if loss is not None and not math.isfinite(loss):
             raise self._diverged(f"loss: became {loss}")
+        self._agree()
         record = {"epoch": self.epoch, **self.finish_epoch()}
         self.folder.metrics.append(record)
         self.meter.reset()
@@ -320,3 +409,32 @@ class Run(ABC):
         self.save()
         self._events.add(record)
         progress.line(self.summary(record))
+
+    def _look(self) -> None:
+        """Diverged if the watch has seen a loss or gradient that is not finite."""
+        bad = None if self.watch is None else self.watch.end_step()
+        if bad is not None:
+            epoch, step = divmod(self._begun + bad[0], len(self.batches))
+            raise self._diverged(f"{bad[1]}: became NaN or infinite", f"epoch {epoch}, step {step}")
+
+    def _agree(self) -> None:
+        """Disagreement unless all processes have come to the same state.
+
+        Then running statistics are the leader's: as under DistributedDataParallel, those of the others count
+        for nothing.
+        """
+        if self.world.alone:
+            return
+        digest = hashlib.sha256()
+        for tensor in self.agreed():
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digests = self.world.gathered(digest.hexdigest())
+        other = next((k for k, there in enumerate(digests) if there != digests[0]), None)
+        if other is not None:
+            raise Disagreement(
+                f"process {other} has come to other weights or alphas than process 0 in epoch {self.epoch}; "
+                f"{self._kept()}"
+            )
+        for part in self.parts().values():
+            if isinstance(part, nn.Module):
+                self.world.take_from_leader(part)

@@ -4,7 +4,8 @@ config.json             the options of the run
 environment.json        the machine and the versions, one entry for each start
 data.json               hashes of the data set and its split
 metrics.jsonl           one record for each epoch; alphas.jsonl likewise, of searches
-checkpoint.pt           the state to go on from; checkpoint.previous.pt the one before
+checkpoint.pt           the state to go on from; checkpoint.previous.pt the one before; checkpoint.epoch-N.pt
+                        those of the last epochs, if asked for
 .lock, .lock.json       the lock of the process that runs, and its name
 before-restart-1, ...   what the folder held when a run was begun anew in it
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -32,7 +34,15 @@ from rfdarts_fast.runs.checkpoint import (
 )
 from rfdarts_fast.runs.config import ConfigError, RunConfig, from_plain
 from rfdarts_fast.runs.environment import environment
-from rfdarts_fast.runs.files import JsonLines, WriteError, read_bytes, temporary, write_json
+from rfdarts_fast.runs.files import (
+    JsonLines,
+    WriteError,
+    link_or_copy,
+    read_bytes,
+    temporary,
+    write_json,
+    writing,
+)
 from rfdarts_fast.runs.fingerprint import Fingerprint, changes
 from rfdarts_fast.runs.lock import HOLDER, LOCK, FolderLock, InUse
 
@@ -40,6 +50,8 @@ from rfdarts_fast.runs.lock import HOLDER, LOCK, FolderLock, InUse
 FREE_FIELDS = frozenset(
     {"out", "config", "preset", "data_root", "download", "workers", "checkpoint_minutes", "tensorboard"}
     | {"restart", "cuda_graph", "table", "diagnose_every", "diagnose_images", "diagnose_cells"}
+    | {"keep_checkpoints", "time_limit_minutes", "cache_on", "max_multiply_adds", "auto_width"}
+    | {"memory_budget"}
 )
 
 
@@ -60,9 +72,10 @@ RENAMED: dict[tuple[str, ...], str | Callable[[dict[str, Any]], str]] = {
 
 Config = TypeVar("Config", bound=RunConfig)
 
+KEPT = re.compile(r"checkpoint\.epoch-(\d{1,9})\.pt")
 LAST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 HISTORY = ("metrics.jsonl", "alphas.jsonl")
-_RESULTS = ("best.pt", "genotype.json", "result.json", "tensorboard")
+_RESULTS = ("split.json", "best.pt", "genotype.json", "result.json", "tensorboard")
 # config.json goes last: without it the rest would be foreign files
 _OWN = (LAST, PREVIOUS, DAMAGED, *HISTORY, *_RESULTS, "environment.json", "data.json", "config.json")
 _ASIDE = "before-restart-"
@@ -189,9 +202,9 @@ class RunFolder:
         names = (self.path / f"{_ASIDE}{n}" for n in itertools.count(1))
         aside = next(path for path in names if not path.exists())
         aside.mkdir()
-        for name in _OWN:
-            if (self.path / name).exists():
-                (self.path / name).replace(aside / name)
+        for path in [*self._kept_checkpoints().values(), *(self.path / name for name in _OWN)]:
+            if path.exists():
+                path.replace(aside / path.name)
         self.notes.append(f"beginning anew; the run that was here is now in {aside}")
 
     def _starts(self) -> list[dict[str, Any]]:
@@ -293,6 +306,25 @@ class RunFolder:
         )
         if name == LAST:
             self.last_saved = f"{self.path / name}, {position(state)}"
+            if epoch and not state["step"]:
+                self._rotate(epoch)
+
+    def _kept_checkpoints(self) -> dict[int, Path]:
+        """The kept checkpoints of epochs, by the number of epochs done."""
+        paths = ((KEPT.fullmatch(path.name), path) for path in self.path.iterdir())
+        return {int(match[1]): path for match, path in paths if match}
+
+    def _rotate(self, epoch: int) -> None:
+        """Keeps the last checkpoint, which is from after `epoch` epochs; drops those that are too old."""
+        wanted = self._config.get("keep_checkpoints", 0)
+        if not wanted:
+            return
+        path = self.path / f"checkpoint.epoch-{epoch}.pt"
+        with writing(path):
+            link_or_copy(self.checkpoint, path)
+            for there, old in self._kept_checkpoints().items():
+                if there <= epoch - wanted:
+                    old.unlink()
 
 
 def read_last(path: Path) -> tuple[Path, dict[str, Any], DamagedError | None] | None:

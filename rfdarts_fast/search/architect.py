@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfdarts_fast.nn import Supernet
+from rfdarts_fast.runs.meters import batch_sums
+from rfdarts_fast.runs.world import ALONE, World
 
 Batch = Sequence[Tensor]
 
@@ -57,24 +59,43 @@ class Architect:
         weight_optimizer: SGD over the trainable weights; the second order looks one of its steps ahead.
         order: "first" takes the weights as they are, "second" as they would be after that step.
         amp: activations in bfloat16.
+        world: the processes over which gradients are summed.
     """
 
     def __init__(
-        self, network: Supernet, weight_optimizer: torch.optim.SGD, order: str, amp: bool = False
+        self,
+        network: Supernet,
+        weight_optimizer: torch.optim.SGD,
+        order: str,
+        amp: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.network = network
         self.weight_optimizer = weight_optimizer
         self.order = order
         self.amp = amp
+        self.world = world
         self.weights = [p for group in weight_optimizer.param_groups for p in group["params"]]
         self.arch = network.arch_parameters()
 
-    def gradients(self, train: Batch, val: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Gradients in the order of `network.arch_parameters()`, validation loss, validation logits."""
+    def gradients(
+        self, train: Batch, val: Batch, shares: tuple[float, float] = (1.0, 1.0)
+    ) -> tuple[list[Tensor], Tensor]:
+        """Gradients in the order of `network.arch_parameters()`, and sums of losses and hits on `val`.
+
+        `shares` are those of the two batches in the batches of all processes.
+        """
         if self.order == "first":
-            loss, logits = self.loss(val)
-            return gradients(loss, self.arch), loss, logits
-        return self._second_order(train, val)
+            return self.step_gradients(val, self.arch, shares[1])
+        return self._second_order(train, val, shares)
+
+    def step_gradients(
+        self, batch: Batch, parameters: Sequence[Tensor], share: float = 1.0
+    ) -> tuple[list[Tensor], Tensor]:
+        """Gradients of the loss over the batches of all processes, and their sums as of `batch_sums`."""
+        loss, logits = self.loss(batch)
+        sums = batch_sums(loss, logits, batch[1])
+        return self.world.sum_step(gradients(self.world.weighed(loss, share), parameters), sums)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross entropy and logits, [N, classes] in float32."""
@@ -83,25 +104,26 @@ class Architect:
         logits = logits.float() if self.amp else logits
         return F.cross_entropy(logits, batch[1]), logits
 
-    def _second_order(self, train: Batch, val: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
+    def _second_order(
+        self, train: Batch, val: Batch, shares: tuple[float, float]
+    ) -> tuple[list[Tensor], Tensor]:
         weights = [p.detach().clone() for p in self.weights]
         rate = self.weight_optimizer.param_groups[0]["lr"]
-        self._look_ahead(gradients(self.loss(train)[0], self.weights))
+        self._look_ahead(self.step_gradients(train, self.weights, shares[0])[0])
         # the published code looks ahead with a copy of the network, so its running statistics stay put
         with kept_buffers(self.network):
-            loss, logits = self.loss(val)
-            grads = gradients(loss, [*self.arch, *self.weights])
+            grads, sums = self.step_gradients(val, [*self.arch, *self.weights], shares[1])
         arch_grads, direction = grads[: len(self.arch)], grads[len(self.arch) :]
 
         radius = FINITE_DIFFERENCE / torch.linalg.vector_norm(torch.cat([v.flatten() for v in direction]))
-        forward = self._arch_gradients_at(weights, direction, radius, train)
-        backward = self._arch_gradients_at(weights, direction, -radius, train)
+        forward = self._arch_gradients_at(weights, direction, radius, train, shares[0])
+        backward = self._arch_gradients_at(weights, direction, -radius, train, shares[0])
         self._set_weights(weights)
         arch_grads = [
             grad - rate * (plus - minus) / (2 * radius)
             for grad, plus, minus in zip(arch_grads, forward, backward, strict=True)
         ]
-        return arch_grads, loss, logits
+        return arch_grads, sums
 
     @torch.no_grad()
     def _look_ahead(self, grads: Sequence[Tensor]) -> None:
@@ -116,10 +138,15 @@ class Architect:
                 parameter.sub_(step, alpha=group["lr"])
 
     def _arch_gradients_at(
-        self, weights: Sequence[Tensor], direction: Sequence[Tensor], radius: Tensor, train: Batch
+        self,
+        weights: Sequence[Tensor],
+        direction: Sequence[Tensor],
+        radius: Tensor,
+        train: Batch,
+        share: float,
     ) -> list[Tensor]:
         self._set_weights([w + radius * v for w, v in zip(weights, direction, strict=True)])
-        return gradients(self.loss(train)[0], self.arch)
+        return self.step_gradients(train, self.arch, share)[0]
 
     @torch.no_grad()
     def _set_weights(self, weights: Sequence[Tensor]) -> None:

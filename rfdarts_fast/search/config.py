@@ -28,6 +28,7 @@ Preset = Literal[
     "rf-pcdarts",
     "pc-darts-imagenet",
     "rf-pcdarts-imagenet",
+    "rf-pcdarts-imagenet-k4",
     "nasbench201-darts",
     "nasbench201-rf-darts",
     "robustdarts",
@@ -292,6 +293,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rf-pcdarts": {**_PC_DARTS, **_RF, "method": "rf-pcdarts"},
     "pc-darts-imagenet": _PC_DARTS_IMAGENET,
     "rf-pcdarts-imagenet": {**_PC_DARTS_IMAGENET, **_RF, "method": "rf-pcdarts"},
+    # the paper's K on CIFAR; a quarter of the channels is mixed
+    "rf-pcdarts-imagenet-k4": {**_PC_DARTS_IMAGENET, **_RF, "method": "rf-pcdarts", "partial_channels": 4},
     "nasbench201-darts": _NASBENCH201,
     "nasbench201-rf-darts": {**_NASBENCH201, **_RF, "method": "rf-darts"},
     "robustdarts": _ROBUST_DARTS,

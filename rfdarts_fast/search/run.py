@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from rfdarts_fast.data import (
     Batches,
     DataSource,
+    StoredSet,
     default_augment,
     evaluation_augment,
     read_split_file,
@@ -20,14 +22,17 @@ from rfdarts_fast.data import (
     split_per_class,
     split_stratified,
 )
+from rfdarts_fast.nn import synchronise_batch_norms
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs.config import require
-from rfdarts_fast.runs.fingerprint import fingerprint
+from rfdarts_fast.runs.fingerprint import Fingerprint, fingerprint
+from rfdarts_fast.runs.follower import FollowerFolder, folder_of
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.runs.run import (
     Run,
     check_network,
+    check_shares,
     choose_device,
     evaluate,
     load_data,
@@ -37,7 +42,9 @@ from rfdarts_fast.runs.run import (
 )
 from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
-from rfdarts_fast.search.architect import Architect, Batch, descend, gradients
+from rfdarts_fast.runs.watch import Watch
+from rfdarts_fast.runs.world import ALONE, World, launched
+from rfdarts_fast.search.architect import Architect, Batch, descend
 from rfdarts_fast.search.build import build_supernet, weight_groups
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.diagnostics import (
@@ -51,9 +58,12 @@ from rfdarts_fast.spaces import AnyGenotype, to_json
 from rfdarts_fast.tables import Table, open_table
 
 
-def uses_graph(config: SearchConfig, device: torch.device) -> bool:
-    """True if steps are recorded in a CUDA graph; the second order reads the learning rate on the host."""
-    return device.type == "cuda" and config.cuda_graph != "off" and config.order == "first"
+def uses_graph(config: SearchConfig, device: torch.device, world: World = ALONE) -> bool:
+    """True if steps are recorded in a CUDA graph.
+
+    The second order reads the learning rate on the host, and messages to other processes are not recorded.
+    """
+    return device.type == "cuda" and config.cuda_graph != "off" and config.order == "first" and world.alone
 
 
 def split(config: SearchConfig, source: DataSource) -> tuple[Tensor, Tensor]:
@@ -66,6 +76,8 @@ def split(config: SearchConfig, source: DataSource) -> tuple[Tensor, Tensor]:
             return split_stratified(labels, config.train_portion, config.seed, "train-portion")
         case "per-class":
             fractions = config.train_fraction, config.val_fraction
+            if isinstance(source.train, StoredSet):
+                return source.train.split(fractions)
             train, val = split_per_class(labels, fractions, config.seed, ("train-fraction", "val-fraction"))
             return train, val
     assert config.split_file is not None
@@ -84,30 +96,42 @@ class SearchRun(Run):
     results = ("genotype.json",)
 
     def __init__(
-        self, config: SearchConfig, source: DataSource, folder: RunFolder, table: Table | None = None
+        self,
+        config: SearchConfig,
+        source: DataSource,
+        folder: RunFolder | FollowerFolder,
+        table: Table | None = None,
+        world: World | None = None,
     ) -> None:
-        device = choose_device(config.device)
+        world = world or World()
+        device = choose_device(config.device, world)
         channels_last = config.memory_format == "channels_last"
         train_indices, val_indices = split(config, source)
         augment = default_augment(source, cutout=config.cutout, flip=config.flip, channels_last=channels_last)
 
         def batches(indices: Tensor, **changes: Any) -> Batches:
             options = {"augment": augment, "seed": config.seed, "device": device, "workers": config.workers}
+            options["shard"] = world.shard
             return Batches(source.train, indices, config.batch_size, **{**options, **changes})
 
-        super().__init__(folder, config, batches(train_indices), config.epochs, f"search {config.method}")
+        label = f"search {config.method}"
+        super().__init__(folder, config, batches(train_indices), config.epochs, label, world)
         self.config = config
         self.table = table
         self.val_batches = batches(val_indices, seed=config.seed + 1)
         unchanged = {"augment": evaluation_augment(source, channels_last=channels_last), "shuffle": False}
         self.held_out = batches(val_indices, **unchanged)
+        # all of them in each process, which have no need of one another then
+        unchanged["shard"] = ALONE.shard
         self.diagnosed = batches(sample(val_indices, config.diagnose_images), **unchanged)
         self.val_position = 0
         self.val_meter = Meter(device)
 
         seed_everything(config.seed)
         self.network = place(build_supernet(config, source.num_classes), config, device)
-        graphed = uses_graph(config, device)
+        if config.sync_batch_norm:
+            synchronise_batch_norms(self.network)
+        graphed = uses_graph(config, device, world)
         self.weight_optimizer = torch.optim.SGD(
             weight_groups(self.network, config),
             lr=torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate,
@@ -125,12 +149,30 @@ class SearchRun(Run):
             capturable=device.type == "cuda",
         )
         self.alpha_gradients = AlphaGradients(self.network)
-        self.architect = Architect(self.network, self.weight_optimizer, config.order, config.amp == "bf16")
+        bf16 = config.amp == "bf16"
+        self.architect = Architect(self.network, self.weight_optimizer, config.order, bf16, world)
+        self.watch = watch = Watch(device, *self._watched_names())
+        self._see = watch.see
         self._graph: GraphedStep | None = None
         if graphed:
             self._graph = GraphedStep(self._compute, Recorder(device), required=config.cuda_graph == "on")
         self.resume()
         self._val_stream = self.val_batches.stream(self.val_position)
+
+    def _watched_names(self) -> list[list[str]]:
+        """The names of a weight step's loss and gradients, of an architecture step's, and of one for both."""
+        names = {p: f"the gradient of {name}" for name, p in self.network.named_parameters()}
+        weights = [names[p] for p in self.architect.weights]
+        arch = [f"the gradient of {name}" for name in self.network.named_arch_parameters()]
+        return [["loss", *weights], ["validation loss", *arch], ["loss", *weights, *arch]]
+
+    def split_names(self) -> dict[str, list[str]]:
+        """The images of the two parts of the split, by the names of their files."""
+        parts = {"weights": self.batches, "architecture": self.val_batches}
+        return {part: b.dataset.names(b.indices.tolist()) for part, b in parts.items()}
+
+    def agreed(self) -> list[Tensor]:
+        return [*self.architect.weights, *self.architect.arch]
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         return {
@@ -205,23 +247,27 @@ class SearchRun(Run):
         )
 
     def _weight_step(self, batch: Batch) -> None:
-        loss, logits = self.architect.loss(batch)
-        grads = gradients(loss, self.architect.weights)
-        descend(self.weight_optimizer, self.architect.weights, grads, self.config.grad_clip)
-        self.meter.add(loss, logits, batch[1])
+        weights = self.architect.weights
+        grads, sums = self.architect.step_gradients(batch, weights, self.batches.share)
+        self._see(0, sums[0], grads)
+        descend(self.weight_optimizer, weights, grads, self.config.grad_clip)
+        self.meter.sums += sums
 
     def _arch_step(self, train: Batch, val: Batch) -> None:
-        grads, loss, logits = self.architect.gradients(train, val)
+        shares = self.batches.share, self.val_batches.share
+        grads, sums = self.architect.gradients(train, val, shares)
+        self._see(1, sums[0], grads)
         self._move_architecture(grads)
-        self.val_meter.add(loss, logits, val[1])
+        self.val_meter.sums += sums
 
     def _one_level_step(self, batch: Batch) -> None:
         weights = self.architect.weights
-        loss, logits = self.architect.loss(batch)
-        grads = gradients(loss, [*weights, *self.architect.arch])
+        both = [*weights, *self.architect.arch]
+        grads, sums = self.architect.step_gradients(batch, both, self.batches.share)
+        self._see(2, sums[0], grads)
         descend(self.weight_optimizer, weights, grads[: len(weights)], self.config.grad_clip)
         self._move_architecture(grads[len(weights) :])
-        self.meter.add(loss, logits, batch[1])
+        self.meter.sums += sums
 
     def _move_architecture(self, grads: list[Tensor]) -> None:
         self.alpha_gradients.add(grads)
@@ -245,7 +291,7 @@ class SearchRun(Run):
             record["table"] = self.table.entry(genotype) if str(genotype) in self.table.cells else None
         every = self.config.validate_every
         if every and (self.epoch + 1) % every == 0:
-            record["val"] = evaluate(self.network, self.held_out)
+            record["val"] = evaluate(self.network, self.held_out, self.world)
         every = self.config.diagnose_every
         if every and (self.epoch + 1) % every == 0:
             record["diagnostics"] = diagnose(self.architect, self.diagnosed, genotype)
@@ -291,33 +337,52 @@ def opened(config: SearchConfig, read_only: bool = False) -> Iterator[SearchRun]
     With `read_only` the folder is checked and stays as it is. Raises ConfigError, DataError, RunFolderError
     or CheckpointError if something does not fit.
     """
+    with launched() as world, ExitStack() as stack:
+        with world.agreeing():
+            config, source, data, table = _prepared(config, world, stack)
+        world.refuse_different(data, "data")
+        with world.agreeing():
+            folder = stack.enter_context(folder_of(world, "search", config, data, read_only))
+        yield SearchRun(config, source, folder, table, world)
+
+
+def _prepared(
+    config: SearchConfig, world: World, stack: ExitStack
+) -> tuple[SearchConfig, DataSource, Fingerprint, Table | None]:
+    """The config with its image size, the data and their fingerprint; the backend is in `stack`."""
     config.check()
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    on_gpu = device.type == "cuda"
-    require(config.cuda_graph != "on" or on_gpu, config, "cuda_graph", f"off or auto on device {device}")
+    device = choose_device(config.device, world)
+    graphed = device.type == "cuda" and world.alone
+    where = f"device {device}" if world.alone else "several processes"
+    require(config.cuda_graph != "on" or graphed, config, "cuda_graph", f"off or auto on {where}")
     table = None if config.table is None else open_table(config.table)
     source = load_data(config)
     parts = split(config, source)
     sizes = [len(indices) for indices in parts]
+    check_shares(config.batch_size, sizes, world.size)
     if config.diagnose_every:
         sizes.append(min(config.diagnose_images, sizes[1]))
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend
+    if config.sync_batch_norm and not world.alone:
+        require(backend in ("auto", "reference"), config, "sync_batch_norm", f"none on the backend {backend}")
+        backend = "reference"
     budget = None if config.memory_budget is None else int(config.memory_budget * 1e6)
-    with on_device(device), use_backend(backend, config.memory, budget):
-        check_network(
-            lambda: build_supernet(config, source.num_classes),
-            config.batch_size,
-            sizes,
-            source.image_size,
-            device,
-        )
-        config = dataclasses.replace(config, image_size=source.image_size)
-        data = fingerprint(source, dict(zip(("weights", "architecture"), parts, strict=True)))
-        with RunFolder(config.out, "search", config, data, read_only) as folder:
-            yield SearchRun(config, source, folder, table)
+    stack.enter_context(on_device(device))
+    stack.enter_context(use_backend(backend, config.memory, budget))
+    check_network(
+        lambda: build_supernet(config, source.num_classes),
+        config.batch_size,
+        sizes,
+        source.image_size,
+        device,
+        world.size,
+    )
+    config = dataclasses.replace(config, image_size=source.image_size)
+    data = fingerprint(source, dict(zip(("weights", "architecture"), parts, strict=True)))
+    return config, source, data, table
 
 
 def search(config: SearchConfig) -> AnyGenotype:
@@ -327,6 +392,8 @@ def search(config: SearchConfig) -> AnyGenotype:
     fit, Stopped (with the state saved) after SIGTERM and RunFailed if the run cannot go on.
     """
     with opened(config) as run:
+        if config.split == "per-class":
+            run.write_result("split.json", json.dumps(run.split_names(), indent=1) + "\n")
         run.run()
         genotype = run.network.genotype(config.genotype_rule)
         run.write_result("genotype.json", to_json(genotype, config.genotype_rule) + "\n")

@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from . import archives, ground_truth, images, options, runs, texts
+from . import archives, ground_truth, images, options, runs, stores, texts
 from .case import Case, tried
 
 
 def all_cases() -> list[Case]:
     return [
-        case for module in (archives, ground_truth, images, options, texts, runs) for case in module.cases()
+        case
+        for module in (archives, ground_truth, images, options, texts, runs, stores)
+        for case in module.cases()
     ]
 
 

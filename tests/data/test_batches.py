@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 import torch
 from image_samples import random_images
+from PIL import Image
 
 from rfdarts_fast.data import Augment, Batches, ColourJitter, DataError, ImageFolderSet, ImageSet, load
 
@@ -261,3 +262,27 @@ def test_an_image_folder_set_checks_its_parts():
         ImageFolderSet(["a.png"], torch.arange(2), 8)
     with pytest.raises(DataError, match=r"^image_size: expected"):
         ImageFolderSet(["a.png"], torch.arange(1), 0)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_shards_are_the_parts_of_a_batch(parts, tmp_path):
+    """Crops, colours and cutouts included; the last batch of 3 leaves some of five out."""
+
+    def photos(**options):
+        for i, image in enumerate(random_images(7, size=12)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+        paths = [tmp_path / f"{i}.png" for i in range(7)]
+        dataset = ImageFolderSet(paths, torch.arange(7), 8)
+        return Batches(dataset, None, 4, augment=PHOTO_AUGMENT, seed=7, **options)
+
+    for make in (memory_batches, photos):
+        whole = [*islice(make().stream(), 7)]
+        shards = [make(shard=(k, parts)) for k in range(parts)]
+        streams = [shard.stream() for shard in shards]
+        for images, labels in whole:
+            here = [k for k in range(parts) if len(labels) * (k + 1) // parts > len(labels) * k // parts]
+            got = [next(streams[k]) for k in here]
+            assert torch.equal(torch.cat([x for x, _ in got]), images)
+            assert torch.equal(torch.cat([y for _, y in got]), labels)
+            shares = [shards[k].share for k in here]
+            assert shares == [len(y) / len(labels) for _, y in got]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +12,13 @@ from torch import nn
 
 from rfdarts_fast.cli import parse_config
 from rfdarts_fast.nn.derived import Cell
+from rfdarts_fast.ops import use_backend
 from rfdarts_fast.retrain import PRESETS, TrainConfig, train
 from rfdarts_fast.retrain import run as train_module
 from rfdarts_fast.retrain.config import preset_values
-from rfdarts_fast.retrain.run import TrainRun, read_genotype
-from rfdarts_fast.runs.run import load_data
+from rfdarts_fast.retrain.run import TrainRun, load_network, read_genotype
+from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.run import RunFailed, load_data
 from rfdarts_fast.runs.run_folder import RunFolder
 
 NASBENCH201 = "|skip_connect~0|+|none~0|nor_conv_1x1~1|+|nor_conv_1x1~0|nor_conv_3x3~1|none~2|"
@@ -202,6 +205,72 @@ def check_colour_jitter(lab):
     assert lab.start().batches.augment.jitter is None
 
 
+def check_max_multiply_adds(lab):
+    # DARTS_V2 with 4 channels and one cell on 8 x 8 pixels
+    lab.finish(max_multiply_adds=1.0, epochs=1)
+    with pytest.raises(ConfigError, match=r"network below 0\.001 million, got 0\.0\d* with 4 channels"):
+        lab.finish(max_multiply_adds=0.001)
+
+
+def check_auto_width(lab):
+    """The published count of PC_DARTS_image, and the widest network below it; see method.md."""
+    wanted = lab.parse("--preset", "pc-darts-imagenet", "--genotype", "PC_DARTS_image")
+    genotype = read_genotype("PC_DARTS_image")
+
+    def channels(**changes):
+        return train_module.fitted(dataclasses.replace(wanted, **changes), genotype, 1000, 224).channels
+
+    assert channels() == 48
+    with pytest.raises(
+        ConfigError, match=r"below 580 million, got 581\.6 with 48 channels \(--auto-width takes 46"
+    ):
+        channels(max_multiply_adds=580.0)
+    assert channels(max_multiply_adds=580.0, auto_width=True) == 46
+    assert channels(max_multiply_adds=600.0, auto_width=True) == 48
+    with pytest.raises(ConfigError, match="no width stays below it"):
+        channels(max_multiply_adds=0.1, auto_width=True)
+
+
+def check_ema_decay(lab):
+    """The average of what PyTorch's own gives; it is tested, kept and loaded."""
+    folder = lab.finish(ema_decay=0.9, epochs=2)
+    state = torch.load(folder / "best.pt", weights_only=True)
+    record = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    assert {"test", "without_ema"} <= record.keys()
+    assert state["ema"]["n_averaged"] == 6 * state["epoch"] or state["ema"]["n_averaged"] % 6 == 0
+    _, network, _ = load_network(folder)
+    name, weight = next(iter(network.state_dict().items()))
+    assert torch.equal(weight, state["ema"][f"module.{name}"])
+    assert not torch.equal(weight, state["network"][name])
+    run, values = lab.start(ema_decay=0.5), []
+    average = run.network.classifier.weight.detach().clone()
+    run.optimizer.register_step_post_hook(
+        lambda *_: values.append(run.network.classifier.weight.detach().clone())
+    )
+    for images, labels in run.batches.epoch(0):
+        run.train_step(images, labels)
+        # the first is taken as it is
+        average = values[0] if len(values) == 1 else 0.5 * average + 0.5 * values[-1]
+    torch.testing.assert_close(run.ema.module.classifier.weight, average)
+
+
+def check_amp(lab):
+    for amp in ("off", "bf16"):
+        run, seen = lab.start(amp=amp), []
+        run.network.classifier.register_forward_hook(lambda m, x, y, seen=seen: seen.append(y.dtype))
+        run.train_step(*next(run.batches.epoch(0)))
+        assert seen == [torch.bfloat16 if amp == "bf16" else torch.float32]
+        assert {p.dtype for p in run.network.parameters()} == {torch.float32}
+
+
+def check_compile(lab):
+    compiled = []
+    lab.monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    assert [lab.start(compile=c, drop_path=0.0).network for c in (False, True)][1:] == compiled
+    with pytest.raises(ConfigError, match="compile: expected --drop-path 0 beside it, got True"):
+        lab.start(compile=True, drop_path=0.1)
+
+
 def check_evaluate_every(lab):
     lines = (lab.finish(evaluate_every=2, epochs=3) / "metrics.jsonl").read_text().splitlines()
     assert ["test" in json.loads(line) for line in lines] == [False, True, True]
@@ -212,3 +281,29 @@ def test_option_reaches_what_it_names(field, lab):
     check = globals().get(f"check_{field}") or getattr(run_options, f"check_{field}", None)
     assert check is not None, f"no check of --{field}: add check_{field} here"
     check(lab)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_a_compiled_network_computes_the_same(lab):
+    """Two steps, the second of another number of images: the losses are those of the network as it is."""
+    losses = []
+    for compiled in (False, True):
+        run = lab.start(compile=compiled, drop_path=0.0, batch_size=16, label_smoothing=0.1)
+        with use_backend("reference"):
+            for batch in run.batches.epoch(0):
+                run.train_step(*batch)
+        losses.append(run.meter.sums[0])
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
+def test_a_network_that_cannot_be_compiled(lab):
+    def broken(network):
+        def forward(images):
+            raise RuntimeError("no compiler\nmore")
+
+        return forward
+
+    lab.monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(RunFailed, match=r"^compile: .* cannot be compiled here: no compiler; the last"):
+        lab.finish(compile=True, drop_path=0.0)

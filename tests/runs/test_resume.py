@@ -64,7 +64,9 @@ def test_killed_again_and_again(run_all, command, whole, tiny_npz, tmp_path):
     assert_same_run(tmp_path / "run", whole[command])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name
+)
 @pytest.mark.parametrize("command", OPTIONS)
 def test_stops_when_asked_to(run_all, command, number, whole, tiny_npz, tmp_path):
     args = arguments(command, tiny_npz, tmp_path / "run")

@@ -133,7 +133,7 @@ def test_weights_train_on_one_half_and_the_architecture_on_the_other(start, monk
     drawn = []
     gradients = run.architect.gradients
     monkeypatch.setattr(
-        run.architect, "gradients", lambda train, val: (drawn.append(val), gradients(train, val))[1]
+        run.architect, "gradients", lambda train, val, shares: (drawn.append(val), gradients(train, val))[1]
     )
     run.run()
     expected = next(run.val_batches.stream())

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from . import digits, folder, npz, vision
+from . import digits, folder, npz, store, vision
 from .registry import DATASETS, Dataset, Images, load, register_dataset
 from .source import DataSource, Statistics
 
@@ -17,15 +17,20 @@ for _name, _statistics in {
     "svhn": Statistics((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 }.items():
     register_dataset(Dataset(_name, partial(vision.load, _name), root="a folder", statistics=_statistics))
+# the ImageNet constants of torchvision and of every recipe built on it
+_PHOTOS = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 register_dataset(
     Dataset(
         "imagefolder",
         folder.load,
         root="the folder that holds train/<class>/*",
         image_size=224,
-        # the ImageNet constants of torchvision and of every recipe built on it
-        statistics=Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        statistics=_PHOTOS,
+        skip=partial(folder.load, skip_corrupt=True),
     )
+)
+register_dataset(
+    Dataset("cache", store.load, root="the folder of a store that `rfdarts cache` made", statistics=_PHOTOS)
 )
 
 __all__ = ["DATASETS", "DataSource", "Dataset", "Images", "Statistics", "load", "register_dataset"]

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from rfdarts_fast.messages import first_few, reason, thing_at
 
+from ..checks import unusable
 from ..errors import DataError, require
 from ..sets import ImageFolderSet
 from .registry import Images
@@ -20,7 +21,15 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", 
 DECODED_FILES = 50_000
 
 
-def load(root: Path, download: bool) -> Images:
+def training_images(root: Path) -> tuple[ImageFolderSet, list[str]]:
+    """The images under root/train/<class>/, not checked, and the names of the classes; errors as `load`."""
+    there = thing_at(root)
+    require(there == "a folder", f"{root}: expected a folder that holds train/<class>/*, got {there}")
+    classes = _class_folders(root / "train")
+    return _image_set(root / "train", classes, classes), classes
+
+
+def load(root: Path, download: bool, skip_corrupt: bool = False) -> Images:
     """The images under root/train/<class>/, and to evaluate root/val/<class>/ or else root/test/<class>/.
 
     Classes are numbered by name; files are told by suffix, in subfolders too, and ordered by path. A folder
@@ -30,12 +39,10 @@ def load(root: Path, download: bool) -> Images:
     All files are checked in parallel: decoded whole, or their headers alone if there are more than 50,000
     (`ImageFolderSet.verify` decodes them too). Raises DataError for a missing folder, for classes without
     images, held-out classes that training lacks, and for files that are no images, damaged or not to be
-    converted (see `read_rgb`): their number and the first five.
+    converted (see `read_rgb`): their number and the first five. With `skip_corrupt` these are left out, and
+    counted and named on stderr.
     """
-    there = thing_at(root)
-    require(there == "a folder", f"{root}: expected a folder that holds train/<class>/*, got {there}")
-    classes = _class_folders(root / "train")
-    train = _image_set(root / "train", classes, classes)
+    train, classes = training_images(root)
     test = None
     held_out = next((root / part for part in ("val", "test") if thing_at(root / part) == "a folder"), None)
     if held_out is not None:
@@ -45,9 +52,19 @@ def load(root: Path, download: bool) -> Images:
             not unknown, f"{held_out}: expected classes of {root / 'train'}, got {first_few(unknown)} too"
         )
         test = _image_set(held_out, folders, classes)
-    for part in (train,) if test is None else (train, test):
-        part.verify(decode=len(part) <= DECODED_FILES)
-    return Images(train, test, tuple(classes))
+    checked = [_checked(part, skip_corrupt) for part in ((train,) if test is None else (train, test))]
+    return Images(checked[0], checked[1] if test is not None else None, tuple(classes))
+
+
+def _checked(part: ImageFolderSet, skip_corrupt: bool) -> ImageFolderSet:
+    problems = part.problems(decode=len(part) <= DECODED_FILES)
+    if problems:
+        text = unusable(list(problems.values()), len(part))
+        require(skip_corrupt, text)
+        tqdm.write(f"skipped: {text}", file=sys.stderr)
+        part = part.without(set(problems))
+    part.skip_corrupt = skip_corrupt
+    return part
 
 
 def _class_folders(part: Path) -> list[str]:

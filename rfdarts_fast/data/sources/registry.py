@@ -6,18 +6,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..errors import DataError, require_int
-from ..sets import ImageFolderSet, ImageSet
-from .source import DataSource, Statistics, statistics
+from ..sets import ImageSet
+from .source import AnyImageSet, DataSource, Statistics, statistics
 
 
 class Images(NamedTuple):
     """The images of a data set to train on, those to evaluate on, if any, and a name for each class."""
 
-    train: ImageSet | ImageFolderSet
-    test: ImageSet | ImageFolderSet | None
+    train: AnyImageSet
+    test: AnyImageSet | None
     class_names: tuple[str, ...]
 
 
@@ -33,6 +33,7 @@ class Dataset:
         image_size: side in pixels that images are resized to by default, None for the size they have.
         statistics: mean and standard deviation to normalise with, None for those of the training images.
         mirrored: training mirrors images, unless --no-flip says otherwise.
+        skip: a `load` that leaves out and reports images that cannot be read; None if there is none.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Dataset:
     image_size: int | None = None
     statistics: Statistics | None = None
     mirrored: bool = True
+    skip: Callable[[Path, bool], Images] | None = None
 
 
 DATASETS: dict[str, Dataset] = {}
@@ -67,6 +69,7 @@ def load(
     root: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     download: bool = False,
+    corrupt: Literal["fatal", "skip"] = "fatal",
 ) -> DataSource:
     """The data set `name`, checked.
 
@@ -74,6 +77,7 @@ def load(
         name: one of DATASETS.
         root: the file or folder that holds it; see `Dataset.root`.
         image_size: side of the images in pixels, reached by bilinear resizing; None for the data set's own.
+        corrupt: "skip" leaves out images that cannot be read, where the data set can do without.
         download: fetch what is missing into `root`, where the data set can be fetched.
 
     Raises:
@@ -85,7 +89,10 @@ def load(
     size = dataset.image_size if image_size is None else require_int(image_size, "image_size", 1)
     if dataset.root is not None and root is None:
         raise DataError(f"data root: expected {dataset.root} for the data set {name}, got none")
-    train, test, class_names = dataset.load(Path(root or ""), download)
+    read = dataset.load if corrupt == "fatal" else dataset.skip
+    if read is None:
+        raise DataError(f"corrupt: expected fatal for the data set {name}, got {corrupt!r}")
+    train, test, class_names = read(Path(root or ""), download)
     if size is not None:
         train, test = train.resized(size), None if test is None else test.resized(size)
     scale = dataset.statistics

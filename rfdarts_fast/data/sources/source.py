@@ -9,6 +9,9 @@ import torch
 
 from ..errors import DataError, require
 from ..sets import ImageFolderSet, ImageSet
+from ..store import StoredSet
+
+AnyImageSet = ImageSet | ImageFolderSet | StoredSet
 
 
 class Statistics(NamedTuple):
@@ -27,8 +30,8 @@ class DataSource:
     """
 
     name: str
-    train: ImageSet | ImageFolderSet
-    test: ImageSet | ImageFolderSet | None
+    train: AnyImageSet
+    test: AnyImageSet | None
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -52,7 +55,7 @@ class DataSource:
         """Side of the images in pixels."""
         return self.train.image_size
 
-    def require_test(self) -> ImageSet | ImageFolderSet:
+    def require_test(self) -> AnyImageSet:
         """The test images; DataError where the source has none."""
         if self.test is None:
             raise DataError(f"{self.name}: expected test images (x_test, or a val or test folder), got none")

@@ -1,0 +1,82 @@
+"""Runs `rfdarts` in several forked processes as torchrun would start them; torch is imported once.
+
+Each line of stdin is JSON: arguments, number of processes, folder of logs, and null or [rank, epoch, step,
+signal]: at that position this process sends itself the signal. The argument RANK is each process's own
+number. At epoch -1 it is when it loads its data. The answer is a line with the exit codes.
+"""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from rfdarts_fast import cli
+from rfdarts_fast.retrain.run import TrainRun
+from rfdarts_fast.search.run import SearchRun
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def signal_self(run_class, epoch, step, number):
+    train_step = run_class.train_step
+
+    def signalling(run, *batch):
+        if (run.epoch, run.step) == (epoch, step):
+            os.kill(os.getpid(), number)
+        train_step(run, *batch)
+
+    run_class.train_step = signalling
+
+
+def process(rank, size, port, arguments, logs, signalled):
+    code = 1
+    try:
+        log = os.open(f"{logs}/{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if size > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if signalled and signalled[0] == rank and signalled[1] < 0:
+            from rfdarts_fast.runs import run as run_module
+
+            run_module.load = lambda *_, **__: os.kill(os.getpid(), signalled[3])
+        elif signalled and signalled[0] == rank:
+            for run_class in (SearchRun, TrainRun):
+                signal_self(run_class, *signalled[1:])
+        sys.argv = ["rfdarts", *(str(rank) if word == "RANK" else word for word in arguments)]
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def run(arguments, size, logs, signalled=None):
+    Path(logs).mkdir(parents=True, exist_ok=True)
+    port, children = free_port(), []
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            process(rank, size, port, arguments, logs, signalled)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # see tests/search/conftest.py
+    torch.backends.mkldnn.enabled = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    torch.optim.SGD([torch.zeros(1)])
+    for line in sys.stdin:
+        print(json.dumps(run(*json.loads(line))), flush=True)
