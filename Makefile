@@ -25,7 +25,7 @@ $(TORCH_READY):
 
 # no isolation: the extension is built against the torch in this environment
 $(INSTALLED): $(TORCH_READY) $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,log,report,cluster,nasbench]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,log,report,cluster,nasbench,webdataset,export]"
 	touch $@
 
 search: install

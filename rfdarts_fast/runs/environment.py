@@ -26,7 +26,7 @@ _OPTIONAL = {
     "webdataset": "tar shards of `rfdarts cache` (pip install 'rfdarts_fast[webdataset]')",
     "onnxruntime": "`rfdarts export --onnx` (pip install 'rfdarts_fast[export]')",
     "safetensors": "`rfdarts export --safetensors` (pip install 'rfdarts_fast[export]')",
-    "timm": "rfdarts_fast.export.timm (pip install 'rfdarts_fast[export]')",
+    "timm": "rfdarts_fast.export.timm (pip install 'rfdarts_fast[timm]')",
     "triton": "GPU kernels in Triton (pip install 'rfdarts_fast[triton]')",
 }
 

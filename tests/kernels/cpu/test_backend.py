@@ -90,7 +90,8 @@ def test_memory_returns_to_the_pool(backend):
 @pytest.mark.parametrize("memory", ["fast", "recompute"])
 @on("cpu")
 def test_autocast_keeps_branch_outputs_in_bfloat16(backend, memory):
-    edges, inputs, weights = CellProblem((2, 6, 6), torch.float32).leaves(backend)
+    # six channels are multiplied in float32
+    edges, inputs, weights = CellProblem((2, 6, 6), torch.float32, channels=6).leaves(backend)
     edges, half = list(edges), [x.bfloat16() for x in inputs]
     with use_backend("cpu", memory), torch.autocast("cpu", torch.bfloat16):
         found = [ops.mixed_cell(edges, x, *weights) for x in (inputs, half)]
