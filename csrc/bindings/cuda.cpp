@@ -56,7 +56,8 @@ struct Cuda {
     return x.scalar_type();
   }
   static void check_products(const Tensor&, bool bfloat16_products, const Ints&) {
-    if (bfloat16_products) refuse("bfloat16_products", "false on CUDA: products are in the dtype of the inputs", "true");
+    if (bfloat16_products)
+      refuse("bfloat16_products", "false on CUDA: products are in the dtype of the inputs", "true");
   }
   static void check(const Cell& cell) {
     for (const Edge& edge : cell.edges)

@@ -19,10 +19,12 @@ void define_shared_ops(Library& m) {
         " -> (Tensor[] grad_inputs, Tensor grad_gamma, Tensor grad_beta, Tensor grad_op_weights,"
         " Tensor grad_edge_weights)");
   m.def("relu_conv_bn_forward(Tensor x, Tensor[] conv_weights, Tensor[] gammas, Tensor[] betas, Tensor[] moments,"
-        " float eps, bool reduce, bool bfloat16_products) -> (Tensor[] outputs, Tensor[] conv_outputs, Tensor[] moments)");
+        " float eps, bool reduce, bool bfloat16_products)"
+        " -> (Tensor[] outputs, Tensor[] conv_outputs, Tensor[] moments)");
   m.def("relu_conv_bn_backward(Tensor[] grads, Tensor x, Tensor[] conv_outputs, Tensor[] conv_weights,"
         " Tensor[] gammas, Tensor[] betas, Tensor[] moments, float eps, bool training, bool reduce,"
-        " bool bfloat16_products, bool needs_input_grad) -> (Tensor grad_x, Tensor[] grad_gammas, Tensor[] grad_betas)");
+        " bool bfloat16_products, bool needs_input_grad)"
+        " -> (Tensor grad_x, Tensor[] grad_gammas, Tensor[] grad_betas)");
   m.def("update_running_stats(Tensor(a!)[] running_means, Tensor(b!)[] running_vars,"
         " Tensor(c!)[] num_batches_tracked, Tensor moments, float momentum, int count) -> ()");
 }

@@ -1,4 +1,4 @@
-// GCC 12 has its own intrinsics for it begin with a register of any value.
+// GCC 12's own intrinsics begin with a register of any value.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "cpu/includes.h"
 #if defined(__x86_64__)

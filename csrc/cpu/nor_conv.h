@@ -30,8 +30,7 @@ RF_INLINE void each_strip(Size size, F&& f) {
 
 // values[place][tile][channel] = B^T d B of each patch d of a framed image
 template <class T, int L>
-RF_INLINE void transform_patches(const T* x, Frame f, int64_t c, const Strip& strip,
-                                 Operand<T>* values) {
+RF_INLINE void transform_patches(const T* x, Frame f, int64_t c, const Strip& strip, Operand<T>* values) {
   using V = Vec<T, L>;
   int64_t row = f.pitch, pitch = place_pitch(c);
   for (int64_t r = 0; r < strip.rows; r++)
@@ -142,7 +141,8 @@ __attribute__((noinline)) void multiply_columns(const Operand<T>* values, int64_
   }
 }
 template <class T, int L>
-void multiply_places(const Operand<T>* values, const Strip& strip, int64_t c, const T* weights, T* products, Ahead& ahead) {
+void multiply_places(const Operand<T>* values, const Strip& strip, int64_t c, const T* weights, T* products,
+                     Ahead& ahead) {
   for_column_groups<L>(c, [&](auto blocks, int64_t o) {
     constexpr int P = blocks == 1 ? int(kFewTiles) : kTilePixels<blocks>;
     multiply_columns<T, L, P, blocks>(values, strip.count(), c, weights + o, products + o, ahead);

@@ -56,8 +56,8 @@ __attribute__((noinline)) void pointwise_plain(const Operand<T>* d, int64_t pixe
 
 // Kept as S, with sums of (y - shift) and its square over the strip.
 template <class T, class S, int L, int Pixels, int Blocks, bool NonTemporal>
-__attribute__((noinline)) void pointwise_moments(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w, int64_t co,
-                                                 S* y, const T* shift, T* sum, T* square,
+__attribute__((noinline)) void pointwise_moments(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w,
+                                                 int64_t co, S* y, const T* shift, T* sum, T* square,
                                                  Ahead& ahead) {
   Vec<T, L> about[Blocks], s[Blocks], q[Blocks];
   unroll<Blocks>(RF_LAMBDA(n) {
@@ -97,7 +97,8 @@ RF_INLINE void for_column_groups(int64_t co, F&& f) {
 
 // the first c of co outputs
 template <class T, int L, bool Add = false>
-void pointwise(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w, int64_t c, int64_t co, T* out, Ahead& ahead) {
+void pointwise(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w, int64_t c, int64_t co, T* out,
+               Ahead& ahead) {
   for_column_groups<L>(c, [&](auto blocks, int64_t o) {
     pointwise_plain<T, L, kTilePixels<blocks>, blocks, Add>(d, pixels, ci, w + o, co, out + o, ahead);
   });
