@@ -171,6 +171,19 @@ def check_sync_batch_norm(lab):
         assert {isinstance(m, SynchronisedBatchNorm2d) for m in norms} == {wanted}
 
 
+def check_grad_accum_steps(lab):
+    """See tests/runs/test_grad_accum.py for what it computes."""
+    counts = []
+    for wanted in (1, 2):
+        run = lab.start(grad_accum_steps=wanted)
+        calls = []
+        run.network.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(len(args[0])))
+        run.train_step(*next(run.batches.epoch(0)))
+        assert set(calls) == {4 // wanted}
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0]
+
+
 def check_time_limit_minutes(lab):
     lab.start(time_limit_minutes=60.0, epochs=1).run()
     run = lab.start(time_limit_minutes=1e-9)

@@ -34,7 +34,8 @@ class Batches:
     than parts leaves some parts out.
 
     Attributes:
-        share: the number of images in the part that came last, over the number in its whole batch.
+        whole: the number of images in the whole batch of which a part came last.
+        share: the number of images in that part, over those in the whole batch.
 
     Raises DataError for indices out of range, an empty subset, options out of range, and `drop_last` with a
     batch_size that leaves no step in an epoch.
@@ -62,6 +63,7 @@ class Batches:
         self.device = torch.device(device)
         self.shuffle = shuffle
         self.shard = shard
+        self.whole = 0
         self.share = 1.0
         self.drop_last = drop_last
         full, rest = divmod(len(self.indices), batch_size)
@@ -114,13 +116,13 @@ class Batches:
         for epoch, step, indices in self._order(position, stop):
             chosen = upload(indices, self.device)
             images = dataset.images.index_select(0, chosen)
-            self.share = len(indices) / self._size(step)
+            self._note_size(len(indices), step)
             yield self._augmented(images, epoch, step), dataset.labels.index_select(0, chosen)
 
     def _from_host(self, batches: Iterator[Batch], position: int, stop: int | None) -> Iterator[Batch]:
         read = copied_ahead(batches, self.device)
         for (epoch, step, _), (images, labels) in zip(self._order(position, stop), read, strict=False):
-            self.share = len(labels) / self._size(step)
+            self._note_size(len(labels), step)
             yield self._augmented(images, epoch, step), labels
 
     def _augmented(self, images: Tensor, epoch: int, step: int) -> Tensor:
@@ -139,6 +141,10 @@ class Batches:
         if augment.resized_crop is None:
             return centre_boxes(count, side, augment.centre_fraction)
         return draw_boxes(count, side, augment.resized_crop, augment.resized_ratio, generator)
+
+    def _note_size(self, images: int, step: int) -> None:
+        self.whole = self._size(step)
+        self.share = images / self.whole
 
     def _size(self, step: int) -> int:
         """Images of a whole batch."""

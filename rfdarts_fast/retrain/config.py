@@ -13,7 +13,7 @@ from rfdarts_fast.runs.config import (
     require_not_negative,
     require_positive,
 )
-from rfdarts_fast.runs.schedule import Schedule
+from rfdarts_fast.runs.schedule import BatchScaling, Schedule
 
 Preset = Literal[
     "quick", "cifar", "pc-darts-cifar", "robustdarts", "imagenet", "pc-darts-imagenet", "nasbench201"
@@ -59,7 +59,12 @@ class TrainConfig(RunConfig):
     learning_rate_min: float = 0.0
     """Of SGD, at the end of the cosine."""
     learning_rate_warmup_epochs: int = 0
-    """Epochs of linear warm-up."""
+    """Epochs of linear warm-up: the first has 1/N of the rate, the second 2/N, and so on."""
+    learning_rate_scaling: BatchScaling = "none"
+    """Multiply SGD's rates, --learning-rate and --learning-rate-min, by --batch-size over --base-batch-size
+    (linear), or by its square root (sqrt)."""
+    base_batch_size: int = 96
+    """The batch to which the learning rates belong: that of the preset."""
     schedule: Schedule = "cosine"
     """Course of the learning rate; linear has PC-DARTS's gentler last five epochs."""
     learning_rate_decay: float = 0.97
@@ -93,7 +98,7 @@ class TrainConfig(RunConfig):
         check_choices(self)
         require_positive(self, "layers", "cells_per_stage", most=1000)
         require_positive(self, "channels", most=65_536)
-        require_positive(self, "epochs", "batch_size", most=10**6)
+        require_positive(self, "epochs", "batch_size", "base_batch_size", most=10**6)
         require_positive(self, "learning_rate", "learning_rate_decay", "evaluate_every")
         require_not_negative(
             self, "auxiliary_weight", "learning_rate_min", "learning_rate_warmup_epochs", "momentum",
@@ -124,6 +129,7 @@ _IMAGENET = {
     "drop_path": 0.0,
     "epochs": 250,
     "batch_size": 128,
+    "base_batch_size": 128,
     "learning_rate": 0.1,
     "schedule": "step",
     "weight_decay": 3e-5,
@@ -143,6 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cutout": 0,
         "epochs": 10,
         "batch_size": 64,
+        "base_batch_size": 64,
         "learning_rate": 0.1,
     },
     # quark0/darts cnn/train.py: the defaults of TrainConfig
@@ -156,6 +163,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pc-darts-imagenet": {
         **_IMAGENET,
         "batch_size": 1024,
+        "base_batch_size": 1024,
         "learning_rate": 0.5,
         "learning_rate_warmup_epochs": 5,
         "schedule": "linear",
@@ -168,6 +176,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cutout": 0,
         "epochs": 200,
         "batch_size": 256,
+        "base_batch_size": 256,
         "learning_rate": 0.1,
         "nesterov": True,
         "weight_decay": 5e-4,

@@ -29,11 +29,13 @@ from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.runs import schema
+from rfdarts_fast.runs.agreement import refuse_different_data, refuse_different_runs
 from rfdarts_fast.runs.checkpoint import load_checkpoint, misfit, restoring
 from rfdarts_fast.runs.config import ConfigError
 from rfdarts_fast.runs.fingerprint import fingerprint
 from rfdarts_fast.runs.follower import FollowerFolder, folder_of
 from rfdarts_fast.runs.meters import batch_sums
+from rfdarts_fast.runs.micro_batches import micro_batch_size, micro_batches, weighed
 from rfdarts_fast.runs.output import complain
 from rfdarts_fast.runs.run import (
     Run,
@@ -60,7 +62,7 @@ from rfdarts_fast.runs.run_folder import (
     refuse_other_data,
     to_plain,
 )
-from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
+from rfdarts_fast.runs.schedule import batch_scale, learning_rate, set_learning_rate
 from rfdarts_fast.runs.watch import Watch
 from rfdarts_fast.runs.world import ALONE, World, launched
 from rfdarts_fast.spaces import AnyGenotype, CellGenotype, GenotypeError, parse, to_json
@@ -212,38 +214,30 @@ class TrainRun(Run):
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         config = self.config
-        set_learning_rate(
-            self.optimizer,
-            learning_rate(
-                config.schedule,
-                self.epoch,
-                config.epochs,
-                config.learning_rate,
-                config.learning_rate_min,
-                config.learning_rate_warmup_epochs,
-                config.learning_rate_decay,
-            ),
+        scale = batch_scale(config.learning_rate_scaling, config.batch_size, config.base_batch_size)
+        rate = learning_rate(
+            config.schedule,
+            self.epoch,
+            config.epochs,
+            scale * config.learning_rate,
+            scale * config.learning_rate_min,
+            config.learning_rate_warmup_epochs,
+            config.learning_rate_decay,
         )
+        set_learning_rate(self.optimizer, rate)
         # linear from 0 (quark0/darts train.py)
         if isinstance(self.network, Network):
             self.network.drop_path_prob = config.drop_path * self.epoch / config.epochs
-        bf16 = config.amp == "bf16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            logits, auxiliary = self._outputs(images)
-        if bf16:
-            logits, auxiliary = logits.float(), None if auxiliary is None else auxiliary.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        total = loss
-        if auxiliary is not None:
-            smoothing = config.label_smoothing
-            total = loss + config.auxiliary_weight * F.cross_entropy(
-                auxiliary, labels, label_smoothing=smoothing
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        self.world.weighed(total, self.batches.share).backward()
+        sums = torch.zeros(4, dtype=torch.float64, device=images.device)
+        for batch, share in micro_batches((images, labels), self.micro_batches_of(self.batches)):
+            total, sums_of_part = self._loss(*batch)
+            # .grad adds up
+            weighed(total, share * self.batches.share).backward()
+            sums += sums_of_part
         used = {name: p for name, p in self.network.named_parameters() if p.grad is not None}
         local = [p.grad for p in used.values() if p.grad is not None]
-        grads, sums = self.world.sum_step(local, batch_sums(loss, logits, labels))
+        grads, sums = self.world.sum_step(local, sums)
         for parameter, grad in zip(used.values(), grads, strict=True):
             parameter.grad = grad
         if self.watch is None:
@@ -256,6 +250,19 @@ class TrainRun(Run):
         if self.ema is not None:
             self.ema.update_parameters(self.network)
         self.meter.sums += sums
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss that is minimised, the auxiliary head's included, and sums as of `batch_sums`."""
+        bf16, smoothing = self.config.amp == "bf16", self.config.label_smoothing
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            logits, auxiliary = self._outputs(images)
+        logits = logits.float() if bf16 else logits
+        total = loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        if auxiliary is not None:
+            auxiliary = auxiliary.float() if bf16 else auxiliary
+            of_auxiliary = F.cross_entropy(auxiliary, labels, label_smoothing=smoothing)
+            total = loss + self.config.auxiliary_weight * of_auxiliary
+        return total, batch_sums(loss, logits, labels)
 
     def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         try:
@@ -327,7 +334,7 @@ def _test_batches(
     return Batches(
         source.require_test(),
         None,
-        config.batch_size,
+        micro_batch_size(config.batch_size, config.grad_accum_steps),
         augment=evaluation_augment(source, channels_last=config.memory_format == "channels_last"),
         seed=config.seed,
         device=device,
@@ -341,10 +348,11 @@ def _test_batches(
 def opened(config: TrainConfig, read_only: bool = False) -> Iterator[TrainRun]:
     """The run of a config at the position from which it goes on; see `rfdarts_fast.search.run.opened`."""
     with launched() as world, ExitStack() as stack:
+        refuse_different_runs(world, config)
         with world.agreeing():
             config, genotype, source = _prepared(config, world, stack)
             data = fingerprint(source)
-        world.refuse_different(data, "data")
+        refuse_different_data(world, data)
         with world.agreeing():
             folder = stack.enter_context(folder_of(world, "train", config, data, read_only))
         yield TrainRun(config, genotype, source, folder, world)
@@ -362,7 +370,7 @@ def _prepared(
     source = load_data(config)
     source.require_test()
     check_genotype(config, genotype, source.image_size)
-    check_shares(config.batch_size, [len(source.train)], world.size)
+    check_shares(config.batch_size, [len(source.train)], world.size, config.grad_accum_steps)
     stack.enter_context(on_device(device))
     if config.compile:
         stack.enter_context(use_backend("reference"))
@@ -373,6 +381,7 @@ def _prepared(
         source.image_size,
         device,
         world.size,
+        config.grad_accum_steps,
     )
     config = fitted(config, genotype, source.num_classes, source.image_size)
     config = dataclasses.replace(config, image_size=source.image_size, genotype=str(genotype))

@@ -84,6 +84,10 @@ class RunConfig:
     sync_batch_norm: bool = False
     """Under torchrun: BatchNorm normalises by the whole batch, not by each process's part of it. A search
     then runs in plain PyTorch (--backend reference): the compiled cells cannot exchange statistics."""
+    grad_accum_steps: int = 1
+    """Gradient accumulation: each process computes its part of a batch in so many micro-batches, one after
+    the other, in the memory of one. --batch-size stays that of the whole step, so that learning rate, steps
+    and order of the data do not depend on it; BatchNorm normalises each micro-batch by itself."""
     time_limit_minutes: float | None = None
     """Save and leave with exit code 75 after so many minutes of steps; the same command goes on."""
     tensorboard: bool = False
@@ -95,6 +99,7 @@ class RunConfig:
             require_positive(self, "image_size", most=MOST_SIDE)
         require_not_negative(self, "workers", most=1024)
         require_not_negative(self, "keep_checkpoints", most=10**6)
+        require_positive(self, "grad_accum_steps", most=10**6)
         # of all configs: the command line and YAML files check choices themselves
         check_choices(self)
         cached = self.dataset == "cache"

@@ -40,7 +40,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of a source checkout, `-dirty` if it was changed; None in an installed package."""
     root = Path(rfdarts_fast.__file__).resolve().parent.parent
     if not (root / ".git").exists():
@@ -72,7 +72,7 @@ def environment() -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "rfdarts_fast": rfdarts_fast.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,

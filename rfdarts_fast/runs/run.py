@@ -28,6 +28,7 @@ from rfdarts_fast.runs.files import WriteError, write_text
 from rfdarts_fast.runs.follower import FollowerFolder
 from rfdarts_fast.runs.graph import CaptureError
 from rfdarts_fast.runs.meters import Meter
+from rfdarts_fast.runs.micro_batches import micro_batch_count
 from rfdarts_fast.runs.progress import EventWriter, Progress
 from rfdarts_fast.runs.run_folder import LAST, RunFolder
 from rfdarts_fast.runs.signals import Stopped, StopRequest
@@ -89,8 +90,18 @@ def batch_sizes(batch_size: int, set_sizes: Sequence[int]) -> set[int]:
     return {n for size in set_sizes for n in (min(batch_size, size), size % batch_size) if n}
 
 
-def check_shares(batch_size: int, set_sizes: Sequence[int], processes: int) -> None:
-    """ConfigError unless each process has an image of every batch of sets of these sizes."""
+def check_shares(
+    batch_size: int, set_sizes: Sequence[int], processes: int, grad_accum_steps: int = 1
+) -> None:
+    """ConfigError unless each process has an image of every batch of sets of these sizes, and one for each
+    micro-batch of a whole batch."""
+    most = batch_size // processes
+    if grad_accum_steps > max(most, 1):
+        of_each = "" if processes == 1 else f" of each of {processes} processes"
+        raise ConfigError(
+            f"grad_accum_steps: expected at most {max(most, 1)}, the images{of_each} in a step of "
+            f"{batch_size}, got {grad_accum_steps}"
+        )
     smallest = min(batch_sizes(batch_size, set_sizes))
     if smallest < processes:
         raise ConfigError(
@@ -107,13 +118,17 @@ def check_network(
     image_size: int,
     device: torch.device,
     processes: int = 1,
+    grad_accum_steps: int = 1,
 ) -> None:
     """ConfigError unless the network can train on sets of these sizes, tried on a copy, on the CPU;
     BackendError if a backend was asked for by name that cannot run on the device.
 
-    Batches are shared out among the processes.
+    Batches are shared out among the processes, and each part computed in micro-batches.
     """
-    one_image = any(n // processes <= 1 for n in batch_sizes(batch_size, set_sizes))
+    one_image = any(
+        n // processes // micro_batch_count(n, batch_size, grad_accum_steps, processes) <= 1
+        for n in batch_sizes(batch_size, set_sizes)
+    )
     with use_backend("reference"):
         _try_network(build, batch_size, set_sizes, image_size, one_image)
     if use_backend.name not in ("auto", "reference"):
@@ -221,11 +236,16 @@ class Run(ABC):
         self.seconds = 0.0
         self._checkpoint_seconds = 60 * config.checkpoint_minutes
         self._seed = config.seed
+        self._grad_accum_steps = config.grad_accum_steps
         # of a subclass that sets it
         self.watch: Watch | None = None
         # the position from which it counts
         self._begun = 0
         self._events = EventWriter(folder.path, config.tensorboard and world.leads)
+
+    def micro_batches_of(self, batches: Batches) -> int:
+        """The number of micro-batches in which the part that came last is computed."""
+        return micro_batch_count(batches.whole, batches.batch_size, self._grad_accum_steps, self.world.size)
 
     @abstractmethod
     def train_step(self, images: Tensor, labels: Tensor) -> None:
@@ -313,6 +333,8 @@ class Run(ABC):
         progress = Progress(self.epochs * steps, self._begun, self.label, self.world.leads)
         if not self.world.alone:
             progress.line(f"{self.world.size} processes share each batch of {self.batches.batch_size} images")
+        if self._grad_accum_steps > 1:
+            progress.line(f"the gradients of {self._grad_accum_steps} micro-batches add up to a step's")
         for note in self.folder.notes:
             progress.line(note)
         if self.epoch or self.step:

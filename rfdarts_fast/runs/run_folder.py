@@ -53,6 +53,8 @@ FREE_FIELDS = frozenset(
     | {"keep_checkpoints", "time_limit_minutes", "cache_on", "max_multiply_adds", "auto_width"}
     | {"memory_budget"}
 )
+# without one of them base_batch_size has no meaning, and folders of earlier versions have none
+_SCALINGS = ("learning_rate_scaling", "arch_learning_rate_scaling")
 
 
 def _compiled_backend(values: dict[str, Any]) -> str:
@@ -92,7 +94,9 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
 
 def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a run keeps all its life."""
-    return {name: value for name, value in values.items() if name not in FREE_FIELDS}
+    scaled = any(values.get(name, "none") != "none" for name in _SCALINGS)
+    free = FREE_FIELDS if scaled else FREE_FIELDS | {"base_batch_size"}
+    return {name: value for name, value in values.items() if name not in free}
 
 
 class RunFolder:

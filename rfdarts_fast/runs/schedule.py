@@ -8,6 +8,25 @@ from typing import Literal
 from torch import Tensor
 
 Schedule = Literal["cosine", "linear", "step", "constant"]
+BatchScaling = Literal["none", "linear", "sqrt"]
+
+
+def batch_scale(scaling: BatchScaling, batch_size: int, base_batch_size: int) -> float:
+    """The factor of a learning rate that belongs to `base_batch_size` for steps of `batch_size` images.
+
+    linear: their ratio (Goyal et al. 2017, arXiv 1706.02677), which keeps the path of SGD.
+    sqrt: its square root, which does so for Adam (Malladi et al. 2022, arXiv 2205.10287).
+    none: 1.
+    """
+    ratio = batch_size / base_batch_size
+    match scaling:
+        case "linear":
+            return ratio
+        case "sqrt":
+            return math.sqrt(ratio)
+        case "none":
+            return 1.0
+    raise ValueError(f"scaling: expected none, linear or sqrt, got {scaling!r}")
 
 
 def learning_rate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -101,10 +101,6 @@ class World:
             generator = torch_generator(seed, Purpose.STEP, epoch, step, self.rank, self.size)
             torch.manual_seed(generator.initial_seed())
 
-    def weighed(self, loss: Tensor, share: float) -> Tensor:
-        """A mean over this process's part of a batch as its term in the mean over the whole batch."""
-        return loss if self.alone else loss * share
-
     def sum_step(self, grads: Sequence[Tensor], sums: Tensor) -> tuple[list[Tensor], Tensor]:
         """The sums over all processes of the gradients of one step and of `sums`, [k], in one message.
 
@@ -174,14 +170,21 @@ class World:
             for x, part in zip(chosen, flat.split([x.numel() for x in chosen]), strict=True):
                 x.copy_(part.view(x.shape))
 
-    def refuse_different(self, value: Any, name: str) -> None:
-        """ConfigError, in process 0 alone, unless all processes have the same plain value; PeerLost."""
+    def refuse_different(self, value: Value, name: str, difference: Callable[[Value, Value], str]) -> None:
+        """ConfigError, in process 0 alone, unless all processes have the same plain value; PeerLost.
+
+        Args:
+            name: what the message begins with.
+            difference: tells in words how process 0's value and another one differ.
+        """
         values = self.gathered(value)
         other = next((k for k, there in enumerate(values) if there != values[0]), None)
-        if other is not None and self.leads:
-            raise ConfigError(f"{name}: expected the same in all processes, got others in process {other}")
-        if other is not None:
+        if other is None:
+            return
+        if not self.leads:
             raise OtherFailed
+        differs = difference(values[0], values[other])
+        raise ConfigError(f"{name}: expected the same in all processes, but in process {other} {differs}")
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,25 @@ from torch import Tensor, nn
 
 from rfdarts_fast.nn import Supernet
 from rfdarts_fast.runs.meters import batch_sums
+from rfdarts_fast.runs.micro_batches import micro_batches, weighed
 from rfdarts_fast.runs.world import ALONE, World
 
 Batch = Sequence[Tensor]
+
+
+class Portion(NamedTuple):
+    """How a process computes its part of a batch.
+
+    Attributes:
+        share: of its images in the batch of all processes.
+        micro_batches: parts that are computed one after the other.
+    """
+
+    share: float = 1.0
+    micro_batches: int = 1
+
+
+WHOLE = Portion()
 
 # radius of the finite difference, over the norm of the direction (DARTS, footnote 2)
 FINITE_DIFFERENCE = 0.01
@@ -79,23 +96,31 @@ class Architect:
         self.arch = network.arch_parameters()
 
     def gradients(
-        self, train: Batch, val: Batch, shares: tuple[float, float] = (1.0, 1.0)
+        self, train: Batch, val: Batch, portions: tuple[Portion, Portion] = (WHOLE, WHOLE)
     ) -> tuple[list[Tensor], Tensor]:
         """Gradients in the order of `network.arch_parameters()`, and sums of losses and hits on `val`.
 
-        `shares` are those of the two batches in the batches of all processes.
+        `portions` are those of the two batches.
         """
         if self.order == "first":
-            return self.step_gradients(val, self.arch, shares[1])
-        return self._second_order(train, val, shares)
+            return self.step_gradients(val, self.arch, portions[1])
+        return self._second_order(train, val, portions)
 
     def step_gradients(
-        self, batch: Batch, parameters: Sequence[Tensor], share: float = 1.0
+        self, batch: Batch, parameters: Sequence[Tensor], portion: Portion = WHOLE
     ) -> tuple[list[Tensor], Tensor]:
-        """Gradients of the loss over the batches of all processes, and their sums as of `batch_sums`."""
-        loss, logits = self.loss(batch)
-        sums = batch_sums(loss, logits, batch[1])
-        return self.world.sum_step(gradients(self.world.weighed(loss, share), parameters), sums)
+        """Gradients of the mean loss over the batches of all processes, and their sums as of `batch_sums`.
+
+        They travel once, after the last micro-batch.
+        """
+        grads: list[Tensor] = []
+        sums = torch.zeros(4, dtype=torch.float64, device=batch[0].device)
+        for part, share in micro_batches(batch, portion.micro_batches):
+            loss, logits = self.loss(part)
+            sums += batch_sums(loss, logits, part[1])
+            terms = gradients(weighed(loss, share * portion.share), parameters)
+            grads = list(torch._foreach_add(grads, terms)) if grads else terms
+        return self.world.sum_step(grads, sums)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross entropy and logits, [N, classes] in float32."""
@@ -105,19 +130,19 @@ class Architect:
         return F.cross_entropy(logits, batch[1]), logits
 
     def _second_order(
-        self, train: Batch, val: Batch, shares: tuple[float, float]
+        self, train: Batch, val: Batch, portions: tuple[Portion, Portion]
     ) -> tuple[list[Tensor], Tensor]:
         weights = [p.detach().clone() for p in self.weights]
         rate = self.weight_optimizer.param_groups[0]["lr"]
-        self._look_ahead(self.step_gradients(train, self.weights, shares[0])[0])
+        self._look_ahead(self.step_gradients(train, self.weights, portions[0])[0])
         # the published code looks ahead with a copy of the network, so its running statistics stay put
         with kept_buffers(self.network):
-            grads, sums = self.step_gradients(val, [*self.arch, *self.weights], shares[1])
+            grads, sums = self.step_gradients(val, [*self.arch, *self.weights], portions[1])
         arch_grads, direction = grads[: len(self.arch)], grads[len(self.arch) :]
 
         radius = FINITE_DIFFERENCE / torch.linalg.vector_norm(torch.cat([v.flatten() for v in direction]))
-        forward = self._arch_gradients_at(weights, direction, radius, train, shares[0])
-        backward = self._arch_gradients_at(weights, direction, -radius, train, shares[0])
+        forward = self._arch_gradients_at(weights, direction, radius, train, portions[0])
+        backward = self._arch_gradients_at(weights, direction, -radius, train, portions[0])
         self._set_weights(weights)
         arch_grads = [
             grad - rate * (plus - minus) / (2 * radius)
@@ -143,10 +168,10 @@ class Architect:
         direction: Sequence[Tensor],
         radius: Tensor,
         train: Batch,
-        share: float,
+        portion: Portion,
     ) -> list[Tensor]:
         self._set_weights([w + radius * v for w, v in zip(weights, direction, strict=True)])
-        return self.step_gradients(train, self.arch, share)[0]
+        return self.step_gradients(train, self.arch, portion)[0]
 
     @torch.no_grad()
     def _set_weights(self, weights: Sequence[Tensor]) -> None:

@@ -17,6 +17,7 @@ from rfdarts_fast.runs.config import (
     require_not_negative,
     require_positive,
 )
+from rfdarts_fast.runs.schedule import BatchScaling
 from rfdarts_fast.spaces import NASBENCH201, SPACES, GenotypeRule
 
 Method = Literal["darts", "pc-darts", "rf-darts", "rf-pcdarts"]
@@ -84,7 +85,14 @@ class SearchConfig(RunConfig):
     learning_rate_min: float = 0.001
     """Of SGD, at the end of the cosine."""
     learning_rate_warmup_epochs: int = 0
-    """Epochs of linear warm-up."""
+    """Epochs of linear warm-up: the first has 1/N of the rate, the second 2/N, and so on."""
+    learning_rate_scaling: BatchScaling = "none"
+    """Multiply SGD's rates, --learning-rate and --learning-rate-min, by --batch-size over --base-batch-size
+    (linear), or by its square root (sqrt)."""
+    arch_learning_rate_scaling: BatchScaling = "none"
+    """The same for Adam's rate on the architecture weights."""
+    base_batch_size: int = 64
+    """The batch to which the learning rates belong: that of the preset."""
     schedule_per_step: bool = False
     """Move the learning rate with every step instead of every epoch (NAS-Bench-201)."""
     momentum: float = 0.9
@@ -171,7 +179,7 @@ class SearchConfig(RunConfig):
         check_choices(self)
         require_positive(self, "layers", "cells_per_stage", most=1000)
         require_positive(self, "channels", "partial_channels", most=65_536)
-        require_positive(self, "epochs", "batch_size", most=10**6)
+        require_positive(self, "epochs", "batch_size", "base_batch_size", most=10**6)
         require_positive(self, "learning_rate", "arch_learning_rate")
         require_not_negative(
             self, "learning_rate_min", "learning_rate_warmup_epochs", "momentum", "weight_decay", "grad_clip",
@@ -236,6 +244,7 @@ _PC_DARTS = {
     "partial_channels": 4,
     "edge_norm": True,
     "batch_size": 256,
+    "base_batch_size": 256,
     "learning_rate": 0.1,
     "learning_rate_min": 0.0,
     "arch_learning_rate": 6e-4,
@@ -249,6 +258,7 @@ _PC_DARTS_IMAGENET = {
     "stem": "imagenet",
     "partial_channels": 2,
     "batch_size": 1024,
+    "base_batch_size": 1024,
     "learning_rate": 0.5,
     "learning_rate_warmup_epochs": 5,
     "arch_learning_rate": 6e-3,
@@ -282,6 +292,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layers": 3,
         "epochs": 15,
         "batch_size": 32,
+        "base_batch_size": 32,
         "learning_rate": 0.5,
         "arch_warmup_epochs": 5,
         "arch_learning_rate": 6e-3,

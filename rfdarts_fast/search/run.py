@@ -24,11 +24,13 @@ from rfdarts_fast.data import (
 )
 from rfdarts_fast.nn import synchronise_batch_norms
 from rfdarts_fast.ops import use_backend
+from rfdarts_fast.runs.agreement import refuse_different_data, refuse_different_runs
 from rfdarts_fast.runs.config import require
 from rfdarts_fast.runs.fingerprint import Fingerprint, fingerprint
 from rfdarts_fast.runs.follower import FollowerFolder, folder_of
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.runs.meters import Meter
+from rfdarts_fast.runs.micro_batches import micro_batch_size
 from rfdarts_fast.runs.run import (
     Run,
     check_network,
@@ -41,10 +43,10 @@ from rfdarts_fast.runs.run import (
     seed_everything,
 )
 from rfdarts_fast.runs.run_folder import RunFolder
-from rfdarts_fast.runs.schedule import learning_rate, set_learning_rate
+from rfdarts_fast.runs.schedule import batch_scale, learning_rate, set_learning_rate
 from rfdarts_fast.runs.watch import Watch
 from rfdarts_fast.runs.world import ALONE, World, launched
-from rfdarts_fast.search.architect import Architect, Batch, descend
+from rfdarts_fast.search.architect import Architect, Batch, Portion, descend
 from rfdarts_fast.search.build import build_supernet, weight_groups
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.diagnostics import (
@@ -111,8 +113,8 @@ class SearchRun(Run):
 
         def batches(indices: Tensor, **changes: Any) -> Batches:
             options = {"augment": augment, "seed": config.seed, "device": device, "workers": config.workers}
-            options["shard"] = world.shard
-            return Batches(source.train, indices, config.batch_size, **{**options, **changes})
+            options |= {"shard": world.shard, "batch_size": config.batch_size}
+            return Batches(source.train, indices, **{**options, **changes})
 
         label = f"search {config.method}"
         super().__init__(folder, config, batches(train_indices), config.epochs, label, world)
@@ -120,7 +122,8 @@ class SearchRun(Run):
         self.table = table
         self.val_batches = batches(val_indices, seed=config.seed + 1)
         unchanged = {"augment": evaluation_augment(source, channels_last=channels_last), "shuffle": False}
-        self.held_out = batches(val_indices, **unchanged)
+        at_a_time = micro_batch_size(config.batch_size, config.grad_accum_steps)
+        self.held_out = batches(val_indices, **unchanged, batch_size=at_a_time)
         # all of them in each process, which have no need of one another then
         unchanged["shard"] = ALONE.shard
         self.diagnosed = batches(sample(val_indices, config.diagnose_images), **unchanged)
@@ -141,9 +144,10 @@ class SearchRun(Run):
             # the one that takes its rate from a tensor without reading it on the host
             fused=True if graphed else None,
         )
+        scale = batch_scale(config.arch_learning_rate_scaling, config.batch_size, config.base_batch_size)
         self.arch_optimizer = torch.optim.Adam(
             self.network.arch_parameters(),
-            lr=config.arch_learning_rate,
+            lr=scale * config.arch_learning_rate,
             betas=(0.5, 0.999),
             weight_decay=config.arch_weight_decay,
             capturable=device.type == "cuda",
@@ -237,25 +241,29 @@ class SearchRun(Run):
     def _learning_rate(self) -> float:
         config = self.config
         within = self.step / len(self.batches) if config.schedule_per_step else 0.0
+        scale = batch_scale(config.learning_rate_scaling, config.batch_size, config.base_batch_size)
         return learning_rate(
             "cosine",
             self.epoch + within,
             config.epochs,
-            config.learning_rate,
-            config.learning_rate_min,
+            scale * config.learning_rate,
+            scale * config.learning_rate_min,
             config.learning_rate_warmup_epochs,
         )
 
+    def _portion(self, batches: Batches) -> Portion:
+        return Portion(batches.share, self.micro_batches_of(batches))
+
     def _weight_step(self, batch: Batch) -> None:
         weights = self.architect.weights
-        grads, sums = self.architect.step_gradients(batch, weights, self.batches.share)
+        grads, sums = self.architect.step_gradients(batch, weights, self._portion(self.batches))
         self._see(0, sums[0], grads)
         descend(self.weight_optimizer, weights, grads, self.config.grad_clip)
         self.meter.sums += sums
 
     def _arch_step(self, train: Batch, val: Batch) -> None:
-        shares = self.batches.share, self.val_batches.share
-        grads, sums = self.architect.gradients(train, val, shares)
+        portions = self._portion(self.batches), self._portion(self.val_batches)
+        grads, sums = self.architect.gradients(train, val, portions)
         self._see(1, sums[0], grads)
         self._move_architecture(grads)
         self.val_meter.sums += sums
@@ -263,7 +271,7 @@ class SearchRun(Run):
     def _one_level_step(self, batch: Batch) -> None:
         weights = self.architect.weights
         both = [*weights, *self.architect.arch]
-        grads, sums = self.architect.step_gradients(batch, both, self.batches.share)
+        grads, sums = self.architect.step_gradients(batch, both, self._portion(self.batches))
         self._see(2, sums[0], grads)
         descend(self.weight_optimizer, weights, grads[: len(weights)], self.config.grad_clip)
         self._move_architecture(grads[len(weights) :])
@@ -338,9 +346,10 @@ def opened(config: SearchConfig, read_only: bool = False) -> Iterator[SearchRun]
     or CheckpointError if something does not fit.
     """
     with launched() as world, ExitStack() as stack:
+        refuse_different_runs(world, config)
         with world.agreeing():
             config, source, data, table = _prepared(config, world, stack)
-        world.refuse_different(data, "data")
+        refuse_different_data(world, data)
         with world.agreeing():
             folder = stack.enter_context(folder_of(world, "search", config, data, read_only))
         yield SearchRun(config, source, folder, table, world)
@@ -361,7 +370,7 @@ def _prepared(
     source = load_data(config)
     parts = split(config, source)
     sizes = [len(indices) for indices in parts]
-    check_shares(config.batch_size, sizes, world.size)
+    check_shares(config.batch_size, sizes, world.size, config.grad_accum_steps)
     if config.diagnose_every:
         sizes.append(min(config.diagnose_images, sizes[1]))
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
@@ -379,6 +388,7 @@ def _prepared(
         source.image_size,
         device,
         world.size,
+        config.grad_accum_steps,
     )
     config = dataclasses.replace(config, image_size=source.image_size)
     data = fingerprint(source, dict(zip(("weights", "architecture"), parts, strict=True)))

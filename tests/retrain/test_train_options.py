@@ -156,6 +156,21 @@ def check_learning_rate_warmup_epochs(lab):
     assert rates(lab, learning_rate=0.2, learning_rate_warmup_epochs=2) == pytest.approx([0.1, 0.2])
 
 
+def check_learning_rate_scaling(lab):
+    # batches of 24 images
+    changes = {"learning_rate": 0.2, "learning_rate_min": 0.1, "base_batch_size": 96}
+    for scaling, factor in (("none", 1), ("linear", 1 / 4), ("sqrt", 1 / 2)):
+        expected = [0.2 * factor, 0.15 * factor]
+        assert rates(lab, **changes, learning_rate_scaling=scaling) == pytest.approx(expected)
+
+
+def check_base_batch_size(lab):
+    changes = {"learning_rate": 0.2, "epochs": 1, "learning_rate_scaling": "linear"}
+    assert [rates(lab, **changes, base_batch_size=n)[0] for n in (12, 48)] == pytest.approx([0.4, 0.1])
+    for name, values in PRESETS.items():
+        assert lab.parse("--preset", name).base_batch_size == values.get("batch_size", 96)
+
+
 def check_schedule(lab):
     assert rates(lab, learning_rate=0.2, schedule="linear", epochs=7)[:3] == pytest.approx([0.2, 0.1, 0.1])
     assert rates(lab, learning_rate=0.2, schedule="constant") == pytest.approx([0.2, 0.2])

@@ -1,8 +1,9 @@
 """Runs `rfdarts` in several forked processes as torchrun would start them; torch is imported once.
 
 Each line of stdin is JSON: arguments, number of processes, folder of logs, and null or [rank, epoch, step,
-signal]: at that position this process sends itself the signal. The argument RANK is each process's own
-number. At epoch -1 it is when it loads its data. The answer is a line with the exit codes.
+signal]: at that position this process sends itself the signal, or for 0 changes a weight. At epoch -1 it is
+when it loads its data. RANK in an argument is each process's own number; the argument COMMIT makes each
+process say that its package is of a commit of its own. The answer is a line with the exit codes.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 
 from rfdarts_fast import cli
 from rfdarts_fast.retrain.run import TrainRun
+from rfdarts_fast.runs import agreement
 from rfdarts_fast.search.run import SearchRun
 
 
@@ -30,6 +32,8 @@ def signal_self(run_class, epoch, step, number):
     def signalling(run, *batch):
         if (run.epoch, run.step) == (epoch, step):
             os.kill(os.getpid(), number)
+            if not number:
+                run.agreed()[0].data.add_(1)
         train_step(run, *batch)
 
     run_class.train_step = signalling
@@ -51,7 +55,10 @@ def process(rank, size, port, arguments, logs, signalled):
         elif signalled and signalled[0] == rank:
             for run_class in (SearchRun, TrainRun):
                 signal_self(run_class, *signalled[1:])
-        sys.argv = ["rfdarts", *(str(rank) if word == "RANK" else word for word in arguments)]
+        if "COMMIT" in arguments:
+            agreement.commit = lambda: f"commit {rank}"
+            arguments[arguments.index("COMMIT")] = "contiguous"
+        sys.argv = ["rfdarts", *(word.replace("RANK", str(rank)) for word in arguments)]
         cli.main()
         code = 0
     except SystemExit as stop:

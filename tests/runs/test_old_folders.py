@@ -71,6 +71,15 @@ def test_native_was_the_backend_of_the_device(tmp_path, monkeypatch, device, bac
     assert read_config(tmp_path, "search", SearchConfig).backend == backend
 
 
+def test_a_base_batch_size_counts_only_where_rates_are_scaled(runs, tmp_path):
+    """Folders of earlier versions have none: their presets' were other ones than the field's default."""
+    folder = runs.older(tmp_path / "run", lambda values: values.pop("base_batch_size"))
+    runs.go_on(folder, base_batch_size=1024)
+    assert_same_run(folder, runs.whole)
+    with pytest.raises(RunFolderError, match=f"{folder} belongs to another run: base_batch_size is "):
+        runs.go_on(folder, base_batch_size=1024, learning_rate_scaling="linear")
+
+
 REFUSED = {
     "option": (lambda v: v.update(latyers=3, swish=True), "latyers (3 there), swish (True there)", WAY_OUT),
     "value": (lambda v: v.update(memory_format="blocked"), "memory_format: expected channels_last", WAY_OUT),

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from killed import ENVIRONMENT
@@ -28,6 +29,10 @@ COMMANDS = {
 }
 
 
+# instead of a signal: the process changes a weight of its own
+NUDGE = 0
+
+
 @pytest.fixture(scope="module")
 def server():
     program = [sys.executable, str(Path(__file__).with_name("processes.py"))]
@@ -44,7 +49,8 @@ def run(server, tiny_npz, tmp_path):
     def run(command, out, size, signalled=None):
         always = ["--dataset", "npz", "--data-root", str(tiny_npz), "--device", "cpu", "--out", str(out)]
         logs = tmp_path / "logs"
-        server.stdin.write(json.dumps([command.split() + always, size, str(logs), signalled]) + "\n")
+        name, *options = command.split()
+        server.stdin.write(json.dumps([[name, *always, *options], size, str(logs), signalled]) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
         return codes, [(logs / f"{rank}.txt").read_text() for rank in range(size)]
@@ -118,9 +124,11 @@ def test_one_process_dies(run, command, tmp_path):
     assert not logs[1]
 
 
-def test_gradients_travel_in_one_message_a_step(run, tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradients_travel_in_one_message_a_step(run, tmp_path, micro_batches):
     """Of all trainable scalars, with four sums and four requests to stop, as float32."""
-    codes, logs = run(f"{SEARCH} --levels 1", tmp_path / "run", 2)
+    options = f"{SEARCH} --levels 1 --grad-accum-steps {micro_batches}"
+    codes, logs = run(options, tmp_path / "run", 2)
     done(codes, logs)
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["network"]
     frozen = ("num_batches_tracked", "running_mean", "running_var")
@@ -152,7 +160,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(run, tmp_path):
 
 
 def test_processes_that_disagree_end(run, tmp_path):
-    codes, logs = run(f"{SEARCH} --arch-weight-decay RANK", tmp_path / "run", 2)
+    codes, logs = run(SEARCH, tmp_path / "run", 2, [1, 1, 1, NUDGE])
     assert codes == [1, 1]
     assert "process 1 has come to other weights or alphas than process 0 in epoch 1; the last good" in logs[0]
     assert not logs[1]
@@ -180,12 +188,50 @@ def test_an_error_is_said_once(run, tmp_path):
     assert not any(logs[1:])
     codes, logs = run(f"{SEARCH} --backend cpu --sync-batch-norm", tmp_path / "run", 2)
     assert "sync-batch-norm: expected none on the backend cpu, got True" in logs[0]
-    # each process has a seed of its own, and so another split
-    codes, logs = run(f"{SEARCH} --split stratified --seed RANK", tmp_path / "run", 2)
-    assert codes == [2, 2]
-    said = "data: expected the same in all processes, got others in process 1"
-    assert logs == [f"[process 0] rfdarts search: {said}\n", ""]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("search", "seed", "1 and in process 0 0"),
+        ("search", "arch_weight_decay", "1.0 and in process 0 0.0"),
+        ("train", "weight_decay", "1.0 and in process 0 0.0"),
+        ("train", "keep_checkpoints", "1 and in process 0 0"),
+    ],
+)
+def test_other_options_are_refused(run, tmp_path, command, option, values):
+    options = f"{COMMANDS[command]} --{option.replace('_', '-')} RANK"
+    codes, logs = run(options, tmp_path / "run", 2)
+    assert codes == [2, 2]
+    said = f"options: expected the same in all processes, but in process 1 {option} is {values}"
+    assert logs == [f"[process 0] rfdarts {command}: {said}\n", ""]
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_version_is_refused(run, tmp_path, monkeypatch):
+    codes, logs = run(f"{SEARCH} --memory-format COMMIT", tmp_path / "run", 2)
+    assert codes == [2, 2]
+    assert "but in process 1 commit is 'commit 1' and in process 0 'commit 0'\n" in logs[0]
+    assert not logs[1]
+
+
+@pytest.mark.parametrize("command", ["search", "train"])
+def test_other_data_are_refused(run, tiny_npz, tmp_path, command):
+    """Paths may differ, what lies there may not."""
+    arrays = dict(np.load(tiny_npz))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    np.savez(folder / "0.npz", **arrays)
+    np.savez(folder / "1.npz", **arrays)
+    options = f"{COMMANDS[command]} --data-root {folder}/RANK.npz"
+    done(*run(options, tmp_path / "run", 2))
+    arrays["x_train"] = 255 - arrays["x_train"]
+    np.savez(folder / "1.npz", **arrays)
+    codes, logs = run(options, tmp_path / "other", 2)
+    assert codes == [2, 2]
+    said = "data: expected the same in all processes, but in process 1 train has other images"
+    assert logs == [f"[process 0] rfdarts {command}: {said}\n", ""]
 
 
 @pytest.mark.slow

@@ -171,6 +171,34 @@ def check_learning_rate_warmup_epochs(lab):
     assert rates(lab, **changes) == pytest.approx([0.1] * 3 + [0.2] * 3)
 
 
+def check_learning_rate_scaling(lab):
+    # batches of 4 images
+    changes = {"learning_rate": 0.2, "learning_rate_min": 0.1, "base_batch_size": 16}
+    for scaling, factor in (("none", 1), ("linear", 1 / 4), ("sqrt", 1 / 2)):
+        expected = [0.2 * factor] * 3 + [0.15 * factor] * 3
+        assert rates(lab, **changes, learning_rate_scaling=scaling) == pytest.approx(expected)
+    changes["learning_rate_warmup_epochs"] = 2
+    warm = rates(lab, **changes, learning_rate_scaling="linear")
+    assert warm == pytest.approx([0.025] * 3 + [0.05] * 3)
+
+
+def check_arch_learning_rate_scaling(lab):
+    changes = {"arch_learning_rate": 0.8, "base_batch_size": 1, "learning_rate_scaling": "linear"}
+    for scaling, expected in (("none", 0.8), ("linear", 3.2), ("sqrt", 1.6)):
+        run = lab.start(**changes, arch_learning_rate_scaling=scaling)
+        assert run.arch_optimizer.param_groups[0]["lr"] == expected
+
+
+def check_base_batch_size(lab):
+    changes = {"learning_rate": 0.2, "epochs": 1, "learning_rate_scaling": "linear"}
+    for base, expected in ((2, 0.4), (8, 0.1)):
+        assert rates(lab, **changes, base_batch_size=base) == pytest.approx([expected] * 3)
+    for name, values in PRESETS.items():
+        assert lab.parse("--preset", name).base_batch_size == values.get("batch_size", 64)
+    config = lab.parse("--preset", "rf-pcdarts-imagenet", "--batch-size", "64")
+    assert (config.batch_size, config.base_batch_size) == (64, 1024)
+
+
 def check_schedule_per_step(lab):
     changes = {"learning_rate": 0.2, "learning_rate_min": 0.0, "epochs": 1}
     assert rates(lab, **changes, schedule_per_step=True) == pytest.approx([0.2, 0.15, 0.05])
