@@ -20,7 +20,6 @@ from rfdarts_fast.retrain.config import preset_values as train_preset
 from rfdarts_fast.runs.checkpoint import CheckpointError
 from rfdarts_fast.runs.config import (
     ConfigError,
-    one_of,
     require,
     require_not_negative,
     require_positive,
@@ -33,7 +32,6 @@ from rfdarts_fast.runs.run_folder import RunFolderError
 from rfdarts_fast.runs.world import PeerLost, launched
 from rfdarts_fast.search.config import SearchConfig
 from rfdarts_fast.search.config import preset_values as search_preset
-from rfdarts_fast.spaces import SPACES
 
 USAGE = """\
 usage: rfdarts COMMAND [OPTIONS]
@@ -184,40 +182,6 @@ class QueryOptions:
     """imagenet16 is ImageNet16-120."""
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """Time one search step of a supernet on this machine, variants taking turns, and measure their memory."""
-
-    method: Literal["rf-darts", "rf-pcdarts"] | None = None
-    """Default: rf-pcdarts; for nasbench201 rf-darts, the only one."""
-    space: Annotated[str, one_of(SPACES)] = "darts"
-    """Search space; nasbench201 goes with rf-darts."""
-    batch: int = 64
-    """Images in a step."""
-    size: int = 32
-    """Side of the images in pixels."""
-    channels: int = 16
-    """Channels of the first cells."""
-    layers: int = 8
-    """Cells of the supernet; for nasbench201 cells of each of its three stages."""
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    """First layers; imagenet, with --size 224 and --classes 1000, is the supernet of rf-pcdarts-imagenet."""
-    partial_channels: int | None = None
-    """K of rf-pcdarts (default: 4)."""
-    classes: int = 10
-    """Classes of the classifier."""
-    rounds: int = 7
-    """Turns of every variant; the median is reported."""
-    threads: int | None = None
-    """CPU threads (default: PyTorch's choice)."""
-    compile: bool = False
-    """Also torch.compile of each mixed op; its first step takes minutes."""
-    memory_budgets: tuple[float, ...] = ()
-    """Also these memory budgets in MB, see `rfdarts search --memory-budget`."""
-    out: Path | None = None
-    """Folder for a JSON file with the figures, the machine and its measured roofs."""
-
-
 def run_search(args: list[str]) -> None:
     from rfdarts_fast.search import search
 
@@ -361,39 +325,9 @@ def run_query(args: list[str]) -> None:
 
 
 def run_bench(args: list[str]) -> None:
-    import torch
+    from rfdarts_fast.bench.command import BenchOptions, benchmark
 
-    from rfdarts_fast import bench
-    from rfdarts_fast.ops import backends
-
-    options = parse_options(BenchOptions, args, "rfdarts bench")
-    require_positive(options, "batch", "size", "channels", "layers", "rounds", "classes", most=65_536)
-    if options.partial_channels is not None:
-        require_positive(options, "partial_channels", most=65_536)
-    require(
-        all(0 <= budget < 10**9 for budget in options.memory_budgets), options, "memory_budgets", "0 or more"
-    )
-    if options.threads is not None:
-        require_positive(options, "threads", most=4096)
-        torch.set_num_threads(options.threads)
-    variants = ["eager", "eager-cl", "eager-amp", "eager-cl-amp"]
-    if options.compile:
-        variants.append("compile")
-    if backends()["cpu"].status()["built"]:
-        variants += ["fast", "recompute", "bfloat16", "amp"]
-        variants += [f"{bench.BUDGET}{budget:g}" for budget in options.memory_budgets]
-    partial = not bench.is_nasbench201(options.space)
-    method = options.method or ("rf-pcdarts" if partial else "rf-darts")
-    require(partial or method == "rf-darts", options, "method", f"rf-darts for {options.space}")
-    k = options.partial_channels
-    divides = k is None or (method == "rf-pcdarts" and options.channels % k == 0)
-    require(
-        divides, options, "partial_channels", f"a divisor of {options.channels} channels, with rf-pcdarts"
-    )
-    require(partial or options.stem == "cifar", options, "stem", f"cifar for {options.space}")
-    names = ("space", "batch", "size", "channels", "layers", "rounds", "stem", "classes")
-    shape = {name: getattr(options, name) for name in names}
-    print(bench.table(bench.run(method, variants, **shape, K=k, out=options.out)))
+    print(benchmark(parse_options(BenchOptions, args, "rfdarts bench")))
 
 
 def run_env(args: list[str]) -> None:

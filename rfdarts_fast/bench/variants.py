@@ -31,9 +31,10 @@ VARIANTS = {
     "recompute": "kernels, recompute",
     "bfloat16": "kernels, bfloat16 storage",
     "amp": "kernels, autocast to bfloat16",
+    "recompute-amp": "kernels, recompute, autocast to bfloat16",
 }
 
-# the others are the kernels' memory modes, "amp" the default one
+# the others are the kernels' memory modes, of "amp" `fast`
 PLAIN = ("eager", "eager-cl", "eager-amp", "eager-cl-amp", "compile")
 
 
@@ -84,12 +85,15 @@ def make_network(
     return network
 
 
-def step_of(variant: str, method: Method, batch: int, size: int, **shape: Any) -> Callable[[], float]:
+def step_of(
+    variant: str, method: Method, batch: int, size: int, device: str = "cpu", **shape: Any
+) -> Callable[[], float]:
     """A function that runs one step and returns its loss: forward, and backward to all BatchNorm and
     architecture gradients. The network is built at the call of `step_of`; `shape` as of `make_network`."""
-    network = make_network(method, **shape)
+    network = make_network(method, **shape).to(device)
     torch.manual_seed(1)
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, shape.get("classes", 10), (batch,))
+    images = torch.randn(batch, 3, size, size).to(device)
+    labels = torch.randint(0, shape.get("classes", 10), (batch,)).to(device)
     amp = variant.endswith("amp")
     if variant not in ("eager", "eager-amp"):
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -97,14 +101,15 @@ def step_of(variant: str, method: Method, batch: int, size: int, **shape: Any) -
     if variant == "compile":
         compile_mixed_ops(network)
     parameters = [*network.parameters(), *network.arch_parameters()]
-    choice: tuple = ("reference",) if variant in PLAIN else ("cpu", "fast" if amp else variant)
+    kernels, memory = torch.device(device).type, {"amp": "fast", "recompute-amp": "recompute"}
+    choice: tuple = ("reference",) if variant in PLAIN else (kernels, memory.get(variant, variant))
     if variant.startswith(BUDGET):
-        choice = "cpu", "fast", ops.Budget(int(float(variant.removeprefix(BUDGET)) * 1e6))
+        choice = kernels, "fast", ops.Budget(int(float(variant.removeprefix(BUDGET)) * 1e6))
 
     def step() -> float:
         for parameter in parameters:
             parameter.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        with torch.autocast(kernels, torch.bfloat16, enabled=amp):
             loss = F.cross_entropy(network(images).float(), labels)
         loss.backward()
         return loss.item()
@@ -173,7 +178,8 @@ def compile_mixed_ops(network: Supernet, mode: str = "default") -> None:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far. (getrusage's begins with the parent's.)"""
+    """Bytes of this process: VmRSS now, VmHWM at most so far (getrusage's begins with the parent's), VmData
+    what RLIMIT_DATA limits."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

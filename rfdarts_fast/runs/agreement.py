@@ -1,4 +1,4 @@
-"""What the processes of a run must have in common; compared at its start, before anything is written."""
+"""The options, versions and data that all processes of a run share, compared before anything is written."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ Batch = Sequence[Tensor]
 
 
 class Portion(NamedTuple):
-    """How a process computes its part of a batch.
+    """The part of a batch that a process computes.
 
     Attributes:
         share: of its images in the batch of all processes.
-        micro_batches: parts that are computed one after the other.
+        micro_batches: the number of those in which it is computed, one after the other.
     """
 
     share: float = 1.0
