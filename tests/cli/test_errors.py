@@ -88,7 +88,6 @@ COMMON = {
     "checkpoint-minutes": "--checkpoint-minutes 0 | checkpoint-minutes: expected a positive number",
     "grad-accum-steps": "--grad-accum-steps 0 | grad-accum-steps: expected a positive number, got 0",
     "grad-accum-steps-many": "--grad-accum-steps 5 | grad-accum-steps: expected at most 4, the images in a",
-    "learning-rate-scaling": "--learning-rate-scaling cubic | learning-rate-scaling: invalid choice",
     "base-batch-size": "--base-batch-size 0 | base-batch-size: expected a positive number",
     "keep-checkpoints": "--keep-checkpoints -1 | keep-checkpoints: expected 0 or more",
     "time-limit": "--time-limit-minutes 0 | time-limit-minutes: expected a positive number",
