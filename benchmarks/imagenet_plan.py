@@ -34,7 +34,14 @@ IMAGES = 1_281_167
 HOST_LAUNCH = 5e-6
 HOP, BETWEEN_MACHINES = 5e-6, 50e9
 # forward launches; the others are the backward's
-FORWARD = ("conv_forward", "merge_moments", "node_forward", "update_running", "relu_conv_bn_forward", "affine")
+FORWARD = (
+    "conv_forward",
+    "merge_moments",
+    "node_forward",
+    "update_running",
+    "relu_conv_bn_forward",
+    "affine",
+)
 # the optimiser, its clipping, the meters and the loss: some operators of all parameters at once
 OTHER_LAUNCHES = 60
 
@@ -155,7 +162,9 @@ def print_runs(K: int) -> None:
     # SearchConfig's defaults
     train, val, epochs = int(0.1 * IMAGES), int(0.025 * IMAGES), 50
     weights, alphas = message_bytes(K)
-    print(f"\n## The search: K = {K}, {epochs} epochs, {train:,} images for the weights and {val:,} for the alphas\n")
+    print(
+        f"\n## The search: K = {K}, {epochs} epochs, {train:,} images for the weights and {val:,} for the alphas\n"
+    )
     print(f"Messages: {weights:,} bytes for a step of the weights, {alphas:,} for one of the alphas.\n")
     print(
         "| GPUs | batch | images a GPU | kernels ms | launches ms | message ms | step ms | steps | messages MB "

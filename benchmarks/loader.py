@@ -1,12 +1,15 @@
 """Images a second that search and retraining can read: from a store, its copy on the device, and JPEGs.
 
-python -m benchmarks.loader --store STORE --data-root IMAGENET --size 224 --batch 32 --workers 0 2 --threads 1
+python -m benchmarks.loader --store STORE --data-root IMAGENET --size 224 --batch 32 --workers 0 2 --threads 1 \
+    --partial-channels 2
 
 Each source makes augmented batches (random crop, resize, mirror, normalisation) of the same size, in turns;
-the median over the rounds is printed, beside what a step takes: --step-seconds, as `rfdarts bench` has it.
+the median over the rounds is printed. With --partial-channels a step of the ImageNet search's supernet of this
+K (its forward and backward, which a batch is needed for) takes turns with them.
 """
 
 import argparse
+import os
 import statistics
 import time
 from itertools import islice
@@ -14,7 +17,11 @@ from pathlib import Path
 
 import torch
 
+from rfdarts_fast.bench.variants import step_of
 from rfdarts_fast.data import Batches, default_augment, load
+from rfdarts_fast.runs.environment import environment
+
+STEP = "step"
 
 
 def sources(args):
@@ -35,6 +42,15 @@ def sources(args):
                 source.train, None, args.batch, augment=default_augment(source), workers=workers, **options
             )
             yield f"JPEG, {workers} workers", batches
+
+
+def steps(args):
+    """Steps without end of rf-pcdarts-imagenet's supernet, each a forward and backward."""
+    shape = {"channels": 16, "layers": 8, "space": "darts", "stem": "imagenet", "classes": 1000}
+    options = {**shape, "K": args.partial_channels, "device": args.device}
+    step = step_of(args.variant, "rf-pcdarts", args.batch, args.size, **options)
+    while True:
+        yield step()
 
 
 def seconds(stream, count, device):
@@ -60,7 +76,8 @@ def main():
     parser.add_argument("--workers", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--step-seconds", type=float)
+    parser.add_argument("--partial-channels", type=int, help="K of the supernet whose step is timed, too")
+    parser.add_argument("--variant", default="fast", help="of the step, as of `rfdarts bench`")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -68,15 +85,21 @@ def main():
     for stream in streams.values():
         # workers start, and pages of the file are read
         next(stream)
+    if args.partial_channels:
+        streams[STEP] = steps(args)
+        next(streams[STEP])
     times = {name: [] for name in streams}
     for _ in range(args.rounds):
         for name, stream in streams.items():
             times[name].append(seconds(stream, args.batches, args.device) / args.batches)
-    print(f"batch {args.batch}, {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
+    here = environment()
+    print(f"{here['cpu']}, {torch.get_num_threads()} threads, torch {here['torch']}, commit {here['commit']}")
+    print(f"batch {args.batch}, {args.size} x {args.size}, {args.device}, load {os.getloadavg()[0]:.1f}")
+    step = statistics.median(times[STEP]) if STEP in times else None
     for name, taken in times.items():
         batch = statistics.median(taken)
-        step = f"{args.step_seconds / batch:8.1f} x the step's need" if args.step_seconds else ""
-        print(f"{name:18}{1e3 * batch:9.1f} ms a batch{args.batch / batch:10.0f} images/s{step}")
+        share = f"{100 * batch / step:7.1f} % of a step" if step and name != STEP else ""
+        print(f"{name:18}{1e3 * batch:9.1f} ms a batch{args.batch / batch:10.0f} images/s{share}")
 
 
 if __name__ == "__main__":
