@@ -1,11 +1,12 @@
-"""The whole ImageNet search on H100s: seconds a step, steps, bytes of messages; predicted, nothing was measured.
+"""The whole ImageNet search on H100s: seconds a step, steps, bytes of messages. Predicted, not measured.
 
     python -m benchmarks.imagenet_plan > benchmarks/results/imagenet_plan.md
 
-Every figure is a floor: bytes / 3.0 TB/s and multiply-adds as in `benchmarks/cuda_predicted.py`, of the cells and
-their preprocessing launch by launch, of PyTorch's operators (stem, crops) by the tensors that each reads and
-writes. Assumed: 2 µs a launch inside a CUDA graph and 5 µs without one, as a search of several processes runs;
-5 µs a hop of a message's tree, 50 GB/s a GPU between machines (a 400 Gb/s network card each).
+Every figure is a floor, which no kernel reaches: bytes / 3.0 TB/s and multiply-adds as in
+`benchmarks/cuda_predicted.py`, of the cells and their preprocessing launch by launch, of PyTorch's operators
+(stem, crops) by the tensors that each reads and writes. Assumed: 2 µs a launch inside a CUDA graph and 5 µs
+without one, as a search of several processes runs; 5 µs a hop of a message's tree, and 50 GB/s a GPU between
+machines (a 400 Gb/s network card each).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Part(NamedTuple):
 
 def kernels(needs: list[Needs]) -> Part:
     launches = [(name, one) for of in needs for name, launched in of.items() for one in launched]
-    forward = sum(one.seconds for name, one in launches if name.startswith(FORWARD) or "affine" in name)
+    forward = sum(one.seconds for name, one in launches if name.startswith(FORWARD))
     every = sum(one.seconds for _, one in launches)
     return Part(forward, every - forward, sum(one.bytes for _, one in launches), len(launches))
 
@@ -132,7 +133,7 @@ def step_parts(K: int, batch: int) -> dict[str, Part]:
 
 
 def message_bytes(K: int) -> tuple[int, int]:
-    """Of the weights' step and of the architecture's: every trainable scalar, four sums, four requests to stop."""
+    """Of the weights' step and of the architecture's: trainable scalars, four sums, four requests to stop."""
     network = make_network("rf-pcdarts", 16, 8, "darts", "imagenet", K, CLASSES)
     scalars = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return 4 * (scalars + 8), 4 * (sum(p.numel() for p in network.arch_parameters()) + 8)
@@ -162,14 +163,12 @@ def print_runs(K: int) -> None:
     # SearchConfig's defaults
     train, val, epochs = int(0.1 * IMAGES), int(0.025 * IMAGES), 50
     weights, alphas = message_bytes(K)
-    print(
-        f"\n## The search: K = {K}, {epochs} epochs, {train:,} images for the weights and {val:,} for the alphas\n"
-    )
+    print(f"\n## The search: K = {K}, {epochs} epochs\n")
+    print(f"{train:,} images train the weights; {val:,} the architecture, in the last 15 epochs.\n")
     print(f"Messages: {weights:,} bytes for a step of the weights, {alphas:,} for one of the alphas.\n")
-    print(
-        "| GPUs | batch | images a GPU | kernels ms | launches ms | message ms | step ms | steps | messages MB "
-        "| minutes |\n|---|---|---|---|---|---|---|---|---|---|"
-    )
+    heads = ["GPUs", "batch", "images a GPU", "kernels ms", "launches ms", "message ms", "step ms", "steps"]
+    heads += ["messages MB", "minutes"]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for gpus, batch in ((1, 1024), (8, 1024), (64, 1024), (64, 8192)):
         parts = step_parts(K, batch // gpus)
         computing = sum(part.seconds for part in parts.values())
@@ -183,11 +182,10 @@ def print_runs(K: int) -> None:
         evaluated = epochs * val / batch * sum(part.forward for part in parts.values())
         total = (weight_steps + arch_steps) * (busy + sending) + evaluated
         sent = (weight_steps * weights + arch_steps * alphas) / 1e6 if gpus > 1 else 0
-        milliseconds = " | ".join(f"{1e3 * s:.2f}" for s in (computing, launching, sending, busy + sending))
-        print(
-            f"| {gpus} | {batch} | {batch // gpus} | {milliseconds} | {weight_steps + arch_steps:,} | {sent:.0f} "
-            f"| {total / 60:.1f} |"
-        )
+        row = [str(gpus), str(batch), str(batch // gpus)]
+        row += [f"{1e3 * seconds:.2f}" for seconds in (computing, launching, sending, busy + sending)]
+        row += [f"{weight_steps + arch_steps:,}", f"{sent:.0f}", f"{total / 60:.1f}"]
+        print(f"| {' | '.join(row)} |")
 
 
 def main() -> None:

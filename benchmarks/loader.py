@@ -1,11 +1,11 @@
 """Images a second that search and retraining can read: from a store, its copy on the device, and JPEGs.
 
-python -m benchmarks.loader --store STORE --data-root IMAGENET --size 224 --batch 32 --workers 0 2 --threads 1 \
-    --partial-channels 2
+python -m benchmarks.loader --store STORE --data-root IMAGENET --size 224 --batch 32 --workers 0 2 \\
+    --threads 1 --partial-channels 2
 
 Each source makes augmented batches (random crop, resize, mirror, normalisation) of the same size, in turns;
-the median over the rounds is printed. With --partial-channels a step of the ImageNet search's supernet of this
-K (its forward and backward, which a batch is needed for) takes turns with them.
+the median over the rounds is printed. With --partial-channels a step of the ImageNet search's supernet of
+this K (its forward and backward, which a batch is needed for) takes turns with them.
 """
 
 import argparse

@@ -8,12 +8,12 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import torch
 
+from rfdarts_fast.bench.run import own_process
 from rfdarts_fast.bench.variants import Method, label, resident, step_of
 from rfdarts_fast.data.memory import available_memory
 from rfdarts_fast.runs.config import ConfigError
@@ -98,9 +98,8 @@ def try_batch(
 
 def _try_alone(*arguments: object) -> Tried | None:
     # forked from a process that has imported torch and done nothing else
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as process:
+    multiprocessing.set_forkserver_preload([__name__])
+    with own_process("forkserver") as process:
         try:
             return process.submit(try_batch, *arguments).result()  # type: ignore[arg-type]
         except BrokenProcessPool:

@@ -6,11 +6,13 @@ import gc
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -99,11 +101,11 @@ def run(
     turns: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     peaks: dict[str, int | None] = {}
     for variant in variants:
-        with _process() as alone:
+        with own_process() as alone:
             # compiling takes more memory than any step
             skip = variant == "compile"
             peaks[variant] = None if skip else alone.submit(_memory, variant, method, shape).result()
-    with _process() as torch_only, _process() as kernels:
+    with own_process() as torch_only, own_process() as kernels:
         workers = {v: torch_only if v in PLAIN else kernels for v in variants}
         started = {v: workers[v].submit(_start, v, method, shape).result() for v in variants}
         for _ in range(rounds):
@@ -187,9 +189,23 @@ def _unusual(report: dict) -> str:
     return "".join(f", {word}" for word in words)
 
 
-def _process() -> ProcessPoolExecutor:
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, spawn, torch.set_num_threads, (torch.get_num_threads(),))
+def own_process(start: Literal["spawn", "forkserver"] = "spawn") -> ProcessPoolExecutor:
+    """A fresh process of as many threads as this one has; it ends with this one, however that is killed."""
+    context = multiprocessing.get_context(start)
+    return ProcessPoolExecutor(1, context, _begin, (torch.get_num_threads(),))
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # a pool's process would wait for its next call for ever
+    parent.join()
+    os._exit(1)
 
 
 def _memory(variant: str, method: Method, shape: dict) -> int:

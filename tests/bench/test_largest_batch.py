@@ -2,6 +2,10 @@
 
 import os
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ import torch
 from rfdarts_fast.bench import largest as module
 from rfdarts_fast.bench.largest import FIRST, MOST, Tried, largest, largest_batches, try_batch
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"space": "darts", "size": 8, "channels": 4, "layers": 3, "stem": "cifar", "K": 2, "classes": 4}
 NETWORK = "--size 8 --channels 4 --layers 3 --partial-channels 2 --classes 4 --rounds 1 --threads 1"
 
@@ -79,6 +84,34 @@ def test_other_errors_end_it(step_fails):
 def test_a_process_that_is_killed_is_a_batch_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(module, "try_batch", os._exit)
     assert module._try_alone(9) is None
+
+
+BENCHMARK = """
+import os, time
+from rfdarts_fast.bench.run import own_process
+if __name__ == "__main__":
+    with own_process({start!r}) as process:
+        print(process.submit(os.getpid).result(), flush=True)
+        process.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_a_killed_benchmark_leaves_no_process(tmp_path, start):
+    program = tmp_path / "benchmark.py"
+    program.write_text(BENCHMARK.format(start=start))
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [sys.executable, program], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    ) as benchmark:
+        child = int(benchmark.stdout.readline())
+        os.kill(child, 0)
+        benchmark.kill()
+    until = time.monotonic() + 60
+    # a process that nobody waits for yet has ended, too
+    while Path(f"/proc/{child}").exists() and "(zombie)" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_a_limit_of_bytes_on_the_cpu():
