@@ -4,9 +4,11 @@
 
 Every figure is a floor, which no kernel reaches: bytes / 3.0 TB/s and multiply-adds as in
 `benchmarks/cuda_predicted.py`, of the cells and their preprocessing launch by launch, of PyTorch's operators
-(stem, crops) by the tensors that each reads and writes. Assumed: 2 µs a launch inside a CUDA graph and 5 µs
-without one, as a search of several processes runs; 5 µs a hop of a message's tree, and 50 GB/s a GPU between
-machines (a 400 Gb/s network card each).
+(stem, crops) by the tensors that each reads and writes. "Issued": the cells take as long as their warp
+instructions need to be issued, 4.9 times as long as their bytes, as was counted in the compiled code of
+CIFAR's cells (4.9 to 5.1). Assumed: 2 µs a launch inside a CUDA graph and 5 µs without one, as a search of
+several processes runs; 5 µs a hop of a message's tree, and 50 GB/s a GPU between machines (a 400 Gb/s network
+card each).
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ FORWARD = (
     "relu_conv_bn_forward",
     "affine",
 )
+# the issue slots of a cell's kernels over the seconds of their bytes, as counted in compiled code for CIFAR's
+# cells: 4.9 to 5.1; not counted for ImageNet's
+ISSUE = 4.9
 # the optimiser, its clipping, the meters and the loss: some operators of all parameters at once
 OTHER_LAUNCHES = 60
 
@@ -166,25 +171,30 @@ def print_runs(K: int) -> None:
     print(f"\n## The search: K = {K}, {epochs} epochs\n")
     print(f"{train:,} images train the weights; {val:,} the architecture, in the last 15 epochs.\n")
     print(f"Messages: {weights:,} bytes for a step of the weights, {alphas:,} for one of the alphas.\n")
-    heads = ["GPUs", "batch", "images a GPU", "kernels ms", "launches ms", "message ms", "step ms", "steps"]
-    heads += ["messages MB", "minutes"]
+    heads = ["GPUs", "batch", "images a GPU", "kernels ms", "issued ms", "launches ms", "message ms"]
+    heads += ["step ms", "step issued ms", "steps", "messages MB", "minutes", "minutes issued"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for gpus, batch in ((1, 1024), (8, 1024), (64, 1024), (64, 8192)):
         parts = step_parts(K, batch // gpus)
         computing = sum(part.seconds for part in parts.values())
+        forward = sum(part.forward for part in parts.values())
         launches = OTHER_LAUNCHES + sum(part.launches for part in parts.values())
         launching = launches * (LAUNCH if gpus == 1 else HOST_LAUNCH)
-        # one GPU's launches come on top, in its graph; a host launches ahead of what is computed
-        busy = computing + launching if gpus == 1 else max(computing, launching)
+        issuing = computing + (ISSUE - 1) * parts["cells"].seconds
         sending = message_seconds(weights, gpus)
         of_epoch = -(-train // batch)
         weight_steps, arch_steps = epochs * of_epoch, (epochs - preset["arch_warmup_epochs"]) * of_epoch
-        evaluated = epochs * val / batch * sum(part.forward for part in parts.values())
-        total = (weight_steps + arch_steps) * (busy + sending) + evaluated
+        totals = []
+        for least in (computing, issuing):
+            # one GPU's launches come on top, in its graph; a host launches ahead of what is computed
+            step = (least + launching if gpus == 1 else max(least, launching)) + sending
+            evaluated = epochs * val / batch * least * forward / computing
+            totals += [step, (weight_steps + arch_steps) * step + evaluated]
         sent = (weight_steps * weights + arch_steps * alphas) / 1e6 if gpus > 1 else 0
         row = [str(gpus), str(batch), str(batch // gpus)]
-        row += [f"{1e3 * seconds:.2f}" for seconds in (computing, launching, sending, busy + sending)]
-        row += [f"{weight_steps + arch_steps:,}", f"{sent:.0f}", f"{total / 60:.1f}"]
+        times = computing, issuing, launching, sending, totals[0], totals[2]
+        row += [f"{1e3 * seconds:.2f}" for seconds in times]
+        row += [f"{weight_steps + arch_steps:,}", f"{sent:.0f}", *(f"{s / 60:.1f}" for s in totals[1::2])]
         print(f"| {' | '.join(row)} |")
 
 
