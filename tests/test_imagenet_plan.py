@@ -26,4 +26,4 @@ def test_the_table(capsys):
     one, eight, *_ = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "1024" in line]
     assert float(one[3]) == pytest.approx(8 * float(eight[3]), rel=0.01)
     # 126 steps in each of 50 epochs, and the architecture's in 15
-    assert one[7] == eight[7] == f"{126 * 65:,}"
+    assert one[9] == eight[9] == f"{126 * 65:,}"
