@@ -5,8 +5,8 @@
 Every figure is a floor, which no kernel reaches: bytes / 3.0 TB/s and multiply-adds as in
 `benchmarks/cuda_predicted.py`, of the cells and their preprocessing launch by launch, of PyTorch's operators
 (stem, crops) by the tensors that each reads and writes. "Issued": the cells take as long as their warp
-instructions need to be issued, 5 times as long as their bytes, as was counted in the compiled code of CIFAR's
-cells (4.7 to 5.8). Assumed: 2 µs a launch inside a CUDA graph and 5 µs without one, as a search of
+instructions need to be issued, 5.0 (K = 2) and 6.1 (K = 4) times as long as their bytes, as was counted in
+the compiled code of the first cells. Assumed: 2 µs a launch inside a CUDA graph and 5 µs without one, as a search of
 several processes runs; 5 µs a hop of a message's tree, and 50 GB/s a GPU between machines (a 400 Gb/s network
 card each).
 """
@@ -45,9 +45,9 @@ FORWARD = (
     "relu_conv_bn_forward",
     "affine",
 )
-# the issue slots of a cell's kernels over the seconds of their bytes, as counted in compiled code for CIFAR's
-# cells: 4.7 to 5.8; not counted for ImageNet's
-ISSUE = 5.0
+# K -> the issue slots of a cell's kernels over the seconds of their bytes, as counted in the compiled code of the
+# first cells; 5.9 in the last ones of K = 2
+ISSUE = {2: 5.0, 4: 6.1}
 # the optimiser, its clipping, the meters and the loss: some operators of all parameters at once
 OTHER_LAUNCHES = 60
 
@@ -180,7 +180,7 @@ def print_runs(K: int) -> None:
         forward = sum(part.forward for part in parts.values())
         launches = OTHER_LAUNCHES + sum(part.launches for part in parts.values())
         launching = launches * (LAUNCH if gpus == 1 else HOST_LAUNCH)
-        issuing = computing + (ISSUE - 1) * parts["cells"].seconds
+        issuing = computing + (ISSUE[K] - 1) * parts["cells"].seconds
         sending = message_seconds(weights, gpus)
         of_epoch = -(-train // batch)
         weight_steps, arch_steps = epochs * of_epoch, (epochs - preset["arch_warmup_epochs"]) * of_epoch
