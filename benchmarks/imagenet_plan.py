@@ -3,12 +3,12 @@
     python -m benchmarks.imagenet_plan > benchmarks/results/imagenet_plan.md
 
 Every figure is a floor, which no kernel reaches: bytes / 3.0 TB/s and multiply-adds as in
-`benchmarks/cuda_predicted.py`, of the cells and their preprocessing launch by launch, of PyTorch's operators
-(stem, crops) by the tensors that each reads and writes. "Issued": the cells take as long as their warp
-instructions need to be issued, 5.0 (K = 2) and 6.1 (K = 4) times as long as their bytes, as was counted in
-the compiled code of the first cells. Assumed: 2 µs a launch inside a CUDA graph and 5 µs without one, as a
-search of several processes runs; 5 µs a hop of a message's tree, and 50 GB/s a GPU between machines (a 400 Gb/s
-network card each).
+`benchmarks/cuda_predicted.py`, of the cells and their preprocessing launch by launch, of PyTorch's
+operators (stem, crops) by the tensors that each reads and writes. "Issued": the cells take as long as their
+warp instructions need to be issued, 5.0 (K = 2) and 6.1 (K = 4) times as long as their bytes, as was
+counted in the compiled code of the first cells. Assumed: 2 µs a launch inside a CUDA graph and 5 µs without
+one, as a search of several processes runs; 5 µs a hop of a message's tree, and 50 GB/s a GPU between
+machines (a 400 Gb/s network card each).
 """
 
 from __future__ import annotations
