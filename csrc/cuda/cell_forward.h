@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/cell_context.h"
 #include "cuda/node_forward.h"
+#include "cuda/strip_conv_forward.h"
 
 namespace rfdarts::cuda {
 
@@ -31,14 +32,47 @@ struct ForwardPass : CellContext<T> {
     if (!p.branches) return;
     p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
     p.conv_weights = this->conv_weights, p.norms = norms;
-    p.tiling = forward_tiling<T>(queue, n, oh, ow, cm, p.reach, stride);
     p.wide = true;
     for (int b = 0; b < p.branches; b++) p.wide = p.wide && this->wide(p.branch[b].x);
-    if (cell.training) p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
-    int shared = ForwardTile<T>(p.tiling, cm, p.reach, stride).bytes;
-    auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
-    launch(kernel, dim3(p.tiling.count), shared, queue, p);
+    bool launched = false;
+    if constexpr (sizeof(T) == 2) launched = stride == 1 && launch_strips(p);
+    if (!launched) {
+      p.tiling = forward_tiling<T>(queue, n, oh, ow, cm, p.reach, stride);
+      take_partial(p);
+      int shared = ForwardTile<T>(p.tiling, cm, p.reach, stride).bytes;
+      auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
+      launch(kernel, dim3(p.tiling.count), shared, queue, p);
+    }
     if (cell.training) merge_moments(convs);
+  }
+  void take_partial(ConvForward<T>& p) {
+    if (cell.training) p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
+  }
+  // Whether the branches are ones for strip_conv_forward_kernel; if so, it is launched and p has its tiling.
+  bool launch_strips(ConvForward<T>& p) {
+    int group = strip_group(cm);
+    if (!group) return false;
+    StripConvForward<T> s{p, group, 0, true, -1, -1};
+    for (int b = 0; b < p.branches; b++) {
+      const auto& branch = p.branch[b];
+      if (!aligned(branch.x, 4)) return false;
+      if (branch.op == int(Op::MaxPool)) s.max_pool = b;
+      if (branch.op == int(Op::AvgPool)) s.avg_pool = b;
+      s.convs += !branch.pools();
+      s.one_source = s.one_source && branch.x.data == p.branch[0].x.data;
+    }
+    auto bytes_of = [&](const Tiling& t) {
+      Planes at(t, p.reach);
+      StripForwardTile<T> tile(at, cm, group, s.one_source);
+      return tile.pixel_tiles(at) > kPixelTiles ? -1 : tile.bytes;
+    };
+    auto tiling = strip_tiling(queue, n, oh, ow, cm, bytes_of);
+    if (!tiling) return false;
+    p.tiling = s.tiling = *tiling;
+    take_partial(p);
+    s.partial = p.partial;
+    launch(strip_conv_forward_kernel<T>, dim3(s.tiling.count), bytes_of(s.tiling), queue, s);
+    return true;
   }
   void merge_moments(const Convs& convs) {
     MergeMoments m{convs.p.tiling, n, oh, ow, cm, cell.norms, convs.p.partial, data.moments, 0, {}};

@@ -1,6 +1,7 @@
 // Choice of tiles, and checked launches.
 #pragma once
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -77,6 +78,9 @@ void with_storage(Storage storage, F&& f) {
 
 struct TileSize {
   int th, tw;
+
+  // a smaller one is enough for an image of h x w
+  bool wasteful(int h, int w) const { return (th > 8 && th / 2 >= h) || (tw > 8 && tw / 2 >= w); }
 };
 inline constexpr TileSize kTileSizes[] = {{16, 16}, {16, 8}, {8, 8}, {4, 8}, {2, 8}};
 
@@ -90,8 +94,7 @@ Tiling choose_tiling(const Queue& queue, int images, int h, int w, int ck, int l
   int fewest = 0;
   for (Pass pass : {Pass{queue.goal, 32}, Pass{queue.limit, 32}, Pass{queue.limit, least}})
     for (TileSize size : kTileSizes) {
-      bool wasteful = (size.th > 8 && size.th / 2 >= h) || (size.tw > 8 && size.tw / 2 >= w);
-      if (wasteful) continue;
+      if (size.wasteful(h, w)) continue;
       Tiling t(size.th, size.tw, ck, images, h, w);
       int bytes = bytes_of(t);
       while (bytes > pass.bytes && t.ck > pass.least) t.ck = round_up(t.ck / 2, 8), bytes = bytes_of(t);
@@ -99,6 +102,20 @@ Tiling choose_tiling(const Queue& queue, int images, int h, int w, int ck, int l
       fewest = bytes;
     }
   throw queue.no_room(fewest);
+}
+
+// The largest tile of whole strips that takes at most queue.goal bytes, else at most queue.limit. `bytes_of(tiling)` is
+// negative where it has too many pixels.
+template <class Bytes>
+std::optional<Tiling> strip_tiling(const Queue& queue, int images, int h, int w, int c, Bytes&& bytes_of) {
+  for (int most : {queue.goal, queue.limit})
+    for (TileSize size : kTileSizes) {
+      if (size.th < 8 || size.wasteful(h, w)) continue;
+      Tiling t(size.th, size.tw, c, images, h, w);
+      int bytes = bytes_of(t);
+      if (bytes >= 0 && bytes <= most) return t;
+    }
+  return {};
 }
 
 template <class T>

@@ -161,6 +161,21 @@ void multiply_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
   }
 }
 
+// ldmatrix x4: four 8x8 matrices of 16-bit values, whose rows the lanes name
+inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
+  std::memcpy(&thread->slot, &row, sizeof(row));
+  warp_operation(~0u, 4);
+  int g = thread->lane / 4, t = thread->lane % 4;
+  auto value = [&](int matrix, int r, int column) {
+    const uint16_t* values;
+    std::memcpy(&values, &block.exchange[thread->warp][8 * matrix + r], sizeof(values));
+    return uint32_t(values[column]);
+  };
+  for (int i = 0; i < 4; i++)
+    to[i] = transposed ? value(i, 2 * t, g) | value(i, 2 * t + 1, g) << 16
+                       : value(i, g, 2 * t) | value(i, g, 2 * t + 1) << 16;
+}
+
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, dim3 size, size_t shared, const Params& params) {
   if (!launchable(reinterpret_cast<const void*>(kernel), shared)) return;
@@ -176,6 +191,16 @@ void launch(void (*kernel)(Params), dim3 grid, dim3 size, size_t shared, const P
 #define gridDim (emulation::block.grid)
 
 inline void __syncthreads() { emulation::barrier(); }
+// of one block at a time
+inline int __syncthreads_or(int predicate) {
+  static int any;
+  emulation::barrier();
+  any = 0;
+  emulation::barrier();
+  any |= predicate;
+  emulation::barrier();
+  return any;
+}
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return emulation::exchange(mask, value, lane, 1);
