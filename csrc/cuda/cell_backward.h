@@ -3,8 +3,8 @@
 #pragma once
 #include "cuda/cell_context.h"
 #include "cuda/node_backward.h"
-#include "cuda/second_convs_backward.h"
-#include "cuda/state_backward.h"
+#include "cuda/strip_second_convs_backward.h"
+#include "cuda/strip_state_backward.h"
 
 namespace rfdarts::cuda {
 
@@ -63,10 +63,9 @@ struct BackwardPass : CellContext<T> {
     launch(node_gradients_kernel<T>, dim3(p.node.incoming), kThreads * sizeof(double), queue, f);
   }
 
-  void lay_out(ConvBackward<T>& p, int h, int w, int stride, int reach, bool pools) {
+  void lay_out(ConvBackward<T>& p, int h, int w) {
     p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
     p.conv_weights = this->conv_weights, p.norms = norms;
-    p.tiling = backward_tiling<T>(queue, n, h, w, cm, reach, stride, pools, p.region);
   }
   BackwardBranch<T> branch(const Branch& b, const ImageView<T>& g, int output, int norm, int64_t weight) const {
     return {g, this->branch_output(output), outputs.coefficients + int64_t(norm) * 4 * cm, weight, int16_t(b.op),
@@ -89,10 +88,32 @@ struct BackwardPass : CellContext<T> {
       }
     if (!p.branches) return;
     p.wide = this->wide(mixed_grad[i]);
-    lay_out(p, oh, ow, 1, reach, false);
-    p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
-    int shared = BackwardTile<T>(p.tiling, p.region, false).bytes;
-    launch(second_convs_backward_kernel<T>, dim3(p.tiling.count, p.branches), shared, queue, p);
+    lay_out(p, oh, ow);
+    auto take_partial = [&](const Tiling& tiling) {
+      p.tiling = tiling;
+      p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
+    };
+    bool launched = false;
+    if constexpr (sizeof(T) == 2)
+      if (int group = strip_group(cm); group && aligned(mixed_grad[i], 4)) {
+        auto bytes_of = [&](const Tiling& t) {
+          return strips_fit(cm * group, t) ? strip_second_convs_bytes(StripBackwardTile<T>(t, cm, group, reach)) : -1;
+        };
+        if (auto tiling = strip_tiling(queue, n, oh, ow, cm, bytes_of)) {
+          take_partial(*tiling);
+          StripSecondConvsBackward<T> s{p, group, reach};
+          auto kernel = p.tiling.tw == 16 ? strip_second_convs_backward_kernel<T, 2>
+                                          : strip_second_convs_backward_kernel<T, 1>;
+          dim3 grid(p.tiling.count, ceil_div(p.branches, group));
+          launch(kernel, grid, bytes_of(p.tiling), queue, s);
+          launched = true;
+        }
+      }
+    if (!launched) {
+      take_partial(backward_tiling<T>(queue, n, oh, ow, cm, reach, 1, false, p.region));
+      int shared = BackwardTile<T>(p.tiling, p.region, false).bytes;
+      launch(second_convs_backward_kernel<T>, dim3(p.tiling.count, p.branches), shared, queue, p);
+    }
     f.outputs = outputs, f.partial = p.partial, f.blocks = p.tiling.count, f.channels = std::min(cm, kThreads);
     dim3 grid(p.branches, ceil_div(cm, f.channels));
     launch(norm_gradients_kernel<T>, grid, kThreads * sizeof(double), queue, f);
@@ -130,11 +151,33 @@ struct BackwardPass : CellContext<T> {
     p.wide = cm % kWide<T> == 0;
     int reach = 0;
     for (int e : source.edges) reach = std::max(reach, add_edge(p, e));
-    lay_out(p, int(source.h), int(source.w), source.stride, reach, p.pools);
-    int shared = BackwardTile<T>(p.tiling, p.region, p.pools).bytes;
-    auto kernel = source.stride == 1 ? state_backward_kernel<T, 1> : state_backward_kernel<T, 2>;
-    launch(kernel, dim3(p.tiling.count), shared, queue, p);
+    lay_out(p, int(source.h), int(source.w));
+    bool launched = false;
+    if constexpr (sizeof(T) == 2) launched = source.stride == 1 && launch_strips(p, reach);
+    if (!launched) {
+      p.tiling = backward_tiling<T>(queue, n, p.h, p.w, cm, reach, source.stride, p.pools, p.region);
+      int shared = BackwardTile<T>(p.tiling, p.region, p.pools).bytes;
+      auto kernel = source.stride == 1 ? state_backward_kernel<T, 1> : state_backward_kernel<T, 2>;
+      launch(kernel, dim3(p.tiling.count), shared, queue, p);
+    }
     if (cell.K > 1) bypass(s, grad_x);
+  }
+  // Whether the state is one for strip_state_backward_kernel; if so, it is launched.
+  bool launch_strips(StateBackward<T>& p, int reach) {
+    int group = strip_group(cm);
+    bool all = group && aligned(p.x, 4) && aligned(p.outer, 4) && c % 4 == 0;
+    for (int e = 0; e < p.leaving; e++) all = all && aligned(p.edge[e].g, 4);
+    if (!all) return false;
+    auto bytes_of = [&](const Tiling& t) {
+      return strips_fit(cm * group, t) ? strip_state_bytes<T>(t, cm, group, reach, p.pools) : -1;
+    };
+    auto tiling = strip_tiling(queue, n, p.h, p.w, cm, bytes_of);
+    if (!tiling) return false;
+    p.tiling = *tiling;
+    StripStateBackward<T> s{p, group, reach};
+    auto kernel = p.tiling.tw == 16 ? strip_state_backward_kernel<T, 2> : strip_state_backward_kernel<T, 1>;
+    launch(kernel, dim3(p.tiling.count), bytes_of(p.tiling), queue, s);
+    return true;
   }
   void bypass(int s, T* grad_x) {
     const Source& source = cell.sources[s];

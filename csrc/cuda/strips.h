@@ -134,9 +134,9 @@ __device__ __forceinline__ int tap_on(int diagonal) {
 
 // sums[m] += one channel's convolution for strips 16 m .. 16 m + 15, laid out as accumulators of multiply_tile. plane:
 // of the channel; taps: of the channel, c apart. Every lane of the warp takes part.
-template <class T, int K, int D, bool Transposed>
+template <class T, int K, int D, bool Transposed, int M>
 __device__ __forceinline__ void depthwise_warp(const Planes& at, const T* plane, const float* taps, int c,
-                                               float (&sums)[2][4]) {
+                                               float (&sums)[M][4]) {
   constexpr int R = (K - 1) * D / 2;
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // lane l has the diagonals l - 7 and l - 6
@@ -151,7 +151,7 @@ __device__ __forceinline__ void depthwise_warp(const Planes& at, const T* plane,
     uint32_t b[2] = {__shfl_sync(0xffffffffu, both, 7 + 2 * t - g), __shfl_sync(0xffffffffu, both, 15 + 2 * t - g)};
     const T* from = rows + (Transposed ? R - u * D : u * D - R) * kPlaneRow;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < M; m++)
       if (16 * m < at.strips) {
         uint32_t a[4];
         load_matrices<false>(a, from + m * kStrip);
