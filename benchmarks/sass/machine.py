@@ -285,7 +285,7 @@ class Machine:
             compute = self.float_comparison(one)
         elif analysis.is_data(one):
             return self.data_step(one)
-        elif base in ("S2R", "S2UR", "CS2R", "LDC", "ULDC", "R2UR", "P2R", "VOTE", "VOTEU"):
+        elif base in ("S2R", "S2UR", "CS2R", "LDC", "ULDC", "R2UR", "P2R", "VOTE", "VOTEU", "B2R"):
             compute = self.special_step(one)
         else:
             compute = self.arithmetic(one)
@@ -400,7 +400,7 @@ class Machine:
         return run
 
     def special_step(self, one: Instruction) -> Callable[[], tuple[list[Vector], Vector | None]]:
-        base, operands = one.base, one.operands
+        base, operands, results = one.base, one.operands, analysis.results(one)
         if base in ("S2R", "S2UR", "CS2R"):
             name = operands[1].text
             wide = base == "CS2R" and "32" not in one.mods
@@ -417,6 +417,9 @@ class Machine:
                 return [value], unknown
 
             return loaded
+        if base == "B2R":
+            # what a block looks for together is the exception: taken as not there
+            return lambda: ([self.zero != 0 if one.kind == "predicate" else self.zero for one in results], None)
         if base == "R2UR":
             source = self.reader(one, operands[1], False, False)
             return lambda: self.of_first_lane(*source())

@@ -15,7 +15,7 @@ LOADS = {"LDG", "LDS", "LDL", "LD", "LDSM", "ATOM", "ATOMG", "ATOMS", "TEX", "TL
 FLOATS = {
     *("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP", "FSET", "FCHK", "FSWZADD", "FADD32I", "FMUL32I"),
     *("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"),
-    *("HADD2", "HMUL2", "HFMA2", "HMNMX2", "HSETP2", "HSET2", "HMMA", "IMMA", "DMMA"),
+    *("HADD2", "HMUL2", "HFMA2", "HMNMX2", "VHMNMX", "HSETP2", "HSET2", "HMMA", "IMMA", "DMMA"),
     *("F2F", "F2FP", "FRND", "SHFL", "MATCH", "REDUX", "MOVM", "CS2UR"),
 }
 DATA_COMPARISONS = {"FSETP", "DSETP", "HSETP2"}
@@ -84,7 +84,7 @@ def results(instruction: Instruction) -> list[Operand]:
         ):
             count = 2
         return list(operands[:count])
-    if base in ("VOTE", "VOTEU", "MATCH"):
+    if base in ("VOTE", "VOTEU", "MATCH", "B2R"):
         return [one for one in operands[:2] if one.kind == "register" or not one.sign]
     if base in SECOND_RESULTS:
         while count < len(operands) and operands[count].kind == "predicate":
