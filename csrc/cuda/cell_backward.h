@@ -97,15 +97,18 @@ struct BackwardPass : CellContext<T> {
     if constexpr (sizeof(T) == 2)
       if (int group = strip_group(cm); group && aligned(mixed_grad[i], 4)) {
         auto bytes_of = [&](const Tiling& t) {
-          return strips_fit(cm * group, t) ? strip_second_convs_bytes(StripBackwardTile<T>(t, cm, group, reach)) : -1;
+          return with_strip_tile(t, [&]<int H, int W>() {
+            StripBackwardTile<T, H, W> tile(cm, group, reach);
+            return tile.fits() ? strip_second_convs_bytes(tile) : -1;
+          });
         };
         if (auto tiling = strip_tiling(queue, n, oh, ow, cm, bytes_of)) {
           take_partial(*tiling);
           StripSecondConvsBackward<T> s{p, group, reach};
-          auto kernel = p.tiling.tw == 16 ? strip_second_convs_backward_kernel<T, 2>
-                                          : strip_second_convs_backward_kernel<T, 1>;
           dim3 grid(p.tiling.count, ceil_div(p.branches, group));
-          launch(kernel, grid, bytes_of(p.tiling), queue, s);
+          with_strip_tile(p.tiling, [&]<int H, int W>() {
+            launch(strip_second_convs_backward_kernel<T, H, W>, grid, bytes_of(p.tiling), queue, s);
+          });
           launched = true;
         }
       }
@@ -169,14 +172,18 @@ struct BackwardPass : CellContext<T> {
     for (int e = 0; e < p.leaving; e++) all = all && aligned(p.edge[e].g, 4);
     if (!all) return false;
     auto bytes_of = [&](const Tiling& t) {
-      return strips_fit(cm * group, t) ? strip_state_bytes<T>(t, cm, group, reach, p.pools) : -1;
+      return with_strip_tile(t, [&]<int H, int W>() {
+        StripBackwardTile<T, H, W> tile(cm, group, reach);
+        return tile.fits() ? tile.bytes + (p.pools ? StripPools<T, H, W>(cm).bytes : 0) : -1;
+      });
     };
     auto tiling = strip_tiling(queue, n, p.h, p.w, cm, bytes_of);
     if (!tiling) return false;
     p.tiling = *tiling;
     StripStateBackward<T> s{p, group, reach};
-    auto kernel = p.tiling.tw == 16 ? strip_state_backward_kernel<T, 2> : strip_state_backward_kernel<T, 1>;
-    launch(kernel, dim3(p.tiling.count), bytes_of(p.tiling), queue, s);
+    with_strip_tile(p.tiling, [&]<int H, int W>() {
+      launch(strip_state_backward_kernel<T, H, W>, dim3(p.tiling.count), bytes_of(p.tiling), queue, s);
+    });
     return true;
   }
   void bypass(int s, T* grad_x) {

@@ -62,16 +62,19 @@ struct ForwardPass : CellContext<T> {
       s.one_source = s.one_source && branch.x.data == p.branch[0].x.data;
     }
     auto bytes_of = [&](const Tiling& t) {
-      Planes at(t, p.reach);
-      StripForwardTile<T> tile(at, cm, group, s.one_source);
-      return tile.pixel_tiles(at) > kPixelTiles ? -1 : tile.bytes;
+      return with_strip_tile(t, [&]<int H, int W>() {
+        StripForwardTile<T, H, W> tile(p.reach, cm, group, s.one_source);
+        return tile.pixel_tiles() > kPixelTiles ? -1 : tile.bytes;
+      });
     };
     auto tiling = strip_tiling(queue, n, oh, ow, cm, bytes_of);
     if (!tiling) return false;
     p.tiling = s.tiling = *tiling;
     take_partial(p);
     s.partial = p.partial;
-    launch(strip_conv_forward_kernel<T>, dim3(s.tiling.count), bytes_of(s.tiling), queue, s);
+    with_strip_tile(s.tiling, [&]<int H, int W>() {
+      launch(strip_conv_forward_kernel<T, H, W>, dim3(s.tiling.count), bytes_of(s.tiling), queue, s);
+    });
     return true;
   }
   void merge_moments(const Convs& convs) {

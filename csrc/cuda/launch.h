@@ -104,13 +104,19 @@ Tiling choose_tiling(const Queue& queue, int images, int h, int w, int ck, int l
   throw queue.no_room(fewest);
 }
 
+// f(H, W), a tile of whole strips as constants
+template <class F>
+auto with_strip_tile(const Tiling& t, F&& f) {
+  return t.th == 16 ? f.template operator()<16, 16>() : f.template operator()<8, 8>();
+}
+
 // The largest tile of whole strips that takes at most queue.goal bytes, else at most queue.limit. `bytes_of(tiling)` is
 // negative where it has too many pixels.
 template <class Bytes>
 std::optional<Tiling> strip_tiling(const Queue& queue, int images, int h, int w, int c, Bytes&& bytes_of) {
   for (int most : {queue.goal, queue.limit})
-    for (TileSize size : kTileSizes) {
-      if (size.th < 8 || size.wasteful(h, w)) continue;
+    for (TileSize size : {TileSize{16, 16}, TileSize{8, 8}}) {
+      if (size.wasteful(h, w)) continue;
       Tiling t(size.th, size.tw, c, images, h, w);
       int bytes = bytes_of(t);
       if (bytes >= 0 && bytes <= most) return t;

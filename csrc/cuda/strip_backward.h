@@ -16,41 +16,40 @@ namespace rfdarts::cuda {
 // Most channels of a group; their weights are in registers.
 constexpr int kMostStripChannels = 64;
 
-template <class T>
+template <class T, int H, int W>
 struct StripBackwardTile {
+  static constexpr int kStage = H * W + 2;  // elements between channels of the staged sums
   int channels, blocks;  // of a group, and sixteens of them
   int pitch;             // elements between pixels of grad_ys: eight neighbours lie in different banks
-  int stage_pitch;       // elements between channels of the staged sums
   int planes, bytes;     // offsets in bytes
 
   // reach: the largest of all branches
-  __host__ __device__ StripBackwardTile(const Tiling& t, int c, int group, int reach) {
-    Planes at(t, reach);
-    channels = c * group, blocks = channels / 16, pitch = channels + 8, stage_pitch = t.th * t.tw + 2;
-    int grad_ys = at.rows * (t.tw + 2 * kMargin) * pitch * int(sizeof(T));
-    int stage = channels * stage_pitch * int(sizeof(float));
+  __host__ __device__ StripBackwardTile(int c, int group, int reach) {
+    Planes<H, W> at(reach);
+    channels = c * group, blocks = channels / 16, pitch = channels + 8;
+    int grad_ys = at.rows * at.kColumns * pitch * int(sizeof(T)), stage = channels * kStage * int(sizeof(float));
     planes = round_up(grad_ys > stage ? grad_ys : stage, 16);
     bytes = planes + channels * at.apart * int(sizeof(T));
   }
+  // a warp's sums have so many registers
+  bool fits() const {
+    bool power = (channels & (channels - 1)) == 0;
+    return power && channels <= kMostStripChannels && channels * Planes<H, W>::kSixteens <= 64;
+  }
 };
-// groups of so many channels are for tiles of so many strips
-inline bool strips_fit(int channels, const Tiling& t) {
-  bool power = (channels & (channels - 1)) == 0;
-  return power && channels <= kMostStripChannels && channels * ceil_div(t.th * t.tw / kStrip, 16) <= 64;
-}
 
-// M: sixteens of strips, rounded up
-template <class T, int M>
+template <class T, int H, int W>
 struct StripBackward {
-  static constexpr int kOwn = 8 / M;  // channels of a warp
+  using P = Planes<H, W>;
+  static constexpr int M = P::kSixteens, kOwn = 8 / M;  // kOwn: channels of a warp
   const ConvBackward<T>& a;
-  const StripBackwardTile<T>& tile;
+  const StripBackwardTile<T, H, W>& tile;
   int group;
   unsigned char* shared;
 
   T *grad_ys = reinterpret_cast<T*>(shared), *planes = reinterpret_cast<T*>(shared + tile.planes);
   Corner corner = a.tiling.corner(blockIdx.x);
-  int c = a.c, columns = a.tiling.tw + 2 * kMargin;
+  int c = a.c;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // from the first value on that is not finite: what a smaller kernel does not read may be one
   bool exact = false;
@@ -61,14 +60,14 @@ struct StripBackward {
 
   // Before the first load: zeros where no branch may ever load.
   __device__ void clear(int reach) const {
-    int size = Planes(a.tiling, reach).rows * columns * tile.pitch;
+    int size = P(reach).rows * P::kColumns * tile.pitch;
     for (int i = threadIdx.x; i < size / 8; i += kThreads) reinterpret_cast<Pack<uint32_t, 4>*>(grad_ys)[i] = {};
     __syncthreads();
   }
   // channels [first, first + c) of grad_ys, 0 outside the image
   template <int V>
   __device__ void load(const BackwardBranch<T>& branch, int reach, int first, uint32_t& seen) const {
-    int rows = a.tiling.th + 2 * reach, across = a.tiling.tw + 2 * reach;
+    int rows = H + 2 * reach, across = W + 2 * reach;
     // exact for what a tile has
     int per_row = 65536 / across + 1;
     int vectors = c / V, per = max(1, kWarps / vectors);
@@ -89,14 +88,14 @@ struct StripBackward {
             look_at<T>(pack.v[k], seen);
           }
         }
-        int pixel = row * columns + kMargin - reach + column;
+        int pixel = row * P::kColumns + kMargin - reach + column;
         *reinterpret_cast<Pack<uint32_t, V / 2>*>(grad_ys + pixel * tile.pitch + first + v * V) = pack;
       }
     }
   }
   // planes = weights of channels c0 .. c0 + 15 times grad_ys; weight(i, o): from channel i to channel o
   template <class Weight>
-  __device__ void multiply(const Planes& at, Weight&& weight) const {
+  __device__ void multiply(const P& at, Weight&& weight) const {
     int per = kWarps / tile.blocks, c0 = warp % tile.blocks * 16;
     constexpr int most = kMostStripChannels / 16;
     uint32_t w[most][4];
@@ -108,7 +107,7 @@ struct StripBackward {
           int i = c0 + g + r % 2 * 8, o = 16 * k + 2 * t + r / 2 * 8;
           w[k][r] = pair<T>(weight(i, o), weight(i, o + 1));
         }
-    int units = at.rows * columns / 16;
+    int units = at.rows * P::kColumns / 16;
 #pragma unroll 1
     for (int u = warp / tile.blocks; u < units; u += per) {
       float acc[2][4] = {};
@@ -125,7 +124,7 @@ struct StripBackward {
 #pragma unroll
       for (int n = 0; n < 2; n++) {
         int pixel = 16 * u + 8 * n + 2 * t;
-        int place = columns == kPlaneRow ? pixel : pixel / 16 * kPlaneRow + pixel % 16;
+        int place = P::kColumns == kPlaneRow ? pixel : pixel / 16 * kPlaneRow + pixel % 16;
         T* to = planes + (c0 + g) * at.apart + place;
         *reinterpret_cast<uint32_t*>(to) = pair<T>(acc[n][0], acc[n][1]);
         *reinterpret_cast<uint32_t*>(to + 8 * at.apart) = pair<T>(acc[n][2], acc[n][3]);
@@ -133,7 +132,7 @@ struct StripBackward {
     }
   }
   // sums of the warp's channel number `own` += what the branch sends back
-  __device__ void spread(const Planes& at, const BackwardBranch<T>& branch, const T* plane, int ch,
+  __device__ void spread(const P& at, const BackwardBranch<T>& branch, const T* plane, int ch,
                          float (&own)[M][4]) const {
     const float* taps = a.conv_weights + branch.weight + ch;
     if (!exact) {
@@ -147,7 +146,7 @@ struct StripBackward {
 #pragma unroll
       for (int r = 0; r < 4; r++) {
         int strip = 16 * m + g + r / 2 * 8;
-        if (strip < at.strips)
+        if (strip < P::kStrips)
           own[m][r] += depthwise_exact<T, true>(at, plane, taps, c, branch.kernel, branch.dilation, strip,
                                                 2 * t + r % 2);
       }
@@ -157,7 +156,7 @@ struct StripBackward {
   __device__ void add(int count, Branch&& branch) {
     int reach = 0;
     for (int k = 0; k < count; k++) reach = max(reach, (branch(k).kernel - 1) * branch(k).dilation / 2);
-    Planes at(a.tiling, reach);
+    P at(reach);
     uint32_t seen = 0;
     for (int k = 0; k < count; k++)
       a.wide ? load<8>(branch(k), reach, k * c, seen) : load<4>(branch(k), reach, k * c, seen);
@@ -188,8 +187,8 @@ struct StripBackward {
         for (int r = 0; r < 2; r++) {
           int strip = 16 * m + 8 * r + g;
           float two[2] = {sums[i][m][2 * r], sums[i][m][2 * r + 1]};
-          if (strip * kStrip < a.tiling.th * a.tiling.tw)
-            rfdarts::cuda::store<2>(to + j * tile.stage_pitch + strip * kStrip + 2 * t, two);
+          if (strip < P::kStrips)
+            rfdarts::cuda::store<2>(to + j * tile.kStage + strip * kStrip + 2 * t, two);
         }
     }
     return to;

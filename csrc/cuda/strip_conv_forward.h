@@ -26,21 +26,22 @@ struct StripConvForward : ConvForward<T> {
   __device__ int channel_of(int j) const { return group == 1 ? j : j & (this->c - 1); }
 };
 
-template <class T>
+template <class T, int H, int W>
 struct StripForwardTile {
-  int channels, blocks;  // of a group, rounded up to 16, and sixteens of them
+  int channels, blocks;    // of a group, rounded up to 16, and sixteens of them
   int ds, moments, bytes;  // offsets in bytes
 
-  // images: planes in shared memory at once
-  __host__ __device__ StripForwardTile(const Planes& at, int c, int group, bool one_source) {
+  __host__ __device__ StripForwardTile(int reach, int c, int group, bool one_source) {
+    Planes<H, W> at(reach);
     channels = round_up(c * group, 16), blocks = channels / 16;
     ds = (one_source ? c : channels) * at.apart * int(sizeof(T));
-    moments = ds + channels * at.image * int(sizeof(T));
-    bytes = moments + kWarps * 2 * 16 * int(sizeof(float));
+    moments = ds + channels * at.kChannel * int(sizeof(T));
+    // of each warp its Samples, and how many pixels they are of
+    bytes = moments + kWarps * (2 * 16 + 1) * int(sizeof(float));
   }
   // of 16 pixels that a warp has
-  __host__ __device__ int pixel_tiles(const Planes& at) const {
-    return blocks > kWarps ? kPixelTiles + 1 : ceil_div(at.strips / 2, kWarps / blocks);
+  int pixel_tiles() const {
+    return blocks > kWarps ? kPixelTiles + 1 : ceil_div(Planes<H, W>::kStrips / 2, kWarps / blocks);
   }
 };
 
@@ -63,25 +64,29 @@ __device__ __forceinline__ Sample merged(Sample one, float count, float per_tota
   return {mean, square};
 }
 
-template <class T>
+template <class T, int H, int W>
 struct StripForwardBlock {
   using Branch = typename ConvForward<T>::Branch;
   const StripConvForward<T>& a;
   unsigned char* shared;
 
-  Planes at{a.tiling, a.reach};
-  StripForwardTile<T> tile{at, a.c, a.group, a.one_source};
+  using P = Planes<H, W>;
+  P at{a.reach};
+  StripForwardTile<T, H, W> tile{a.reach, a.c, a.group, a.one_source};
   T *planes = reinterpret_cast<T*>(shared), *ds = reinterpret_cast<T*>(shared + tile.ds);
-  float* moments = reinterpret_cast<float*>(shared + tile.moments);
+  Sample* samples = reinterpret_cast<Sample*>(shared + tile.moments);
+  float* counts = reinterpret_cast<float*>(samples + kWarps * 16);
   Corner corner = a.tiling.corner(blockIdx.x);
-  int c = a.c, vh = min(at.th, a.oh - corner.y), vw = min(at.tw, a.ow - corner.x);
+  int c = a.c, vh = min(H, a.oh - corner.y), vw = min(W, a.ow - corner.x);
+  float per_pixel = 1 / float(vh * vw);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
   // planes [first, first + c) = x, or relu of its BatchNorm `norm`. Outside the image 0, or, for pools, the lowest
   // value. `seen`: see look_at.
   template <int V>
   __device__ void load(const ImageView<T>& x, int norm, int first, bool for_pools, uint32_t& seen) const {
-    int vectors = c / V, per = max(1, kWarps / vectors), pairs = at.pairs();
+    int vectors = c / V, per = max(1, kWarps / vectors);
+    constexpr int pairs = P::kColumns / 2;
     for (int v = warp / per; v < vectors; v += kWarps / per) {
       float scale[V], shift[V];
       if (norm >= 0) {
@@ -92,7 +97,7 @@ struct StripForwardBlock {
           scale[i] = __shfl_sync(0xffffffffu, own, i), shift[i] = __shfl_sync(0xffffffffu, behind, i);
       }
       for (int i = warp % per * 32 + lane; i < at.rows * pairs; i += per * 32) {
-        int row = at.tw == 16 ? i / 12 : i / 8, q = i - row * pairs;
+        int row = i / pairs, q = i % pairs;
         int y = corner.y - at.reach + row, x0 = corner.x - kMargin + 2 * q;
         uint32_t value[2][V / 2];
 #pragma unroll
@@ -129,11 +134,10 @@ struct StripForwardBlock {
            : load<4>(branch.x, branch.norm, first, for_pools, seen);
   }
   __device__ void relu_planes(uint32_t& seen) const {
-    int vectors = at.pairs() / 4;
+    constexpr int vectors = P::kColumns / 8;
     for (int ch = warp; ch < c; ch += kWarps)
       for (int i = lane; i < at.rows * vectors; i += 32) {
-        int row = vectors == 3 ? i / 3 : i / 2;
-        T* at_row = planes + ch * at.apart + row * kPlaneRow + (i - row * vectors) * 8;
+        T* at_row = planes + ch * at.apart + i / vectors * kPlaneRow + i % vectors * 8;
         Pack<uint32_t, 4> pack = *reinterpret_cast<Pack<uint32_t, 4>*>(at_row);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -158,16 +162,17 @@ struct StripForwardBlock {
       sum += off, square += off * off;
     }
     Sample own = valid ? sample_of(value[0], sum, square, 1 / float(valid)) : Sample{};
-    Sample all = merged(own, float(valid), 1 / float(vh * vw), 1, min(at.strips, 32));
+    Sample all = merged(own, float(valid), per_pixel, 1, P::kStrips);
     if (writes) write_moments(branch, ch, all);
   }
   // The moments of both pools; a lane has a strip.
   __device__ void pools() const {
-    int together = 32 / at.strips, strip = lane % at.strips, r = at.row_of(strip), x0 = at.column_of(strip);
+    constexpr int together = 32 / P::kStrips;
+    int strip = lane % P::kStrips, r = P::row_of(strip), x0 = P::column_of(strip);
     int valid = r < vh ? min(kStrip, max(0, vw - x0)) : 0;
     int y = corner.y + r, x = corner.x + x0, rows = window(y, a.oh);
     for (int first = warp * together; first < c; first += kWarps * together) {
-      int ch = min(first + lane / at.strips, c - 1);
+      int ch = min(first + lane / P::kStrips, c - 1);
       const T* from = planes + ch * at.apart + (r + at.reach - 1) * kPlaneRow + x0;
       // columns kMargin - 2 .. kMargin + 9 of three rows
       uint32_t most[6];
@@ -186,7 +191,7 @@ struct StripForwardBlock {
 #pragma unroll
       for (int k = 0; k < 12; k++) sums[k] = unsigned(x + k - 2) < unsigned(a.ow) ? sums[k] : 0.f;
       float value[kStrip];
-      bool writes = lane % at.strips == 0 && first + lane / at.strips < c;
+      bool writes = lane % P::kStrips == 0 && first + lane / P::kStrips < c;
       if (a.max_pool >= 0) {
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -212,23 +217,23 @@ struct StripForwardBlock {
     auto plane_of = [&](int j) { return planes + (a.one_source ? a.channel_of(j) : j) * at.apart; };
     auto taps_of = [&](int j) { return a.conv_weights + a.branch[b0 + a.branch_of(j)].weight + a.channel_of(j); };
     if (exact) {
-      for (int i = threadIdx.x; i < count * c * at.strips * kStrip; i += kThreads) {
-        int n = i % kStrip, strip = i / kStrip % at.strips, j = i / (kStrip * at.strips);
+      for (int i = threadIdx.x; i < count * c * P::kStrips * kStrip; i += kThreads) {
+        int n = i % kStrip, strip = i / kStrip % P::kStrips, j = i / (kStrip * P::kStrips);
         const Branch& branch = a.branch[b0 + a.branch_of(j)];
-        ds[j * at.image + strip * kStrip + n] = narrow<T>(depthwise_exact<T, false>(
+        ds[j * P::kChannel + strip * kStrip + n] = narrow<T>(depthwise_exact<T, false>(
             at, plane_of(j), taps_of(j), c, branch.kernel, branch.dilation, strip, n));
       }
       return;
     }
     for (int j = warp; j < tile.channels; j += kWarps) {
-      float sums[2][4] = {};
+      float sums[P::kSixteens][4] = {};
       if (j < count * c) {
         const Branch& branch = a.branch[b0 + a.branch_of(j)];
         with_kernel(branch.kernel, branch.dilation, [&]<int K, int D>() {
           depthwise_warp<T, K, D, false>(at, plane_of(j), taps_of(j), c, sums);
         });
       }
-      store_strips(at, sums, ds + j * at.image);
+      store_strips<H, W>(sums, ds + j * P::kChannel);
     }
   }
 
@@ -240,11 +245,36 @@ struct StripForwardBlock {
     int taps = branch.kernel * branch.kernel;
     return a.conv_weights[branch.weight + (taps + a.channel_of(i)) * c + a.channel_of(o)];
   }
+  // A lane's pixels in `multiply`, the same for all branches: how many are valid, of its warp too.
+  struct Pixels {
+    int per, first, valid = 0, total;
+    float per_valid, per_total;
+  };
+  __device__ bool is_valid(int strip) const {
+    return strip < P::kStrips && P::row_of(strip) < vh && P::column_of(strip) + g < vw;
+  }
+  __device__ Pixels pixels_of_lane() const {
+    Pixels p;
+    p.per = kWarps / tile.blocks, p.first = warp / tile.blocks;
+    if (p.first < p.per)
+#pragma unroll
+      for (int i = 0; i < kPixelTiles; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) p.valid += is_valid(2 * (p.first + i * p.per) + r);
+    p.total = p.valid;
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2) p.total += __shfl_sync(0xffffffffu, p.total, lane ^ bit);
+    p.per_valid = p.valid ? 1 / float(p.valid) : 0.f, p.per_total = p.total ? 1 / float(p.total) : 0.f;
+    if (lane == 0) counts[warp] = float(p.total);
+    return p;
+  }
   // y of branches [b0, b0 + count), and of each warp's pixels the moments
-  __device__ void multiply(int b0, int count) const {
-    int per = kWarps / tile.blocks, o0 = warp % tile.blocks * 16, first = warp / tile.blocks;
+  __device__ void multiply(int b0, int count, const Pixels& pixels) const {
+    int per = pixels.per, o0 = warp % tile.blocks * 16, first = pixels.first;
     if (first >= per) return;
-    int tiles = at.strips / 2;
+    constexpr int tiles = P::kStrips / 2;
+    const Branch& branch = a.branch[b0];
+    const float* alone = a.conv_weights + branch.weight + branch.kernel * branch.kernel * c;
     float acc[kPixelTiles][2][4] = {};
 #pragma unroll 1
     for (int k = 0; k < tile.channels; k += 16) {
@@ -255,9 +285,10 @@ struct StripForwardBlock {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           int i = k + 8 * half + 2 * t, o = o0 + g / 2 * 4 + 2 * m + g % 2;
-          b[m][half] = pair<T>(weight(b0, count, i, o), weight(b0, count, i + 1, o));
+          b[m][half] = a.group == 1 ? pair<T>(alone[i * c + o], alone[i * c + c + o])
+                                    : pair<T>(weight(b0, count, i, o), weight(b0, count, i + 1, o));
         }
-      const T* from = ds + (k + lane % 8 + lane / 16 * 8) * at.image + lane / 8 % 2 * kStrip;
+      const T* from = ds + (k + lane % 8 + lane / 16 * 8) * P::kChannel + lane / 8 % 2 * kStrip;
 #pragma unroll
       for (int i = 0; i < kPixelTiles; i++) {
         int p = first + i * per;
@@ -272,12 +303,11 @@ struct StripForwardBlock {
     bool kept = number < count;
     T* y = kept ? a.branch[b0 + number].y + corner.n * a.image + ch : nullptr;
     float about[4], sum[4] = {}, square[4] = {};
-    int valid = 0;
 #pragma unroll
     for (int i = 0; i < kPixelTiles; i++)
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        int strip = 2 * (first + i * per) + r, row = at.row_of(strip), column = at.column_of(strip) + g;
+        int strip = 2 * (first + i * per) + r, row = P::row_of(strip), column = P::column_of(strip) + g;
         uint32_t low = pair<T>(acc[i][0][2 * r], acc[i][0][2 * r + 1]);
         uint32_t high = pair<T>(acc[i][1][2 * r], acc[i][1][2 * r + 1]);
         float value[4] = {first_of<T>(low), second_of<T>(low), first_of<T>(high), second_of<T>(high)};
@@ -285,11 +315,10 @@ struct StripForwardBlock {
 #pragma unroll
           for (int k = 0; k < 4; k++) about[k] = value[k];
         // a lane's first pixel is in no later row or column than its others: valid if any is
-        if (strip >= at.strips || row >= vh || column >= vw) continue;
+        if (!is_valid(strip)) continue;
         if (kept)
           *reinterpret_cast<Pack<uint32_t, 2>*>(y + (int64_t(corner.y + row) * a.ow + corner.x + column) * c) = {
               low, high};
-        valid++;
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           float off = value[k] - about[k];
@@ -297,38 +326,24 @@ struct StripForwardBlock {
         }
       }
     if (!a.partial) return;
-    int total = valid;
-#pragma unroll
-    for (int bit = 4; bit < 32; bit *= 2) total += __shfl_sync(0xffffffffu, total, lane ^ bit);
-    float per_valid = valid ? 1 / float(valid) : 0.f, per_total = total ? 1 / float(total) : 0.f;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      Sample own = sample_of(about[k], sum[k], square[k], per_valid);
-      if (!valid) own = {};
-      Sample all = merged(own, float(valid), per_total, 4, 32);
-      if (g == 0) reinterpret_cast<Sample*>(moments)[warp * 16 + 4 * t + k] = all;
+      Sample own = sample_of(about[k], sum[k], square[k], pixels.per_valid);
+      if (!pixels.valid) own = {};
+      Sample all = merged(own, float(pixels.valid), pixels.per_total, 4, 32);
+      if (g == 0) samples[warp * 16 + 4 * t + k] = all;
     }
-  }
-  // how many valid pixels a warp has in `multiply`
-  __device__ int pixels_of(int warp) const {
-    int count = 0, per = kWarps / tile.blocks;
-    for (int p = warp / tile.blocks; p < at.strips / 2; p += per)
-      for (int r = 0; r < 2; r++) {
-        int strip = 2 * p + r, columns = min(kStrip, max(0, vw - at.column_of(strip)));
-        count += at.row_of(strip) < vh ? columns : 0;
-      }
-    return count;
   }
   __device__ void merge_warps(int b0, int count) const {
     for (int j = threadIdx.x; j < count * c; j += kThreads) {
-      auto of = [&](int w) { return reinterpret_cast<const Sample*>(moments)[w * 16 + j % 16]; };
       float mean = 0, square = 0;
       int last = kWarps / tile.blocks * tile.blocks;
-      for (int w = j / 16; w < last; w += tile.blocks) mean += float(pixels_of(w)) * of(w).mean;
-      mean /= float(vh * vw);
+      for (int w = j / 16; w < last; w += tile.blocks) mean += counts[w] * samples[w * 16 + j % 16].mean;
+      mean *= per_pixel;
       for (int w = j / 16; w < last; w += tile.blocks) {
-        float off = of(w).mean - mean;
-        square += of(w).square + float(pixels_of(w)) * off * off;
+        Sample one = samples[w * 16 + j % 16];
+        float off = one.mean - mean;
+        square += one.square + counts[w] * off * off;
       }
       write_moments(b0 + a.branch_of(j), a.channel_of(j), {mean, square});
     }
@@ -347,6 +362,7 @@ struct StripForwardBlock {
       }
       exact = __syncthreads_or((seen & 0x7fff7fff) != 0);
     }
+    Pixels pixels = pixels_of_lane();
     for (int b0 = 0; b0 < a.convs; b0 += a.group) {
       int count = min(a.group, a.convs - b0);
       if (!a.one_source) {
@@ -357,19 +373,19 @@ struct StripForwardBlock {
       depthwise(b0, count, exact);
       // ds is complete, and nobody reads planes or moments any more
       __syncthreads();
-      multiply(b0, count);
+      multiply(b0, count, pixels);
       __syncthreads();
       if (a.partial) merge_warps(b0, count);
     }
   }
 };
 
-// One block per tile.
-template <class T>
+// One block per tile of H x W.
+template <class T, int H, int W>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     strip_conv_forward_kernel(const __grid_constant__ StripConvForward<T> a) {
   RFDARTS_SHARED(shared);
-  StripForwardBlock<T>{a, shared}.run();
+  StripForwardBlock<T, H, W>{a, shared}.run();
 }
 
 }  // namespace rfdarts::cuda

@@ -11,18 +11,18 @@ struct StripSecondConvsBackward : SecondConvsBackward<T> {
 };
 
 // Behind the tile: scales, shifts and means of the inner BatchNorms [3][channels], and sums [kWarps][2][channels].
-template <class T>
-__host__ __device__ int strip_second_convs_bytes(const StripBackwardTile<T>& tile) {
+template <class T, int H, int W>
+int strip_second_convs_bytes(const StripBackwardTile<T, H, W>& tile) {
   return tile.bytes + (3 + 2 * kWarps) * tile.channels * int(sizeof(float));
 }
 
 // One block per tile and group of branches.
-template <class T, int M>
+template <class T, int H, int W>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     strip_second_convs_backward_kernel(const __grid_constant__ StripSecondConvsBackward<T> a) {
   RFDARTS_SHARED(shared);
-  StripBackwardTile<T> tile(a.tiling, a.c, a.group, a.reach);
-  StripBackward<T, M> block{a, tile, a.group, shared};
+  StripBackwardTile<T, H, W> tile(a.c, a.group, a.reach);
+  StripBackward<T, H, W> block{a, tile, a.group, shared};
   float *coefficients = reinterpret_cast<float*>(shared + tile.bytes), *partial = coefficients + 3 * tile.channels;
   int b0 = int(blockIdx.y) * a.group, count = min(a.group, a.branches - b0), channels = tile.channels;
   for (int j = threadIdx.x; j < count * a.c; j += kThreads) {
@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     float scale[4], shift[4], mean[4];
     load<4>(coefficients + j, scale), load<4>(coefficients + channels + j, shift);
     load<4>(coefficients + 2 * channels + j, mean);
-    for (int p = threadIdx.x / quads; p < a.tiling.th * a.tiling.tw; p += kThreads / quads) {
-      int strip = p / kStrip, y = corner.y + (strip & (a.tiling.th - 1));
-      int x = corner.x + strip / a.tiling.th * kStrip + p % kStrip;
+    for (int p = threadIdx.x / quads; p < H * W; p += kThreads / quads) {
+      int strip = p / kStrip, y = corner.y + strip % H;
+      int x = corner.x + strip / H * kStrip + p % kStrip;
       if (y >= a.oh || x >= a.ow) continue;
       int64_t place = corner.n * a.image + (int64_t(y) * a.ow + x) * a.c + ch;
       float inner[4];
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
         float masked[2];
 #pragma unroll
         for (int i = k; i < k + 2; i++)
-          masked[i - k] = scale[i] * inner[i] + shift[i] <= 0 ? 0.f : stage[(j + i) * tile.stage_pitch + p];
+          masked[i - k] = scale[i] * inner[i] + shift[i] <= 0 ? 0.f : stage[(j + i) * tile.kStage + p];
         uint32_t both = pair<T>(masked[0], masked[1]);
         pack.v[k / 2] = both;
         float rounded[2] = {first_of<T>(both), second_of<T>(both)};

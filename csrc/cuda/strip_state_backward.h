@@ -13,41 +13,37 @@ struct StripStateBackward : StateBackward<T> {
 // Shared memory of the pools' part, behind the tile: xs [rows][columns][c], the input with two pixels around; of the
 // windows that reach the tile the gradients [2][rows - 2][columns - 2][c] of the maxima and averages, and where the
 // maxima are, a byte each, 255 beyond the image.
-template <class T>
+template <class T, int H, int W>
 struct StripPools {
-  int rows, columns, windows, across;  // windows: how many; across: in a row
+  static constexpr int kRows = H + 4, kColumns = W + 4;
+  static constexpr int kWindows = (H + 2) * (W + 2), kAcross = W + 2;  // kAcross: windows in a row
   int grads, where, bytes;
 
-  __host__ __device__ StripPools(const Tiling& t, int c)
-      : rows(t.th + 4), columns(t.tw + 4), windows((t.th + 2) * (t.tw + 2)), across(t.tw + 2) {
-    grads = round_up(rows * columns * c * int(sizeof(T)), 16);
-    where = grads + 2 * windows * c * int(sizeof(float));
-    bytes = round_up(where + windows * c, 16);
+  __host__ __device__ explicit StripPools(int c) {
+    grads = round_up(kRows * kColumns * c * int(sizeof(T)), 16);
+    where = grads + 2 * kWindows * c * int(sizeof(float));
+    bytes = round_up(where + kWindows * c, 16);
   }
 };
 
-template <class T>
-__host__ __device__ int strip_state_bytes(const Tiling& t, int c, int group, int reach, bool pools) {
-  return StripBackwardTile<T>(t, c, group, reach).bytes + (pools ? StripPools<T>(t, c).bytes : 0);
-}
-
-template <class T>
+template <class T, int H, int W>
 struct StripPoolsBackward {
   const StripStateBackward<T>& a;
   Corner corner;
   unsigned char* shared;
 
-  StripPools<T> at{a.tiling, a.c};
+  using P = StripPools<T, H, W>;
+  P at{a.c};
   T* xs = reinterpret_cast<T*>(shared);
   float* grads = reinterpret_cast<float*>(shared + at.grads);
   uint8_t* where = shared + at.where;
   int c = a.c, quads = a.c / 4, ch = threadIdx.x % quads * 4, first = threadIdx.x / quads, step = kThreads / quads;
 
-  __device__ float* grad(int pool, int window) const { return grads + (pool * at.windows + window) * c + ch; }
+  __device__ float* grad(int pool, int window) const { return grads + (pool * P::kWindows + window) * c + ch; }
 
   __device__ void load_input() const {
-    for (int p = first; p < at.rows * at.columns; p += step) {
-      int row = p / at.columns, y = corner.y - 2 + row, x = corner.x - 2 + p - row * at.columns;
+    for (int p = first; p < P::kRows * P::kColumns; p += step) {
+      int row = p / P::kColumns, y = corner.y - 2 + row, x = corner.x - 2 + p - row * P::kColumns;
       Pack<uint32_t, 2> pack = {kLowestPair<T>, kLowestPair<T>};
       if (unsigned(y) < unsigned(a.h) && unsigned(x) < unsigned(a.w))
         pack = *reinterpret_cast<const Pack<uint32_t, 2>*>(a.x.at(corner.n, y, x) + ch);
@@ -134,21 +130,21 @@ struct StripPoolsBackward {
       add_coefficients(a.edge[e].max_norm, of_max);
       add_coefficients(a.edge[e].avg_norm, of_avg);
     }
-    int down = a.tiling.th + 2;
-    for (int p = first; p < ceil_div(down, piece) * at.across; p += step) {
-      int column = p % at.across, row = p / at.across * piece, last = min(row + piece, down);
+    constexpr int down = H + 2;
+    for (int p = first; p < ceil_div(down, piece) * P::kAcross; p += step) {
+      int column = p % P::kAcross, row = p / P::kAcross * piece, last = min(row + piece, down);
       int x = corner.x - 1 + column;
-      const T* from = xs + (row * at.columns + column) * c + ch;
+      const T* from = xs + (row * P::kColumns + column) * c + ch;
       bool inside = unsigned(x) < unsigned(a.w);
       Window above, here = row_of(from, x);
       // its windows' middle row is row + 1 of xs
-      Window below = row_of(from + at.columns * c, x);
+      Window below = row_of(from + P::kColumns * c, x);
 #pragma unroll 1
       for (; row < last; row++) {
-        int y = corner.y - 1 + row, number = row * at.across + column;
+        int y = corner.y - 1 + row, number = row * P::kAcross + column;
         above = here, here = below;
-        from += at.columns * c;
-        below = row_of(from + at.columns * c, x);
+        from += P::kColumns * c;
+        below = row_of(from + P::kColumns * c, x);
         if (!inside || unsigned(y) >= unsigned(a.h)) {
           *reinterpret_cast<uint32_t*>(where + number * c + ch) = ~0u;
           continue;
@@ -173,7 +169,7 @@ struct StripPoolsBackward {
 #pragma unroll
       for (int v = 0; v < 3; v++) {
         // the pixel has place 8 - 3 u - v in window (u, v) of those around it
-        int window = (r + u) * at.across + q + v, own = 8 - 3 * u - v;
+        int window = (r + u) * P::kAcross + q + v, own = 8 - 3 * u - v;
         uint32_t places = *reinterpret_cast<const uint32_t*>(where + window * c + ch);
         if (places == ~0u) continue;
         float grad_max[4], grad_avg[4];
@@ -192,34 +188,34 @@ struct StripPoolsBackward {
 };
 
 // One block per tile of the state.
-template <class T, int M>
+template <class T, int H, int W>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     strip_state_backward_kernel(const __grid_constant__ StripStateBackward<T> a) {
   RFDARTS_SHARED(shared);
-  StripBackwardTile<T> tile(a.tiling, a.c, a.group, a.reach);
+  StripBackwardTile<T, H, W> tile(a.c, a.group, a.reach);
   Corner corner = a.tiling.corner(blockIdx.x);
   const float* stage;
   {
-    StripBackward<T, M> block{a, tile, a.group, shared};
+    StripBackward<T, H, W> block{a, tile, a.group, shared};
     block.clear(a.reach);
     for (int b0 = 0; b0 < a.branches; b0 += a.group)
       block.add(min(a.group, a.branches - b0),
                 [&](int k) -> const BackwardBranch<T>& { return a.branch[b0 + k]; });
     stage = block.stage();
   }
-  StripPoolsBackward<T> pools{a, corner, shared + tile.bytes};
+  StripPoolsBackward<T, H, W> pools{a, corner, shared + tile.bytes};
   if (a.pools) pools.prepare();
   __syncthreads();
   int quads = a.c / 4, ch = threadIdx.x % quads * 4;
-  for (int p = threadIdx.x / quads; p < a.tiling.th * a.tiling.tw; p += kThreads / quads) {
-    int strip = p / kStrip, r = strip & (a.tiling.th - 1), q = strip / a.tiling.th * kStrip + p % kStrip;
+  for (int p = threadIdx.x / quads; p < H * W; p += kThreads / quads) {
+    int strip = p / kStrip, r = strip % H, q = strip / H * kStrip + p % kStrip;
     int y = corner.y + r, x = corner.x + q;
     if (y >= a.h || x >= a.w) continue;
     float input[4], sum[4] = {};
     load<4>(a.x.at(corner.n, y, x) + ch, input);
     for (int k = 0; k < a.group; k++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) sum[i] += stage[(k * a.c + ch + i) * tile.stage_pitch + p];
+      for (int i = 0; i < 4; i++) sum[i] += stage[(k * a.c + ch + i) * tile.kStage + p];
     // the convolutions' ReLU
 #pragma unroll
     for (int i = 0; i < 4; i++) sum[i] = input[i] <= 0 ? 0.f : sum[i];

@@ -20,19 +20,20 @@ constexpr int kPlaneRow = 24;
 // Branches that stand side by side so that they have 16 channels or a multiple; 0: none do.
 __host__ __device__ inline int strip_group(int c) { return c % 16 == 0 ? 1 : c == 4 || c == 8 ? 16 / c : 0; }
 
+// Of a tile of H x W outputs.
+template <int H, int W>
 struct Planes {
-  int th, tw, reach, rows;
-  int apart;   // elements between planes; pairs of columns of eight neighbouring planes lie in different banks
-  int strips;  // number s: row s % th, columns from s / th * kStrip on
-  int image;   // elements between channels of strips [channel][strip][kStrip]
+  // strip s: row s % H, columns from s / H * kStrip on
+  static constexpr int kStrips = H * W / kStrip, kSixteens = kStrips > 16 ? kStrips / 16 : 1;
+  static constexpr int kColumns = W + 2 * kMargin;  // of a row of a plane
+  static constexpr int kChannel = H * W + 8;        // elements between channels of strips [channel][strip][kStrip]
+  int reach, rows;
+  int apart;  // elements between planes; pairs of columns of eight neighbouring planes lie in different banks
 
-  __host__ __device__ Planes(const Tiling& t, int reach)
-      : th(t.th), tw(t.tw), reach(reach), rows(t.th + 2 * reach), apart(rows * kPlaneRow + 8),
-        strips(t.th * t.tw / kStrip), image(t.th * t.tw + 8) {}
-  // pairs of columns of a row
-  __device__ int pairs() const { return tw / 2 + kMargin; }
-  __device__ int row_of(int strip) const { return strip & (th - 1); }
-  __device__ int column_of(int strip) const { return strip / th * kStrip; }
+  __host__ __device__ explicit Planes(int reach)
+      : reach(reach), rows(H + 2 * reach), apart(rows * kPlaneRow + 8) {}
+  static __device__ int row_of(int strip) { return strip % H; }
+  static __device__ int column_of(int strip) { return strip / H * kStrip; }
 };
 
 // Two 16-bit values in a register, the first one in its lower half.
@@ -134,9 +135,9 @@ __device__ __forceinline__ int tap_on(int diagonal) {
 
 // sums[m] += one channel's convolution for strips 16 m .. 16 m + 15, laid out as accumulators of multiply_tile. plane:
 // of the channel; taps: of the channel, c apart. Every lane of the warp takes part.
-template <class T, int K, int D, bool Transposed, int M>
-__device__ __forceinline__ void depthwise_warp(const Planes& at, const T* plane, const float* taps, int c,
-                                               float (&sums)[M][4]) {
+template <class T, int K, int D, bool Transposed, int H, int W>
+__device__ __forceinline__ void depthwise_warp(const Planes<H, W>& at, const T* plane, const float* taps, int c,
+                                               float (&sums)[Planes<H, W>::kSixteens][4]) {
   constexpr int R = (K - 1) * D / 2;
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // lane l has the diagonals l - 7 and l - 6
@@ -151,31 +152,29 @@ __device__ __forceinline__ void depthwise_warp(const Planes& at, const T* plane,
     uint32_t b[2] = {__shfl_sync(0xffffffffu, both, 7 + 2 * t - g), __shfl_sync(0xffffffffu, both, 15 + 2 * t - g)};
     const T* from = rows + (Transposed ? R - u * D : u * D - R) * kPlaneRow;
 #pragma unroll
-    for (int m = 0; m < M; m++)
-      if (16 * m < at.strips) {
-        uint32_t a[4];
-        load_matrices<false>(a, from + m * kStrip);
-        multiply_tile<T>(sums[m], a, b);
-      }
+    for (int m = 0; m < Planes<H, W>::kSixteens; m++) {
+      // a second sixteen is the other half of as many rows
+      static_assert(Planes<H, W>::kSixteens == 1 || H == 16);
+      uint32_t a[4];
+      load_matrices<false>(a, from + m * kStrip);
+      multiply_tile<T>(sums[m], a, b);
+    }
   }
 }
 
 // strips = one channel's sums
-template <class T>
-__device__ __forceinline__ void store_strips(const Planes& at, const float (&sums)[2][4], T* strips) {
+template <int H, int W, class T>
+__device__ __forceinline__ void store_strips(const float (&sums)[Planes<H, W>::kSixteens][4], T* strips) {
   int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int strip = 8 * i + lane / 4;
-    if (8 * i < at.strips)
-      *reinterpret_cast<uint32_t*>(strips + strip * kStrip + lane % 4 * 2) =
-          pair<T>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
-  }
+  for (int i = 0; i < Planes<H, W>::kStrips / 8; i++)
+    *reinterpret_cast<uint32_t*>(strips + (8 * i + lane / 4) * kStrip + lane % 4 * 2) =
+        pair<T>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
 }
 
 // The same for one output, tap by tap.
-template <class T, bool Transposed>
-__device__ float depthwise_exact(const Planes& at, const T* plane, const float* taps, int c, int kernel, int dilation,
+template <class T, bool Transposed, int H, int W>
+__device__ float depthwise_exact(const Planes<H, W>& at, const T* plane, const float* taps, int c, int kernel, int dilation,
                                  int strip, int n) {
   int reach = (kernel - 1) * dilation / 2, sign = Transposed ? -1 : 1;
   const T* from = plane + (at.row_of(strip) + at.reach) * kPlaneRow + kMargin + at.column_of(strip) + n;
