@@ -95,7 +95,7 @@ struct BackwardPass : CellContext<T> {
     };
     bool launched = false;
     if constexpr (sizeof(T) == 2)
-      if (int group = strip_group(cm); group && aligned(mixed_grad[i], 4)) {
+      if (int group = this->strips_side_by_side(); group && this->for_strips(mixed_grad[i], oh, ow)) {
         auto bytes_of = [&](const Tiling& t) {
           return with_strip_tile(t, [&]<int H, int W>() {
             StripBackwardTile<T, H, W> tile(cm, group, reach);
@@ -167,9 +167,10 @@ struct BackwardPass : CellContext<T> {
   }
   // Whether the state is one for strip_state_backward_kernel; if so, it is launched.
   bool launch_strips(StateBackward<T>& p, int reach) {
-    int group = strip_group(cm);
-    bool all = group && aligned(p.x, 4) && aligned(p.outer, 4) && c % 4 == 0;
-    for (int e = 0; e < p.leaving; e++) all = all && aligned(p.edge[e].g, 4);
+    int group = this->strips_side_by_side();
+    bool all = group && n <= kMostGridRows && c % 4 == 0;
+    for (const ImageView<T>& x : {p.x, p.outer}) all = all && this->for_strips(x, p.h, p.w);
+    for (int e = 0; e < p.leaving; e++) all = all && this->for_strips(p.edge[e].g, oh, ow);
     if (!all) return false;
     auto bytes_of = [&](const Tiling& t) {
       return with_strip_tile(t, [&]<int H, int W>() {
@@ -182,7 +183,8 @@ struct BackwardPass : CellContext<T> {
     p.tiling = *tiling;
     StripStateBackward<T> s{p, group, reach};
     with_strip_tile(p.tiling, [&]<int H, int W>() {
-      launch(strip_state_backward_kernel<T, H, W>, dim3(p.tiling.count), bytes_of(p.tiling), queue, s);
+      dim3 grid(p.tiling.across, p.tiling.down, n);
+      launch(strip_state_backward_kernel<T, H, W>, grid, bytes_of(p.tiling), queue, s);
     });
     return true;
   }

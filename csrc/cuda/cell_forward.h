@@ -50,12 +50,12 @@ struct ForwardPass : CellContext<T> {
   }
   // Whether the branches are ones for strip_conv_forward_kernel; if so, it is launched and p has its tiling.
   bool launch_strips(ConvForward<T>& p) {
-    int group = strip_group(cm);
+    int group = this->strips_side_by_side();
     if (!group) return false;
     StripConvForward<T> s{p, group, 0, true, -1, -1};
     for (int b = 0; b < p.branches; b++) {
       const auto& branch = p.branch[b];
-      if (!aligned(branch.x, 4)) return false;
+      if (!this->for_strips(branch.x, p.h, p.w)) return false;
       if (branch.op == int(Op::MaxPool)) s.max_pool = b;
       if (branch.op == int(Op::AvgPool)) s.avg_pool = b;
       s.convs += !branch.pools();

@@ -14,6 +14,8 @@ namespace rfdarts::cuda {
 
 // Enough blocks for any device; kernels with loops over items take the rest in further rounds.
 constexpr int64_t kMaxBlocks = 4096;
+// of a grid's second and third dimension
+constexpr int kMostGridRows = 65535;
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

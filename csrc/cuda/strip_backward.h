@@ -46,9 +46,9 @@ struct StripBackward {
   const StripBackwardTile<T, H, W>& tile;
   int group;
   unsigned char* shared;
+  Corner corner;
 
   T *grad_ys = reinterpret_cast<T*>(shared), *planes = reinterpret_cast<T*>(shared + tile.planes);
-  Corner corner = a.tiling.corner(blockIdx.x);
   int c = a.c;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // from the first value on that is not finite: what a smaller kernel does not read may be one
@@ -67,24 +67,40 @@ struct StripBackward {
   // channels [first, first + c) of grad_ys, 0 outside the image
   template <int V>
   __device__ void load(const BackwardBranch<T>& branch, int reach, int first, uint32_t& seen) const {
-    int rows = H + 2 * reach, across = W + 2 * reach;
+    Share share(c / V, warp);
+    int across = W + 2 * reach;
     // exact for what a tile has
-    int per_row = 65536 / across + 1;
-    int vectors = c / V, per = max(1, kWarps / vectors);
-    for (int v = warp / per; v < vectors; v += kWarps / per) {
-      NormBackward<float, V> backward(branch.coefficients + v * V, c);
-      for (int i = warp % per * 32 + lane; i < rows * across; i += per * 32) {
+    int per_row = reach == 1 ? 65536 / (W + 2) + 1 : reach == 2 ? 65536 / (W + 4) + 1 : 65536 / (W + 8) + 1;
+    const T *g_image = branch.g.data + corner.n * branch.g.image, *y_image = branch.y + corner.n * a.image;
+    for (int v = share.first; v < c / V; v += share.apart) {
+      NormBackward<float, V> norm(branch.coefficients + v * V, c);
+      // running statistics have no slope, and then y does not matter, whatever it is
+      bool slopes = false;
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+        slopes = slopes || norm.slope[i] != 0;
+        // not slope (y - mean): what that would save is far below the rounding of a 16-bit y
+        norm.shift[i] -= norm.slope[i] * norm.mean[i];
+      }
+#pragma unroll 1
+      for (int i = share.number * 32 + lane; i < (H + 2 * reach) * across; i += share.of * 32) {
         int row = i * per_row >> 16, column = i - row * across;
         int y = corner.y - reach + row, x = corner.x - reach + column;
         Pack<uint32_t, V / 2> pack = {};
         if (unsigned(y) < unsigned(a.oh) && unsigned(x) < unsigned(a.ow)) {
-          float from[V], output[V];
-          rfdarts::cuda::load<V>(branch.g.at(corner.n, y, x) + v * V, from);
-          rfdarts::cuda::load<V>(branch.y + corner.n * a.image + (int64_t(y) * a.ow + x) * c + v * V, output);
+          float value[V];
+          rfdarts::cuda::load<V>(g_image + y * branch.g.row + x * branch.g.pixel + v * V, value);
+#pragma unroll
+          for (int k = 0; k < V; k++) value[k] = norm.scale[k] * value[k] + norm.shift[k];
+          if (slopes) {
+            float output[V];
+            rfdarts::cuda::load<V>(y_image + (y * a.ow + x) * c + v * V, output);
+#pragma unroll
+            for (int k = 0; k < V; k++) value[k] += norm.slope[k] * output[k];
+          }
 #pragma unroll
           for (int k = 0; k < V / 2; k++) {
-            pack.v[k] = pair<T>(backward(2 * k, from[2 * k], output[2 * k]),
-                                backward(2 * k + 1, from[2 * k + 1], output[2 * k + 1]));
+            pack.v[k] = pair<T>(value[2 * k], value[2 * k + 1]);
             look_at<T>(pack.v[k], seen);
           }
         }
@@ -93,23 +109,21 @@ struct StripBackward {
       }
     }
   }
-  // planes = weights of channels c0 .. c0 + 15 times grad_ys; weight(i, o): from channel i to channel o
-  template <class Weight>
-  __device__ void multiply(const P& at, Weight&& weight) const {
-    int per = kWarps / tile.blocks, c0 = warp % tile.blocks * 16;
+  // planes = weights of channels c0 .. c0 + 15 times grad_ys; weights(i, o): from channel i to channels o, o + 1
+  template <class Weights>
+  __device__ void multiply(const P& at, Weights&& weights) const {
     constexpr int most = kMostStripChannels / 16;
+    Share share(tile.blocks, warp);
+    int c0 = share.first * 16;
     uint32_t w[most][4];
 #pragma unroll
     for (int k = 0; k < most; k++)
       if (k < tile.blocks)
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-          int i = c0 + g + r % 2 * 8, o = 16 * k + 2 * t + r / 2 * 8;
-          w[k][r] = pair<T>(weight(i, o), weight(i, o + 1));
-        }
+        for (int r = 0; r < 4; r++) w[k][r] = weights(c0 + g + r % 2 * 8, 16 * k + 2 * t + r / 2 * 8);
     int units = at.rows * P::kColumns / 16;
 #pragma unroll 1
-    for (int u = warp / tile.blocks; u < units; u += per) {
+    for (int u = share.number; u < units; u += share.of) {
       float acc[2][4] = {};
       const T* from = grad_ys + (16 * u + lane % 8 + lane / 16 * 8) * tile.pitch + lane / 8 % 2 * 8;
 #pragma unroll
@@ -163,9 +177,13 @@ struct StripBackward {
     exact = __syncthreads_or((seen & 0x7fff7fff) != 0) || exact;
     multiply(at, [&](int i, int o) {
       int number = branch_of(i);
-      if (number != branch_of(o) || number >= count) return 0.f;
+      // 2 and more neighbouring channels are one branch's
+      if (number != branch_of(o) || number >= count) return 0u;
       const BackwardBranch<T>& from = branch(number);
-      return a.conv_weights[from.weight + (from.kernel * from.kernel + channel_of(i)) * c + channel_of(o)];
+      float two[2];
+      rfdarts::cuda::load<2>(a.conv_weights + from.weight +
+                                 (from.kernel * from.kernel + channel_of(i)) * c + channel_of(o), two);
+      return pair<T>(two[0], two[1]);
     });
     __syncthreads();
 #pragma unroll

@@ -85,9 +85,10 @@ struct StripForwardBlock {
   // value. `seen`: see look_at.
   template <int V>
   __device__ void load(const ImageView<T>& x, int norm, int first, bool for_pools, uint32_t& seen) const {
-    int vectors = c / V, per = max(1, kWarps / vectors);
     constexpr int pairs = P::kColumns / 2;
-    for (int v = warp / per; v < vectors; v += kWarps / per) {
+    Share share(c / V, warp);
+    const T* image = x.data + corner.n * x.image;
+    for (int v = share.first; v < c / V; v += share.apart) {
       float scale[V], shift[V];
       if (norm >= 0) {
         int ch = v * V + lane % V;
@@ -96,27 +97,24 @@ struct StripForwardBlock {
         for (int i = 0; i < V; i++)
           scale[i] = __shfl_sync(0xffffffffu, own, i), shift[i] = __shfl_sync(0xffffffffu, behind, i);
       }
-      for (int i = warp % per * 32 + lane; i < at.rows * pairs; i += per * 32) {
+      for (int i = share.number * 32 + lane; i < at.rows * pairs; i += share.of * 32) {
         int row = i / pairs, q = i % pairs;
-        int y = corner.y - at.reach + row, x0 = corner.x - kMargin + 2 * q;
+        int y = corner.y - at.reach + row, x0 = corner.x - kMargin + 2 * q, place = y * x.row + x0 * x.pixel + v * V;
         uint32_t value[2][V / 2];
 #pragma unroll
         for (int side = 0; side < 2; side++) {
+          Pack<uint32_t, V / 2> pack;
           bool inside = unsigned(y) < unsigned(a.h) && unsigned(x0 + side) < unsigned(a.w);
-          if (inside) {
-            Pack<uint32_t, V / 2> pack =
-                *reinterpret_cast<const Pack<uint32_t, V / 2>*>(x.at(corner.n, y, x0 + side) + v * V);
 #pragma unroll
-            for (int k = 0; k < V / 2; k++) {
-              uint32_t both = pack.v[k];
-              if (norm >= 0)
-                both = pair<T>(scale[2 * k] * first_of<T>(both) + shift[2 * k],
-                               scale[2 * k + 1] * second_of<T>(both) + shift[2 * k + 1]);
-              value[side][k] = for_pools ? both : relu_pair<T>(both);
-            }
-          } else {
+          for (int k = 0; k < V / 2; k++) pack.v[k] = for_pools ? kLowestPair<T> : 0;
+          if (inside) pack = *reinterpret_cast<const Pack<uint32_t, V / 2>*>(image + place + side * x.pixel);
 #pragma unroll
-            for (int k = 0; k < V / 2; k++) value[side][k] = for_pools ? kLowestPair<T> : 0;
+          for (int k = 0; k < V / 2; k++) {
+            uint32_t both = pack.v[k];
+            if (norm >= 0 && inside)
+              both = pair<T>(scale[2 * k] * first_of<T>(both) + shift[2 * k],
+                             scale[2 * k + 1] * second_of<T>(both) + shift[2 * k + 1]);
+            value[side][k] = for_pools ? both : relu_pair<T>(both);
           }
         }
         T* to = planes + (first + v * V) * at.apart + row * kPlaneRow + 2 * q;

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     strip_second_convs_backward_kernel(const __grid_constant__ StripSecondConvsBackward<T> a) {
   RFDARTS_SHARED(shared);
   StripBackwardTile<T, H, W> tile(a.c, a.group, a.reach);
-  StripBackward<T, H, W> block{a, tile, a.group, shared};
+  StripBackward<T, H, W> block{a, tile, a.group, shared, a.tiling.corner(blockIdx.x)};
   float *coefficients = reinterpret_cast<float*>(shared + tile.bytes), *partial = coefficients + 3 * tile.channels;
   int b0 = int(blockIdx.y) * a.group, count = min(a.group, a.branches - b0), channels = tile.channels;
   for (int j = threadIdx.x; j < count * a.c; j += kThreads) {

@@ -78,15 +78,15 @@ struct StripPoolsBackward {
     }
     return w;
   }
-  // The pools' coefficients, summed over their BatchNorms: all have the same mean.
+  // The pools' coefficients, summed over their BatchNorms: the gradient is scale g + slope y + shift.
   struct Coefficients {
-    float slope[4] = {}, mean[4] = {}, shift[4] = {};
+    float slope[4] = {}, shift[4] = {};
   };
   __device__ void add_coefficients(int norm, Coefficients& to) const {
     if (norm < 0) return;
     NormBackward<float, 4> one(a.coefficients + int64_t(norm) * 4 * c + ch, c);
 #pragma unroll
-    for (int i = 0; i < 4; i++) to.slope[i] += one.slope[i], to.mean[i] = one.mean[i], to.shift[i] += one.shift[i];
+    for (int i = 0; i < 4; i++) to.slope[i] += one.slope[i], to.shift[i] += one.shift[i] - one.slope[i] * one.mean[i];
   }
   __device__ void add_scaled(int norm, const float (&g)[4], float (&to)[4]) const {
     if (norm < 0) return;
@@ -102,9 +102,8 @@ struct StripPoolsBackward {
     for (int i = 0; i < 4; i++) {
       float avg = widen(narrow<T>(w.sum[i] / size));
       // as in NormBackward, running statistics have no slope
-      grad_max[i] = of_max.slope[i] != 0 ? of_max.slope[i] * (w.most[i] - of_max.mean[i]) : 0.f;
-      grad_avg[i] = of_avg.slope[i] != 0 ? of_avg.slope[i] * (avg - of_avg.mean[i]) : 0.f;
-      grad_max[i] += of_max.shift[i], grad_avg[i] += of_avg.shift[i];
+      grad_max[i] = of_max.shift[i] + (of_max.slope[i] != 0 ? of_max.slope[i] * w.most[i] : 0.f);
+      grad_avg[i] = of_avg.shift[i] + (of_avg.slope[i] != 0 ? of_avg.slope[i] * avg : 0.f);
     }
     for (int e = 0; e < a.leaving; e++) {
       const auto& edge = a.edge[e];
@@ -187,32 +186,32 @@ struct StripPoolsBackward {
   }
 };
 
-// One block per tile of the state.
+// One block per tile of the state: its column, its row, its image. No register keeps where that is.
 template <class T, int H, int W>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     strip_state_backward_kernel(const __grid_constant__ StripStateBackward<T> a) {
   RFDARTS_SHARED(shared);
   StripBackwardTile<T, H, W> tile(a.c, a.group, a.reach);
-  Corner corner = a.tiling.corner(blockIdx.x);
+  auto corner = [] { return Corner{int(blockIdx.z), int(blockIdx.y) * H, int(blockIdx.x) * W}; };
   const float* stage;
   {
-    StripBackward<T, H, W> block{a, tile, a.group, shared};
+    StripBackward<T, H, W> block{a, tile, a.group, shared, corner()};
     block.clear(a.reach);
     for (int b0 = 0; b0 < a.branches; b0 += a.group)
       block.add(min(a.group, a.branches - b0),
                 [&](int k) -> const BackwardBranch<T>& { return a.branch[b0 + k]; });
     stage = block.stage();
   }
-  StripPoolsBackward<T, H, W> pools{a, corner, shared + tile.bytes};
+  StripPoolsBackward<T, H, W> pools{a, corner(), shared + tile.bytes};
   if (a.pools) pools.prepare();
   __syncthreads();
-  int quads = a.c / 4, ch = threadIdx.x % quads * 4;
+  int quads = a.c / 4, ch = threadIdx.x % quads * 4, n = corner().n;
   for (int p = threadIdx.x / quads; p < H * W; p += kThreads / quads) {
     int strip = p / kStrip, r = strip % H, q = strip / H * kStrip + p % kStrip;
-    int y = corner.y + r, x = corner.x + q;
+    int y = corner().y + r, x = corner().x + q;
     if (y >= a.h || x >= a.w) continue;
     float input[4], sum[4] = {};
-    load<4>(a.x.at(corner.n, y, x) + ch, input);
+    load<4>(a.x.at(n, y, x) + ch, input);
     for (int k = 0; k < a.group; k++)
 #pragma unroll
       for (int i = 0; i < 4; i++) sum[i] += stage[(k * a.c + ch + i) * tile.kStage + p];
@@ -225,17 +224,17 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
       if (edge.identity_op < 0) continue;
       float term_weight = a.op_weights[edge.identity_op], g[4];
       if (a.edge_weights) term_weight *= a.edge_weights[edge.edge];
-      load<4>(edge.g.at(corner.n, y, x) + ch, g);
+      load<4>(edge.g.at(n, y, x) + ch, g);
 #pragma unroll
       for (int i = 0; i < 4; i++) sum[i] += term_weight * g[i];
     }
     if (a.outer.data) {
       float outer[4];
-      load<4>(a.outer.at(corner.n, y, x) + ch, outer);
+      load<4>(a.outer.at(n, y, x) + ch, outer);
 #pragma unroll
       for (int i = 0; i < 4; i++) sum[i] += outer[i];
     }
-    store<4>(a.grad_x + ((int64_t(corner.n) * a.h + y) * a.w + x) * a.channels + ch, sum);
+    store<4>(a.grad_x + ((int64_t(n) * a.h + y) * a.w + x) * a.channels + ch, sum);
   }
 }
 

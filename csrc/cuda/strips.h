@@ -20,6 +20,19 @@ constexpr int kPlaneRow = 24;
 // Branches that stand side by side so that they have 16 channels or a multiple; 0: none do.
 __host__ __device__ inline int strip_group(int c) { return c % 16 == 0 ? 1 : c == 4 || c == 8 ? 16 / c : 0; }
 
+// How warps share pixels whose channels are in `parts`, one part a warp: the first part of the warp, and as what of how
+// many warps it takes it. One that is left over begins behind the last.
+struct Share {
+  int first, apart, number, of;
+
+  __device__ Share(int parts, int warp) {
+    // kWarps / parts, or 1, is two to this; without a division
+    int log = parts == 1 ? 3 : parts == 2 ? 2 : parts <= 4 ? 1 : 0;
+    static_assert(kWarps == 8);
+    of = 1 << log, apart = kWarps >> log, first = warp >> log, number = warp & (of - 1);
+  }
+};
+
 // Of a tile of H x W outputs.
 template <int H, int W>
 struct Planes {

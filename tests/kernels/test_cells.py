@@ -100,6 +100,20 @@ EMULATED_ROUNDED = {
     "tensor cores, K=2, stride 2": dict(channels=32, K=2, nodes=1, stride=2),
 }
 EMULATED_ROUNDED = {name: dict(shapes=[(4, 12, 20)], **o) for name, o in EMULATED_ROUNDED.items()}
+# what the 16-bit kernels of strips take: 4 and 8 mixed channels side by side, 16 and more; tiles of 16 x 16 and 8 x 8
+STRIPS = {
+    "four channels": dict(K=4, channels=16, nodes=2),
+    "eight channels": dict(K=2, channels=16, nodes=1),
+    "32 channels": dict(channels=32, nodes=1, inputs=1, shapes=[(2, 20, 36)]),
+    "64 channels": dict(channels=64, nodes=1, inputs=1, shapes=[(2, 8, 8), (1, 14, 14)]),
+    "128 channels": dict(channels=128, nodes=1, inputs=1, shapes=[(1, 9, 9)]),
+    "tiles that hang over": dict(channels=16, nodes=1, shapes=[(2, 9, 7), (1, 17, 33), (3, 1, 3), (1, 5, 1)]),
+    "evaluated": dict(channels=16, nodes=1, train=False),
+    "S1": dict(primitives=SPACES["s1"].cells["normal"], nodes=4, channels=16, K=2),
+    "pools alone": dict(primitives=("avg_pool_3x3", "max_pool_3x3"), channels=16, nodes=2),
+    "no pools": dict(primitives=("skip_connect", "sep_conv_5x5", "dil_conv_5x5"), channels=16, K=4, nodes=2),
+}
+STRIPS = {f"strips, {name}": dict(shapes=[(2, 10, 18)]) | options for name, options in STRIPS.items()}
 
 TRITON = {
     "DARTS": dict(primitives=DARTS_PRIMITIVES, nodes=2),
@@ -153,6 +167,7 @@ GPU = {name: dict(shapes=[(3, 18, 10), (2, 32, 32), (1, 8, 8)], **o) for name, o
     ("cpu", (F64, F32), CPU),
     ("emulated", (F64,), EMULATED),
     ("emulated", (F32, BF16, F16), EMULATED_ROUNDED),
+    ("emulated", (BF16, F16), STRIPS),
     ("triton", (F64,), TRITON),
     ("gpu", (F64, F32, BF16, F16), GPU),
 )
@@ -207,6 +222,11 @@ FAR_OUT_EMULATED = {name: EMULATED_ROUNDED[name] for name in ("stride 1", "strid
         far_out(FAR_OUT_CPU, ("first pixel", "lower half", "all pixels"), nodes=1, shapes=[(2, 32, 32)]),
     ),
     ("emulated", (F32,), far_out(FAR_OUT_EMULATED, FAR_OUT)),
+    (
+        "emulated",
+        (BF16,),
+        far_out({"strips": dict(channels=16, nodes=1, inputs=1, shapes=[(2, 18, 34)])}, FAR_OUT),
+    ),
 )
 def test_pixels_far_out(backend, dtype, options):
     for problem in problems(dtype, **options):
@@ -228,6 +248,7 @@ TENSOR_CORES = {
         "NAS-Bench-201": dict(shapes=[(5, 9, 8)], channels=16, **NASBENCH201),
     }),
     ("emulated", (F32, BF16), TENSOR_CORES | {"K=2": dict(shapes=[(2, 6, 10)], K=2, channels=8)}),
+    ("emulated", (BF16,), {name: STRIPS[f"strips, {name}"] for name in ("eight channels", "32 channels")}),
     ("triton", (F32,), {
         "noise, K=2": dict(shapes=[(2, 4, 6)], K=2, channels=8, inputs=1, primitives=("noise", *FEW[1:])),
     }),
