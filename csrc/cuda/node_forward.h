@@ -9,7 +9,7 @@ constexpr int kNodeRows = 2;
 // Blocks of a multiprocessor that must have enough registers: the more, the more loads are under way. bfloat16 is
 // unpacked in place; all others take more.
 template <class T, int K>
-constexpr int kForwardBlocks = sizeof(T) == 8 ? 1 : K == 8 || sizeof(T) == 4 ? 2 : 3;
+constexpr int kForwardBlocks = sizeof(T) == 2 ? (K == 8 ? 2 : 3) : sizeof(T) == 4 && K < 8 ? 2 : 1;
 template <int K>
 constexpr int kForwardBlocks<__nv_bfloat16, K> = K == 8 ? 2 : 4;
 // Enough for any device; as every block prepares the terms, each takes several rounds of a larger node.
