@@ -1,5 +1,6 @@
 #include "emulation/cuda.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -177,13 +178,22 @@ void record(bool on) {
   log.clear();
 }
 const std::string& recorded() { return log; }
-bool write_down(const char* function, dim3 grid, size_t shared) {
+bool write_down(const char* function, const void* kernel, dim3 grid, dim3 size, size_t shared, Bytes params) {
   if (!recording) return false;
   std::string name = function;
   // ... [with Params = ...; ...]
   name = name.substr(name.find("Params = "));
+  Dl_info library{};
+  dladdr(kernel, &library);
+  auto place = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+  auto sizes = [](dim3 d) { return std::to_string(d.x) + " " + std::to_string(d.y) + " " + std::to_string(d.z); };
   log += name.substr(0, name.find_first_of(";]")) + " | " + std::to_string(grid.x * grid.y * grid.z) + " | " +
-         std::to_string(shared) + "\n";
+         std::to_string(shared) + " | " + std::to_string(place) + " | " + sizes(grid) + " | " + sizes(size) + " | ";
+  for (size_t i = 0; i < params.size; i++) {
+    unsigned char byte = static_cast<const unsigned char*>(params.data)[i];
+    for (int digit : {byte >> 4, byte & 15}) log += "0123456789abcdef"[digit];
+  }
+  log += "\n";
   return true;
 }
 void emulate(std::vector<Device> some) {

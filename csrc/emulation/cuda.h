@@ -120,9 +120,14 @@ void run(dim3 grid, dim3 size, size_t shared, void (*body)(void*), void* context
 void shuffle(bool on);
 // from here on, launches are only written down
 void record(bool on);
-// type of the parameters, blocks, bytes of shared memory: one launch a line
+// One launch a line: type of the parameters | blocks | bytes of shared memory | the kernel's place in this library |
+// grid | threads | the parameters' bytes; the last four for benchmarks that read the GPU's own code.
 const std::string& recorded();
-bool write_down(const char* function, dim3 grid, size_t shared);
+struct Bytes {
+  const void* data;
+  size_t size;
+};
+bool write_down(const char* function, const void* kernel, dim3 grid, dim3 size, size_t shared, Bytes params);
 
 template <class T>
 T exchange(unsigned mask, T value, int source, int operation) {
@@ -163,8 +168,9 @@ void multiply_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, dim3 size, size_t shared, const Params& params) {
-  if (!launchable(reinterpret_cast<const void*>(kernel), shared)) return;
-  if (write_down(__PRETTY_FUNCTION__, grid, shared)) return;
+  auto address = reinterpret_cast<const void*>(kernel);
+  if (!launchable(address, shared)) return;
+  if (write_down(__PRETTY_FUNCTION__, address, grid, size, shared, {&params, sizeof(params)})) return;
   auto body = [&] { kernel(params); };
   run(grid, size, shared, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
 }

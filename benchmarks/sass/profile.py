@@ -1,0 +1,145 @@
+"""What the warps of a launch issue, scaled from a sample of its blocks; and where in the source."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.sass.code import Kernel
+from benchmarks.sass.machine import Machine, Size
+from benchmarks.sass.pipes import (
+    CYCLES,
+    MULTIPROCESSORS,
+    WAVEFRONT,
+    Work,
+    class_of,
+    tensor_cycles,
+)
+
+BLOCKS = 24
+
+
+class Launch(NamedTuple):
+    """As csrc/emulation writes it down; `kernel` is the mangled name, anonymous namespaces as g++ writes them."""
+
+    kernel: str
+    grid: Size
+    threads: Size
+    shared: int
+    params: bytes
+
+    @property
+    def name(self) -> str:
+        return function_name(self.kernel)
+
+    @property
+    def blocks(self) -> int:
+        x, y, z = self.grid
+        return x * y * z
+
+
+def function_name(mangled: str) -> str:
+    """The last part of _ZN, length, part, length, part, ...: x_kernel of a kernel."""
+    rest, name = mangled.removeprefix("_ZN"), mangled
+    while match := re.match(r"\d+", rest):
+        end = match.end() + int(match[0])
+        name, rest = rest[match.end() : end], rest[end:]
+    return name
+
+
+def same_name(mangled: str) -> str:
+    """With every anonymous namespace as g++ names it: nvcc names it after the file."""
+    match = re.search(r"(\d+)(_GLOBAL__N_)", mangled)
+    if not match:
+        return mangled
+    return mangled[: match.start()] + "12_GLOBAL__N_1" + mangled[match.start(2) + int(match[1]) :]
+
+
+def sample(grid: Size, most: int) -> list[Size]:
+    """Blocks [x, y, z] of a grid, all y and z alike and x spread out; all of them where they are few.
+
+    The first and last x are among them: borders and what is left over lie there."""
+    x, y, z = grid
+    if x * y * z <= most:
+        return [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    each = min(x, max(3, -(-most // (y * z))))
+    chosen = np.unique(np.linspace(0, x - 1, each).round().astype(int))
+    return [(int(i), j, k) for k in range(z) for j in range(y) for i in chosen]
+
+
+class Profile(NamedTuple):
+    """Of one launch, per instruction of its kernel and scaled to all blocks.
+
+    Attributes:
+        issued: warp instructions; lanes: active lanes of each on average.
+        wavefronts: of shared memory, or lines of global memory; ideal: the former without bank conflicts.
+        shared: which instructions access shared memory.
+        unknown: accesses whose addresses are data, as a share of all; assumed: as `Machine.assumed`.
+        sampled: blocks that were interpreted.
+    """
+
+    kernel: Kernel
+    launch: Launch
+    issued: Any
+    lanes: Any
+    wavefronts: Any
+    ideal: Any
+    shared: Any
+    sectors: Any
+    unknown: float
+    assumed: dict[int, int]
+    sampled: int
+
+    @property
+    def work(self) -> Work:
+        issued: dict[str, float] = defaultdict(float)
+        cycles: dict[str, float] = defaultdict(float)
+        for one, count, wavefronts in zip(
+            self.kernel.instructions, self.issued, self.wavefronts, strict=True
+        ):
+            if not count:
+                continue
+            name = class_of(one)
+            issued[name] += count
+            cycles["issue"] += count
+            if name in CYCLES:
+                cycles[name] += count * CYCLES[name]
+            elif name == "tensor":
+                cycles[name] += count * tensor_cycles(one)
+            elif name == "shuffle":
+                cycles["lsu"] += count * WAVEFRONT
+            elif name in ("shared", "global"):
+                cycles["lsu"] += wavefronts * WAVEFRONT
+        return Work(dict(issued), dict(cycles), min(MULTIPROCESSORS, self.launch.blocks))
+
+
+def profiled(kernel: Kernel, launch: Launch, most: int = BLOCKS) -> Profile:
+    """Raises SassError for an instruction that control flow depends on and that is not interpreted."""
+    blocks = sample(launch.grid, most)
+    machine = Machine(kernel, launch.grid, launch.threads, launch.params, blocks)
+    machine.run()
+    scale = launch.blocks / len(blocks)
+    issued = machine.per_instruction(machine.block_issued)
+    lanes = machine.per_instruction(machine.block_lanes) / np.maximum(issued, 1)
+    accesses = sum(
+        count
+        for one, count in zip(kernel.instructions, issued, strict=True)
+        if class_of(one) in ("shared", "global")
+    )
+    unknown = machine.unknown_accesses.sum() / max(accesses, 1)
+    return Profile(
+        kernel,
+        launch,
+        issued * scale,
+        lanes,
+        machine.wavefronts * scale,
+        machine.ideal * scale,
+        np.array([class_of(one) == "shared" for one in kernel.instructions]),
+        machine.sectors * scale,
+        float(unknown),
+        machine.assumed,
+        len(blocks),
+    )
