@@ -73,7 +73,7 @@ struct BackwardPass : CellContext<T> {
     p.parts = std::clamp(std::min(128 / cm, ceil_div(p.tiling.tw, p.step)), 1, 4);
     int rows = p.node.rows() + 1 + (p.bypasses ? p.node.incoming : 0);
     p.partial = this->template take<double>(int64_t(rows) * p.tiling.count * cm);
-    launch(node_backward_kernel<T, K, V>, dim3(p.tiling.count), p.shared_bytes(), queue, p);
+    launch(node_backward_kernel<T, K, V>, dim3(p.tiling.count), p.shared_bytes(V), queue, p);
   }
   void edges() {
     if (!edge_terms) return;

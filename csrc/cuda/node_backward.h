@@ -1,9 +1,8 @@
 // The sums that all gradients of a node follow from.
 //
 // A block takes a tile: whole rows of one image, or a part of a row, so that its pixels follow one another. g of the
-// mixed channels is in shared memory; a warp takes the next task as soon as it is free, and of it 32 lanes x V channels:
-// lanes are neighbours in channels first, then in pixels. What a task sums depends on no warp and no other task. It is
-// a row of partial [rows][blocks][cm]:
+// mixed channels is in shared memory; each warp takes one task at a time, and of it 32 lanes x V channels: lanes are
+// neighbours in channels first, then in pixels. What a block sums is a row of partial [rows][blocks][cm]:
 //
 //     g, shared           task                 sums over the pixels             its rows
 //      cm channels
@@ -35,12 +34,16 @@ struct NodeBackward {
   int parts;        // of an edge's pools: columns are dealt out to them
   bool bypasses;
 
-  // Shared memory in bytes: sums of the parts [incoming][parts][2][cm], g [pixels][cm], the pools' means
-  // [incoming][2][cm], the next task.
-  __host__ __device__ int sums_bytes() const { return node.incoming * parts * 2 * node.cm * int(sizeof(double)); }
-  __host__ __device__ int g_bytes() const { return tiling.th * tiling.tw * node.cm * int(sizeof(Acc<T>)); }
-  __host__ __device__ int means_bytes() const { return node.incoming * 2 * node.cm * int(sizeof(Acc<T>)); }
-  int shared_bytes() const { return sums_bytes() + g_bytes() + means_bytes() + int(sizeof(int)); }
+  // Tasks, and what each leaves in shared memory, slots of a value for each lane's V channels: one, the parts of an
+  // edge's pools two.
+  __host__ __device__ int pools() const { return node.incoming * parts; }
+  __host__ __device__ int others() const { return node.incoming * (bypasses + 1) + node.streams + 1; }
+  __host__ __device__ int slots() const { return 2 * pools() + others(); }
+  // Shared memory: sums [slots][groups of channels][32 V], g [pixels][cm], the pools' means [incoming][2][cm].
+  int shared_bytes(int v) const {
+    int values = slots() * ceil_div(node.cm, 32 * v) * 32 * v + (tiling.th * tiling.tw + 2 * node.incoming) * node.cm;
+    return values * int(sizeof(Acc<T>));
+  }
 };
 
 // sum += value, what rounding loses being kept in `lost`: for long sums whose terms are not centred
@@ -51,29 +54,21 @@ __device__ __forceinline__ void add_compensated(A value, A& sum, A& lost) {
   sum = next;
 }
 
-// What a warp sums: of stream or incoming edge `index`, into rows from `row` on. The longest come first.
-enum class Role { Pools, Bypass, Stream, Identity, Gradient };
+// What a warp sums: of stream or incoming edge `index`, for row `row`. The longest come first.
+enum class Role { Bypass, Stream, Identity, Gradient };
 struct Task {
   Role role;
-  int index, row, part;
+  int index, row;
 };
+// those that are no pools, in the order of their slots
 template <class T>
 __device__ Task task_of(const NodeBackward<T>& a, int number) {
   const Node<T>& node = a.node;
-  if (number < node.incoming * a.parts) {
-    int edge = number / a.parts;
-    return {Role::Pools, edge, node.streams + 3 * edge, number % a.parts};
-  }
-  int bypass = number - node.incoming * a.parts, stream = bypass - (a.bypasses ? node.incoming : 0);
-  if (stream < 0) return {Role::Bypass, bypass, node.rows() + 1 + bypass, 0};
-  if (stream < node.streams) return {Role::Stream, stream, stream, 0};
-  int edge = stream - node.streams;
-  if (edge < node.incoming) return {Role::Identity, edge, node.streams + 3 * edge + 2, 0};
-  return {Role::Gradient, 0, node.rows(), 0};
-}
-template <class T>
-__device__ int tasks_of(const NodeBackward<T>& a) {
-  return a.node.incoming * (a.parts + a.bypasses + 1) + a.node.streams + 1;
+  int bypass = number, stream = bypass - (a.bypasses ? node.incoming : 0), edge = stream - node.streams;
+  if (stream < 0) return {Role::Bypass, bypass, node.rows() + 1 + bypass};
+  if (edge < 0) return {Role::Stream, stream, stream};
+  if (edge < node.incoming) return {Role::Identity, edge, node.streams + 3 * edge + 2};
+  return {Role::Gradient, 0, node.rows()};
 }
 
 // A block's pixels: `count` from (y0, x0) on, in rows of `wide`.
@@ -109,16 +104,15 @@ __device__ __forceinline__ void load_by(const T* from, Acc<T> (&to)[N]) {
   }
 }
 
-// A lane's V channels of the block's pixels.
+// A lane's V channels of the block's pixels, from channel `ch` on. Its sums go to sums[slot * apart].
 template <class T, int K, int V>
 struct LanePixels {
   using A = Acc<T>;
   const NodeBackward<T>& a;
   const NodePixels& pixels;
-  double* sums;
   const A *gs, *means;
-  int c0;
-  int lane = threadIdx.x % 32, place = lane / a.lanes, ch = c0 + lane % a.lanes * V;
+  A* sums;
+  int place, ch, apart;
 
   // lanes that are left over, or beyond the channels, have no pixel
   __device__ bool takes() const { return place < a.step && ch < a.node.cm; }
@@ -127,31 +121,13 @@ struct LanePixels {
 #pragma unroll
     for (int i = 0; i < V; i++) mean[i] = norm < 0 || !takes() ? A(0) : a.node.norms.mean(norm, ch + i);
   }
-  // to[channel] = the sum over the lanes that share channels, in pairs
-  __device__ void add_up(const A (&sum)[V], double* to) const {
-    double total[V];
-#pragma unroll
-    for (int i = 0; i < V; i++) total[i] = double(sum[i]);
-    int apart = 1;
-    while (apart < a.step) apart *= 2;
-    for (apart /= 2; apart; apart /= 2)
-#pragma unroll
-      for (int i = 0; i < V; i++) {
-        double other = __shfl_sync(0xffffffffu, total[i], (lane + apart * a.lanes) & 31);
-        if (place + apart < a.step) total[i] += other;
-      }
-    if (place == 0 && ch < a.node.cm)
-#pragma unroll
-      for (int i = 0; i < V; i++) to[ch + i] = total[i];
-  }
-  __device__ double* row(int row) const { return a.partial + (int64_t(row) * gridDim.x + blockIdx.x) * a.node.cm; }
 
   template <int S>
-  __device__ void sum_pools_at(const Task& task) const {
-    const auto& in = a.node.in[task.index];
+  __device__ void sum_pools_at(int edge, int part) const {
+    const auto& in = a.node.in[edge];
     A sum_max[V] = {}, sum_avg[V] = {};
-    const A* mean = means + task.index * 2 * a.node.cm + ch;
-    int begin = takes() ? task.part * a.step + place : pixels.wide;
+    const A* mean = means + edge * 2 * a.node.cm + ch;
+    int begin = takes() ? part * a.step + place : pixels.wide;
     for (int x = begin; x < pixels.wide; x += a.step * a.parts) {
       PoolColumn<T, V, S> column(in.x, pixels.n, pixels.x0 + x, ch, in.h, in.w);
       const A* from = gs + x * a.node.cm + ch;
@@ -169,17 +145,17 @@ struct LanePixels {
         }
       });
     }
-    double* to = sums + int64_t(task.index * a.parts + task.part) * 2 * a.node.cm;
-    add_up(sum_max, to);
-    add_up(sum_avg, to + a.node.cm);
+    store<V>(sums + (2 * edge * a.parts + part) * apart, sum_max);
+    store<V>(sums + ((2 * edge + 1) * a.parts + part) * apart, sum_avg);
   }
-  __device__ void sum_pools(const Task& task) const {
-    const auto& in = a.node.in[task.index];
-    if (in.max || in.avg) in.stride == 1 ? sum_pools_at<1>(task) : sum_pools_at<2>(task);
+  __device__ void sum_pools(int number) const {
+    int edge = number / a.parts, part = number % a.parts;
+    const auto& in = a.node.in[edge];
+    if (in.max || in.avg) in.stride == 1 ? sum_pools_at<1>(edge, part) : sum_pools_at<2>(edge, part);
   }
-  __device__ void sum_bypass(const Task& task) const {
+  __device__ void sum_bypass(const Task& task, A (&sum)[V]) const {
     const auto& in = a.node.in[task.index];
-    A sum[V] = {}, lost[V] = {};
+    A lost[V] = {};
     for (PixelWalk at(pixels, first(), a.step); at.p < pixels.count; at.next()) {
       int y = pixels.y0 + at.y, x = pixels.x0 + at.x;
       A g[K * V], value[K][V];
@@ -192,11 +168,10 @@ struct LanePixels {
 #pragma unroll
         for (int i = 0; i < V; i++) add_compensated(g[i * K + k] * value[k][i], sum[i], lost[i]);
     }
-    add_up(sum, row(task.row));
   }
-  __device__ void sum_stream(const Task& task) const {
+  __device__ void sum_stream(const Task& task, A (&sum)[V]) const {
     const auto& stream = a.node.stream[task.index];
-    A sum[V] = {}, mean[V];
+    A mean[V];
     this->mean(a.node.term[task.row].norm, mean);
     auto add = [&](const Pack<T, V>& value, int p) {
       A g[V], y[V];
@@ -216,12 +191,11 @@ struct LanePixels {
       for (int j = 0; j < kAhead; j++) add(value[j], p + j * a.step);
     }
     for (; p < pixels.count; p += a.step) add(at(p), p);
-    add_up(sum, row(task.row));
   }
-  __device__ void sum_identity(const Task& task) const {
+  __device__ void sum_identity(const Task& task, A (&sum)[V]) const {
     const auto& in = a.node.in[task.index];
     if (!in.identity) return;
-    A sum[V] = {}, lost[V] = {};
+    A lost[V] = {};
 #pragma unroll 4
     for (PixelWalk at(pixels, first(), a.step); at.p < pixels.count; at.next()) {
       A value[V], g[V];
@@ -230,28 +204,28 @@ struct LanePixels {
 #pragma unroll
       for (int i = 0; i < V; i++) add_compensated(g[i] * value[i], sum[i], lost[i]);
     }
-    add_up(sum, row(task.row));
   }
-  __device__ void sum_gradient(const Task& task) const {
-    A sum[V] = {};
+  __device__ void sum_gradient(A (&sum)[V]) const {
     for (int p = first(); p < pixels.count; p += a.step) {
       A g[V];
       load<V>(gs + p * a.node.cm + ch, g);
 #pragma unroll
       for (int i = 0; i < V; i++) sum[i] += g[i];
     }
-    add_up(sum, row(task.row));
   }
-  __device__ void run(const Task& task) const {
+  __device__ void run(int number) const {
+    if (number < a.pools()) return sum_pools(number);
+    Task task = task_of(a, number - a.pools());
+    A sum[V] = {};
     switch (task.role) {
-      case Role::Pools: return sum_pools(task);
       case Role::Bypass:
-        if constexpr (K > 1) sum_bypass(task);
-        return;
-      case Role::Stream: return sum_stream(task);
-      case Role::Identity: return sum_identity(task);
-      case Role::Gradient: return sum_gradient(task);
+        if constexpr (K > 1) sum_bypass(task, sum);
+        break;
+      case Role::Stream: sum_stream(task, sum); break;
+      case Role::Identity: sum_identity(task, sum); break;
+      default: sum_gradient(sum);
     }
+    store<V>(sums + (a.pools() + number) * apart, sum);
   }
 };
 
@@ -280,34 +254,36 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, K>)
     node_backward_kernel(const __grid_constant__ NodeBackward<T> a) {
   RFDARTS_SHARED(shared);
   const Node<T>& node = a.node;
-  int cm = node.cm, lane = threadIdx.x % 32;
-  double* sums = reinterpret_cast<double*>(shared);
-  Acc<T>* gs = reinterpret_cast<Acc<T>*>(shared + a.sums_bytes());
+  int cm = node.cm, groups = ceil_div(cm, 32 * V), apart = groups * 32 * V;
+  Acc<T>*sums = reinterpret_cast<Acc<T>*>(shared), *gs = sums + a.slots() * apart;
   Acc<T>* means = gs + a.tiling.th * a.tiling.tw * cm;
-  int* next = reinterpret_cast<int*>(means + node.incoming * 2 * cm);
   NodePixels pixels(a.tiling, node.oh, node.ow);
-  if (threadIdx.x == 0) *next = 0;
   for (int i = threadIdx.x; i < node.incoming * 2 * cm; i += kThreads) {
     int row = i / cm, norm = node.term[node.streams + row / 2 * 3 + row % 2].norm;
     means[i] = norm < 0 ? Acc<T>(0) : node.norms.mean(norm, i % cm);
   }
   load_gradient<T, K, V>(a, pixels, gs);
   __syncthreads();
-  for (;;) {
-    int number = lane == 0 ? atomicAdd(next, 1) : 0;
-    number = __shfl_sync(0xffffffffu, number, 0);
-    int tasks = tasks_of(a), c0 = number / tasks * 32 * V;
-    if (c0 >= cm) break;
-    LanePixels<T, K, V>{a, pixels, sums, gs, means, c0}.run(task_of(a, number % tasks));
+  int lane = threadIdx.x % 32, place = lane / a.lanes, ch = (lane - place * a.lanes) * V;
+  int tasks = a.pools() + a.others();
+  for (int number = threadIdx.x / 32; number < tasks * groups; number += kThreads / 32) {
+    int group = groups == 1 ? 0 : number / tasks, first = group * 32 * V;
+    LanePixels<T, K, V>{a, pixels, gs, means, sums + first + lane * V, place, first + ch, apart}.run(number -
+                                                                                                 group * tasks);
   }
+  // all sums are there
   __syncthreads();
-  for (int i = threadIdx.x; i < node.incoming * 2 * cm; i += kThreads) {
-    int edge = i / (2 * cm), at = i % (2 * cm);
-    const auto& in = node.in[edge];
-    if (!in.max && !in.avg) continue;
+  for (int i = threadIdx.x; i < (2 * node.incoming + a.others()) * cm; i += kThreads) {
+    int number = i / cm, channel = i % cm, other = number - 2 * node.incoming, slot = a.parts * number, slots = a.parts;
+    int row = node.streams + number / 2 * 3 + number % 2;
+    if (other >= 0) slot = 2 * a.pools() + other, slots = 1, row = task_of(a, other).row;
+    // a channel's first lane; where lanes go along the pixels too, there is one group
+    const Acc<T>* from = sums + slot * apart + channel;
     double total = 0;
-    for (int part = 0; part < a.parts; part++) total += sums[(edge * a.parts + part) * 2 * cm + at];
-    a.partial[(int64_t(node.streams + 3 * edge + at / cm) * gridDim.x + blockIdx.x) * cm + at % cm] = total;
+    for (int s = 0; s < slots; s++)
+#pragma unroll 4
+      for (int p = 0; p < a.step; p++) total += double(from[s * apart + p * cm]);
+    a.partial[(int64_t(row) * gridDim.x + blockIdx.x) * cm + channel] = total;
   }
 }
 

@@ -5,48 +5,46 @@
 
 namespace rfdarts::cuda {
 
-// the greater ones as they are stored; a NaN wins
+// the greater one as it is stored; a NaN wins
 template <class T>
 __device__ __forceinline__ T greater(T a, T b) {
   return widen(b) > widen(a) || widen(b) != widen(b) ? b : a;
 }
-#ifndef RFDARTS_EMULATION
+#ifdef RFDARTS_EMULATION
+template <class T, int V>
+Pack<T, V> greater(const Pack<T, V>& a, const Pack<T, V>& b) {
+  Pack<T, V> c;
+  for (int i = 0; i < V; i++) c.v[i] = greater(a.v[i], b.v[i]);
+  return c;
+}
+#else
 template <>
 __device__ __forceinline__ float greater(float a, float b) {
   float c;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }
-__device__ __forceinline__ __nv_bfloat162 greater_pair(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2_nan(a, b); }
-__device__ __forceinline__ __half2 greater_pair(__half2 a, __half2 b) { return __hmax2_nan(a, b); }
-template <class T>
-struct PairOf;
-template <>
-struct PairOf<__nv_bfloat16> {
-  using type = __nv_bfloat162;
-};
-template <>
-struct PairOf<__half> {
-  using type = __half2;
-};
-#endif
+// two in one register
+__device__ __forceinline__ void greater_pair(const __nv_bfloat16* a, const __nv_bfloat16* b, __nv_bfloat16* c) {
+  using Pair = __nv_bfloat162;
+  *reinterpret_cast<Pair*>(c) = __hmax2_nan(*reinterpret_cast<const Pair*>(a), *reinterpret_cast<const Pair*>(b));
+}
+__device__ __forceinline__ void greater_pair(const __half* a, const __half* b, __half* c) {
+  using Pair = __half2;
+  *reinterpret_cast<Pair*>(c) = __hmax2_nan(*reinterpret_cast<const Pair*>(a), *reinterpret_cast<const Pair*>(b));
+}
 template <class T, int V>
 __device__ __forceinline__ Pack<T, V> greater(const Pack<T, V>& a, const Pack<T, V>& b) {
   Pack<T, V> c;
-#ifndef RFDARTS_EMULATION
-  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
-    using Pair = typename PairOf<T>::type;
+  if constexpr (sizeof(T) == 2 && V % 2 == 0)
 #pragma unroll
-    for (int i = 0; i < V; i += 2)
-      reinterpret_cast<Pair&>(c.v[i]) =
-          greater_pair(reinterpret_cast<const Pair&>(a.v[i]), reinterpret_cast<const Pair&>(b.v[i]));
-    return c;
-  }
-#endif
+    for (int i = 0; i < V; i += 2) greater_pair(a.v + i, b.v + i, c.v + i);
+  else
 #pragma unroll
-  for (int i = 0; i < V; i++) c.v[i] = greater(a.v[i], b.v[i]);
+    for (int i = 0; i < V; i++) c.v[i] = greater(a.v[i], b.v[i]);
   return c;
 }
+#endif
 
 // A column of windows: V channels, outputs of one x. Loads beyond the border are of the nearest pixel, which every
 // window there has too: maxima need no more, and sums leave it out.

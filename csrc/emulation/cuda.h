@@ -182,7 +182,6 @@ void launch(void (*kernel)(Params), dim3 grid, dim3 size, size_t shared, const P
 #define gridDim (emulation::block.grid)
 
 inline void __syncthreads() { emulation::barrier(); }
-inline int atomicAdd(int* to, int value) { return std::exchange(*to, *to + value); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return emulation::exchange(mask, value, lane, 1);
