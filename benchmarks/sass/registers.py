@@ -15,7 +15,7 @@ LOADS = {"LDG", "LDS", "LDL", "LD", "LDSM", "ATOM", "ATOMG", "ATOMS", "TEX", "TL
 FLOATS = {
     *("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP", "FSET", "FCHK", "FSWZADD", "FADD32I", "FMUL32I"),
     *("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"),
-    *("HADD2", "HMUL2", "HFMA2", "HMNMX2", "HSETP2", "HSET2", "HMMA", "IMMA", "DMMA"),
+    *("HADD2", "HMUL2", "HFMA2", "HMNMX2", "VHMNMX", "HSETP2", "HSET2", "HMMA", "IMMA", "DMMA"),
     *("F2F", "F2FP", "FRND", "SHFL", "MATCH", "REDUX", "MOVM", "CS2UR"),
 }
 DATA_COMPARISONS = {"FSETP", "DSETP", "HSETP2"}

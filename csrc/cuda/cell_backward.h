@@ -158,7 +158,20 @@ struct BackwardPass : CellContext<T> {
     BypassBackward<T> p{this->states[s], state_grad[s], grad_x, edge_weights, n, int(source.h), int(source.w), oh, ow,
                         cm, c, source.stride, 0, {}};
     for (int e : source.edges) p.edge[p.leaving++] = {state_grad[cell.inputs + cell.edges[e].node], e};
-    launch(bypass_backward_kernel<T>, this->grid(cell.images * source.h * source.w * (c - cm)), 0, queue, p);
+    this->with_partial_channels([&]<int K>() {
+      constexpr int v = kNarrow<T>;
+      bool vectors = cm % v == 0 && aligned(p.x, v) && aligned(p.outer, v);
+      for (int e = 0; e < p.leaving; e++) vectors = vectors && aligned(p.edge[e].g, std::min(K * v, kWide<T>));
+      vectors ? launch_bypass<K, v>(p) : launch_bypass<K, 1>(p);
+    });
+  }
+  template <int K, int V>
+  void launch_bypass(const BypassBackward<T>& p) {
+    if constexpr (K > 1) {
+      int64_t items = cell.images * p.h * p.w * (cm / V);
+      require(items < int64_t(1) << 31, "pixels of a state");
+      launch(bypass_backward_kernel<T, K, V>, this->grid(items), 0, queue, p);
+    }
   }
 };
 

@@ -46,7 +46,7 @@ constexpr int kNarrow = kWide<T> < 4 ? kWide<T> : 4;
 // depend on the device.
 template <class T>
 Tiling node_tiling(int images, int h, int w, int c) {
-  constexpr int least = 1024, most = (32 << 10) / int(sizeof(Acc<T>));
+  constexpr int least = 512, most = (32 << 10) / int(sizeof(Acc<T>));
   int goal = int(std::clamp(2 * std::sqrt(double(images) * h * w * c), double(least), double(most)));
   int tw = std::clamp(goal / c, 1, w), th = tw < w ? 1 : std::clamp(goal / (w * c), 1, h);
   // as many, but equal ones

@@ -92,18 +92,6 @@ struct PixelWalk {
   }
 };
 
-// N elements, in vectors of V
-template <int V, int N, class T>
-__device__ __forceinline__ void load_by(const T* from, Acc<T> (&to)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i += V) {
-    Acc<T> part[V];
-    load<V>(from + i, part);
-#pragma unroll
-    for (int j = 0; j < V; j++) to[i + j] = part[j];
-  }
-}
-
 // A lane's V channels of the block's pixels, from channel `ch` on. Its sums go to sums[slot * apart].
 template <class T, int K, int V>
 struct LanePixels {
