@@ -61,7 +61,7 @@ struct BackwardPass : CellContext<T> {
     p.tiling = node_tiling<T>(n, oh, ow, cm);
     this->with_partial_channels([&]<int K>() {
       constexpr int v = kNarrow<T>;
-      this->aligned_node(p.node, v) && aligned(g, std::min(K * v, kWide<T>)) ? sums<K, v>(p) : sums<K, 1>(p);
+      this->aligned_node(p.node, v) ? sums<K, v>(p) : sums<K, 1>(p);
     });
     NodeGradients<T> f{p.node, outputs, p.partial, p.tiling.count, int(cell.primitives), grad_op_weights, edge_terms};
     launch(node_gradients_kernel<T>, dim3(p.node.rows() + (p.bypasses ? p.node.incoming : 0)), room_for(2), queue, f);
@@ -71,6 +71,7 @@ struct BackwardPass : CellContext<T> {
     p.lanes = std::min(32, ceil_div(cm, V)), p.step = 32 / p.lanes;
     // four warps share an edge where it has columns for them, and sums have room
     p.parts = std::clamp(std::min(128 / cm, ceil_div(p.tiling.tw, p.step)), 1, 4);
+    p.wide = aligned(p.g, std::min(K * V, kWide<T>));
     int rows = p.node.rows() + 1 + (p.bypasses ? p.node.incoming : 0);
     p.partial = this->template take<double>(int64_t(rows) * p.tiling.count * cm);
     launch(node_backward_kernel<T, K, V>, dim3(p.tiling.count), p.shared_bytes(V), queue, p);

@@ -28,12 +28,17 @@ struct NodeBackward {
   Node<T> node;
   Tiling tiling;
   ImageView<T> g;   // [n][oh][ow][K cm]
+  bool wide;        // vectors of g are aligned; who sums what does not depend on it
   T* mixed_g;       // the mixed op's channels of g, dense [n][oh][ow][cm], where not null
   double* partial;  // [rows + 1 + incoming][blocks][cm]
   int lanes, step;  // of a warp: along the channels, and along the pixels
   int parts;        // of an edge's pools: columns are dealt out to them
   bool bypasses;
 
+  template <int N>
+  __device__ __forceinline__ void load_g(const T* from, Acc<T> (&to)[N]) const {
+    wide ? load_by<N>(from, to) : load_by<1>(from, to);
+  }
   // Tasks, and what each leaves in shared memory, slots of a value for each lane's V channels: one, the parts of an
   // edge's pools two.
   __host__ __device__ int pools() const { return node.incoming * parts; }
@@ -147,7 +152,7 @@ struct LanePixels {
     for (PixelWalk at(pixels, first(), a.step); at.p < pixels.count; at.next()) {
       int y = pixels.y0 + at.y, x = pixels.x0 + at.x;
       A g[K * V], value[K][V];
-      load_by<V == 1 ? 1 : K * V>(a.g.at(pixels.n, y, x) + ch * K, g);
+      a.load_g(a.g.at(pixels.n, y, x) + ch * K, g);
       const T* from = in.x.at(pixels.n, y * in.stride, x * in.stride) + ch;
 #pragma unroll
       for (int k = 1; k < K; k++) bypass_at<T, V>(in.x, in.stride, from + k * a.node.cm, value[k]);
@@ -229,7 +234,7 @@ __device__ void load_gradient(const NodeBackward<T>& a, const NodePixels& pixels
   for (PixelWalk at(pixels, first, step); at.p < pixels.count; at.next())
     for (int c = ch; c < a.node.cm; c += across) {
       Acc<T> g[K * V], mixed[V];
-      load_by<V == 1 ? 1 : K * V>(a.g.at(pixels.n, pixels.y0 + at.y, pixels.x0 + at.x) + c * K, g);
+      a.load_g(a.g.at(pixels.n, pixels.y0 + at.y, pixels.x0 + at.x) + c * K, g);
 #pragma unroll
       for (int i = 0; i < V; i++) mixed[i] = g[i * K];
       store<V>(gs + at.p * a.node.cm + c, mixed);
