@@ -218,6 +218,7 @@ def cell_needs(K: int, channels: int, side: int, stride: int, batch: int, item: 
         "state_backward_kernel": [state_backward(s, leaving[s], outputs[s]) for s in backwards],
     }
     if K > 1:
+        needs["edge_gradients_kernel"] = [Launch()]
         needs["bypass_backward_kernel"] = [bypass_backward(s, leaving[s]) for s in backwards]
     return with_readers(needs)
 

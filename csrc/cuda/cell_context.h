@@ -110,6 +110,17 @@ struct CellContext {
     });
     return p;
   }
+  // f(K), for those that kernels are compiled for
+  template <class F>
+  void with_partial_channels(F&& f) const {
+    switch (cell.K) {
+      case 1: return f.template operator()<1>();
+      case 2: return f.template operator()<2>();
+      case 4: return f.template operator()<4>();
+      case 8: return f.template operator()<8>();
+    }
+    throw std::invalid_argument("K: the CUDA kernels know 1, 2, 4 and 8");
+  }
   // vectors of V are aligned in all that enters a node
   bool aligned_node(const Node<T>& p, int v) const {
     bool all = cm % v == 0;

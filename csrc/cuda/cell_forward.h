@@ -84,8 +84,7 @@ struct ForwardPass : CellContext<T> {
         require(m.count < 2 * kMaxBranches, "BatchNorms behind a state");
         m.target[m.count++] = {int16_t(b), int16_t(norm)};
       }
-    dim3 grid(m.count, ceil_div(cm, kMergeChannels));
-    launch(merge_moments_kernel<kMergeChannels>, grid, kThreads * sizeof(double), queue, m);
+    launch(merge_moments_kernel<kSumChannels>, dim3(m.count, ceil_div(cm, kSumChannels)), room_for(3), queue, m);
   }
 
   void first_convs(int s) {
@@ -128,24 +127,18 @@ struct ForwardPass : CellContext<T> {
 
   template <int K, int V>
   void launch_node(const NodeForward<T>& p) {
-    int shared = (2 * p.node.rows() + 1) * cm * int(sizeof(Acc<T>));
-    launch(node_forward_kernel<T, K, V>, this->grid(cell.images * cell.pixels() * cm / V), shared, queue, p);
+    int64_t strips = cell.images * ceil_div(oh, kNodeRows) * ow * (cm / V);
+    require(strips < int64_t(1) << 31, "pixels of a node");
+    dim3 grid(unsigned(std::min(ceil_div<int64_t>(strips, kThreads), kMaxNodeBlocks)));
+    launch(node_forward_kernel<T, K, V>, grid, (2 * p.node.rows() + 1) * cm * int(sizeof(Acc<T>)), queue, p);
   }
   void node(int i) {
     NodeForward<T> p{this->node_of(i), this->states[cell.inputs + i]};
-    // more than 16 accumulators a group of channels would cost registers, not save loads
-    constexpr int narrow = kWide<T> < 4 ? kWide<T> : 4;
-    auto with = [&]<int K>() {
-      constexpr int v = K == 1 ? kWide<T> : narrow;
-      this->aligned_node(p.node, v) && aligned(p.out, v) ? launch_node<K, v>(p) : launch_node<K, 1>(p);
-    };
-    switch (cell.K) {
-      case 1: return with.template operator()<1>();
-      case 2: return with.template operator()<2>();
-      case 4: return with.template operator()<4>();
-      case 8: return with.template operator()<8>();
-    }
-    throw std::invalid_argument("K: the CUDA kernels know 1, 2, 4 and 8");
+    this->with_partial_channels([&]<int K>() {
+      constexpr int v = kNarrow<T>;
+      bool vectors = this->aligned_node(p.node, v) && aligned(p.out, std::min(K * v, kWide<T>));
+      vectors ? launch_node<K, v>(p) : launch_node<K, 1>(p);
+    });
   }
 };
 

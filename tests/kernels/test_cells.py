@@ -88,6 +88,14 @@ EMULATED |= {
     f"evaluated, stride {stride}": dict(shapes=[(2, 6, 10)], train=False, K=2, channels=8, stride=stride)
     for stride in (1, 2)
 }
+# the sums of a node: rows in several blocks, parts of a row, more channels than a warp takes at once
+LARGE = {
+    "rows in several blocks": dict(shapes=[(1, 41, 16)]),
+    "parts of a row": dict(shapes=[(1, 2, 300)]),
+    "rows in several blocks, K=2, stride 2": dict(shapes=[(1, 40, 68)], K=2, channels=8, stride=2),
+    "more channels than a warp's": dict(shapes=[(1, 3, 5)], channels=72),
+}
+EMULATED |= {name: dict(inputs=1, nodes=1) | options for name, options in LARGE.items()}
 # multiples of 16 mixed channels run on tensor cores in 16-bit types
 EMULATED_ROUNDED = {
     "stride 1": dict(channels=8),
