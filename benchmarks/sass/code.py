@@ -178,8 +178,8 @@ def parse_code(lines: list[str]) -> tuple[list[Instruction], Blocks, dict[int, i
 
 def split_operands(text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")] if text else []
-    # BRX R20 -0x3660
-    if len(parts) == 1 and (match := re.match(r"^(U?R\d+) (-?0x[0-9a-f]+)$", parts[0])):
+    # BRX R20 -0x3660, RET R2 `(kernel)
+    if len(parts) == 1 and (match := re.match(r"^(U?R\d+) (-?0x[0-9a-f]+|`\(.*\))$", parts[0])):
         return [match[1], match[2]]
     return parts
 

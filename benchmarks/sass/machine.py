@@ -588,6 +588,8 @@ class Machine:
         slow = [self.leads_to_slow_path(side) for side in (block + 1, target)]
         if slow[0] != slow[1]:
             return slow[0]
+        if one.targets[0] <= one.offset:
+            raise self.fail(one, "depends on data")
         self.assumed[one.offset] = self.assumed.get(one.offset, 0) + int(self.running.sum())
         return DATA_BRANCH
 
