@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.sass.code import Kernel
-from benchmarks.sass.machine import Machine, Size
+from benchmarks.sass.lanes import Size
+from benchmarks.sass.machine import Machine
 from benchmarks.sass.pipes import (
     CYCLES,
     MULTIPROCESSORS,
@@ -122,8 +123,8 @@ def profiled(kernel: Kernel, launch: Launch, most: int = BLOCKS) -> Profile:
     machine = Machine(kernel, launch.grid, launch.threads, launch.params, blocks)
     machine.run()
     scale = launch.blocks / len(blocks)
-    issued = machine.per_instruction(machine.block_issued)
-    lanes = machine.per_instruction(machine.block_lanes) / np.maximum(issued, 1)
+    issued = machine.issued
+    lanes = machine.active / np.maximum(issued, 1)
     accesses = sum(
         count
         for one, count in zip(kernel.instructions, issued, strict=True)

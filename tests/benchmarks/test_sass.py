@@ -33,9 +33,17 @@ TRIPS = {
     "(p.table[t % 8] + p.bytes[t % 3]) & 15": lambda t, p: p["table"][t % 8] + p["bytes"][t % 3] & 15,
     "__popc(t) + (__float_as_int(1.0f) >> 23) % 8": lambda t, p: t.bit_count() + 127 % 8,
 }
-PARAMETERS = {"d": -13, "u": 37, "big": 5_000_000_000_123, "table": [3, 1, 4, 1, 5, 9, 2, 6], "bytes": [7, -2, 5]}
-LAYOUT = "struct P { int d; unsigned u; long long big; int table[8]; signed char bytes[8]; volatile int* out; };\n"
-KERNEL = "extern \"C\" __global__ void {name}(const __grid_constant__ P p) {{\n  {body}\n}}\n"
+PARAMETERS = {
+    "d": -13,
+    "u": 37,
+    "big": 5_000_000_000_123,
+    "table": [3, 1, 4, 1, 5, 9, 2, 6],
+    "bytes": [7, -2, 5],
+}
+LAYOUT = (
+    "struct P { int d; unsigned u; long long big; int table[8]; signed char bytes[8]; volatile int* out; };\n"
+)
+KERNEL = 'extern "C" __global__ void {name}(const __grid_constant__ P p) {{\n  {body}\n}}\n'
 ROUND = """int t = threadIdx.x + blockIdx.x * blockDim.x, trips = {trips};
 #pragma unroll 1
   for (int i = 0; i < trips; i++) *p.out = i;"""
@@ -109,10 +117,8 @@ def run(listing, name, blocks=BLOCKS, threads=THREADS, **changes):
 
 def by_opcode(found, opcode):
     """Of all instructions: issued, and by how many lanes."""
-    issued = found.per_instruction(found.block_issued)
-    lanes = found.per_instruction(found.block_lanes)
     chosen = [i for i, one in enumerate(found.kernel.instructions) if one.base == opcode]
-    return sum(issued[chosen]), sum(lanes[chosen])
+    return sum(found.issued[chosen]), sum(found.active[chosen])
 
 
 @pytest.mark.parametrize("i", range(len(TRIPS)), ids=list(TRIPS))
@@ -127,10 +133,7 @@ def test_trips_of_a_loop(listing, i):
 def test_one_trip_more_is_the_loop_once_more(text, listing):
     """Its instructions are those from the label to the branch back to it."""
     [name] = [f"round{i}" for i, trips in enumerate(TRIPS) if trips.startswith("min(t, 9)")]
-    counts = [
-        run(listing, name, 1, 32, d=d).per_instruction(run(listing, name, 1, 32, d=d).block_issued).sum()
-        for d in (1, 2)
-    ]
+    counts = [run(listing, name, 1, 32, d=d).issued.sum() for d in (1, 2)]
     section = text[text.index(f".section\t.text.{name},") :]
     section = section[: section.index("EXIT", section.index("STG"))]
     [(label, _)] = re.findall(r"^(\.L_x_\d+):\n((?:(?!\.L_x).*\n)*?.*STG.*\n)", section, re.MULTILINE)
@@ -141,9 +144,8 @@ def test_one_trip_more_is_the_loop_once_more(text, listing):
 
 def test_parts_of_a_warp_join_again(listing):
     found = run(listing, "divergence")
-    issued = found.per_instruction(found.block_issued)
     stores = {}
-    for one, count in zip(found.kernel.instructions, issued, strict=True):
+    for one, count in zip(found.kernel.instructions, found.issued, strict=True):
         if one.base == "STG":
             place = int(one.operands[0].value) // 4
             stores[place] = stores.get(place, 0) + count
