@@ -1,5 +1,6 @@
-"""Warp instructions of CUDA kernels, counted without a GPU: the compiled code of sm_90 as nvdisasm prints it, its
-integer and control instructions interpreted with the parameters that the emulation records for each launch."""
+"""Warp instructions of CUDA kernels, counted without a GPU: the compiled code of sm_90 as nvdisasm prints it,
+its integer and control instructions interpreted with the parameters that the emulation records for each
+launch."""
 
 from benchmarks.sass.build import Build, launches, symbols
 from benchmarks.sass.code import SassError

@@ -1,4 +1,4 @@
-"""What is compiled from a csrc folder, once for as long as its files stay as they are: cubins and the emulation."""
+"""What is compiled from a csrc folder, once while its files stay as they are: cubins and the emulation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.sass.code import Kernel, Listing, SassError, compile_cubin, disassemble, find_tool
+from benchmarks.sass.lanes import Size
 from benchmarks.sass.profile import Launch, same_name
 from tests.kernels import emulation
 
@@ -53,7 +54,7 @@ class Build:
         return cubin
 
     def kernel(self, name: str) -> Kernel:
-        """By its mangled name as `Launch.kernel` has it; what has not been asked for is neither compiled nor read."""
+        """By its mangled name, as in `Launch.kernel`; what nobody asks for is neither compiled nor read."""
         for source in SOURCES:
             if source not in self.listings:
                 listing = disassemble(self.nvdisasm, self.cubin(source))
@@ -66,6 +67,11 @@ class Build:
         raise SassError(f"{name} is in none of {', '.join(SOURCES)}")
 
 
+def three(text: str) -> Size:
+    x, y, z = map(int, text.split())
+    return x, y, z
+
+
 def launches(text: str, symbols: dict[int, str]) -> list[Launch]:
     """Of what the emulation's `recorded` returns and the library's symbols: address -> mangled name."""
     found = []
@@ -76,8 +82,8 @@ def launches(text: str, symbols: dict[int, str]) -> list[Launch]:
                 "the emulation of this csrc does not record grids and parameters: merge csrc/emulation"
             )
         _, _, shared, place, grid, threads, params = fields
-        sizes = [tuple(int(number) for number in size.split()) for size in (grid, threads)]
-        found.append(Launch(symbols[int(place)], sizes[0], sizes[1], int(shared), bytes.fromhex(params)))  # type: ignore[arg-type]
+        sizes = three(grid), three(threads)
+        found.append(Launch(symbols[int(place)], *sizes, int(shared), bytes.fromhex(params)))
     return found
 
 

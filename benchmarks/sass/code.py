@@ -1,4 +1,4 @@
-"""Kernels as nvdisasm prints them: instructions with their operands and source lines, basic blocks, jump tables."""
+"""Kernels as nvdisasm prints them: instructions with operands and source lines, basic blocks, jump tables."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Operand(NamedTuple):
     """An operand as written: `kind` is register, predicate, integer, float, constant, memory, label or other.
 
     Attributes:
-        register: its number, None for RZ, URZ, PT and UPT and where there is none; of an address, those of its
-            parts with the suffix `.64` as a flag are in `parts`.
-        value: of an immediate; of an address its offset.
+        register: its number; None for RZ, URZ, PT and UPT, and where there is none.
+        value: of an immediate, or of an address its offset.
+        bank: of constants.
+        parts: of an address its registers, and whether each is a pair of them, of 64 bits.
     """
 
     kind: str
@@ -36,7 +37,6 @@ class Operand(NamedTuple):
     sign: str = ""
     absolute: bool = False
     bank: int = 0
-    # of an address: (register, whether of 64 bits)
     parts: tuple[tuple[int, bool], ...] = ()
 
 
@@ -78,7 +78,7 @@ class Kernel(NamedTuple):
 
 
 def find_tool(name: str, nvcc: Path | None) -> Path | None:
-    """nvdisasm or cuobjdump: on the PATH, beside nvcc, or the one that triton brings; None where there is none."""
+    """nvdisasm or cuobjdump: on the PATH, beside nvcc, or the one that triton brings, if there is any."""
     triton = importlib.util.find_spec("triton")
     found = [Path(path) for path in [shutil.which(name)] if path]
     found += [nvcc.parent / name] if nvcc else []
@@ -93,7 +93,12 @@ def compile_cubin(nvcc: Path, source: Path, include: Path, target: Path) -> None
 
 
 class Listing(NamedTuple):
-    """What nvdisasm prints of a cubin. sections: mangled name -> lines; used: registers; places: of parameters."""
+    """What nvdisasm prints of a cubin, by mangled name.
+
+    Attributes:
+        sections: lines of code; tables: constant bank 2; used: registers.
+        places: where parameters begin in constant bank 0, and their bytes.
+    """
 
     sections: dict[str, list[str]]
     tables: dict[str, bytes]

@@ -1,8 +1,9 @@
 """What the integer instructions of sm_90 compute, on NumPy vectors of lanes.
 
-A function here takes the instruction and its sources, uint32 for registers (uint64 where it reads pairs), bool for
-predicates, and returns its results in the order of `registers.results`, uint64 where a pair is written. NVIDIA
-documents no semantics of SASS; these are what the sequences that nvcc emits for known C need (tests compare them).
+A function here takes the instruction and its sources, uint32 for registers (uint64 where it reads pairs),
+bool for predicates, and returns its results in the order of `registers.results`, uint64 where a pair is
+written. NVIDIA documents no semantics of SASS; these are what the sequences that nvcc emits for known C need
+(tests compare them).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def imad(one: Instruction, a: Vector, b: Vector, c: Vector, *carry: Vector) -> l
 
 
 def lea(one: Instruction, a: Vector, b: Vector, *rest: Vector) -> list[Vector]:
-    """(a << shift) + b; HI: the upper half of the pair (c, a), or of a's sign and a, shifted, + b. b is uint64."""
+    """(a << shift) + b, b being uint64; HI: the upper half of (c, a), or of a with its sign, shifted, + b."""
     mods, others = one.mods, list(rest)
     carry = wide(others.pop()) if "X" in mods else np.uint64(0)
     shift = wide(others.pop()) & np.uint64(31)
@@ -123,7 +124,8 @@ def shf(one: Instruction, a: Vector, shift: Vector, b: Vector) -> list[Vector]:
     if "L" in mods:
         moved = pair << by
     elif kind == "S32" and "HI" in mods:
-        return [(signed(b).astype(np.int64) >> by.view(np.int64)).astype(np.int32).view(np.uint32)]
+        moved_high: Vector = signed(b).astype(np.int64) >> by.view(np.int64)
+        return [moved_high.astype(np.int32).view(np.uint32)]
     elif kind.startswith("S"):
         moved = (signed(pair) >> by.view(np.int64)).view(np.uint64)
     else:

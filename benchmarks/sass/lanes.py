@@ -23,6 +23,7 @@ Vector = Any
 # value, and where it is unknown (None: nowhere)
 Value = tuple[Vector, Vector | None]
 Size = tuple[int, int, int]
+POWERS = np.uint64(1) << np.arange(32, dtype=np.uint64)
 # places in constant bank 0
 BLOCK_SIZE, GRID_SIZE = 0x0, 0xC
 
@@ -39,12 +40,17 @@ def is_uniform(register: int) -> bool:
     return UNIFORM <= register < PREDICATE or register >= UNIFORM_PREDICATE
 
 
+def bits(lanes: Vector) -> Vector:
+    """bool [..., 32] as numbers."""
+    return (lanes * POWERS).sum(-1, dtype=np.uint64)
+
+
 class Lanes:
     """Of the blocks `block_ids`, [blocks][x, y, z], of one launch of a kernel.
 
     Attributes:
         values: of each register, uint32, or bool of a predicate; unknown: where it is not known.
-        running: the warps that execute now; lanes: their active lanes, flat; all_lanes: whether those are all.
+        running: the warps that execute now; lanes: their active lanes, flat; all_lanes: whether that is all.
         mask: the lanes of each warp that are at its place now.
     """
 
@@ -179,9 +185,7 @@ class Lanes:
         return indexed
 
     def address(self, operand: Operand) -> Value:
-        total = np.full(
-            len(self.zero), operand.value & (2**64 - 1) if operand.value < 0 else operand.value, np.uint64
-        )
+        total = np.full(len(self.zero), int(operand.value) & (2**64 - 1), np.uint64)
         unknown: Vector | None = None
         for register, wide in operand.parts:
             value, where = self.pair(register) if wide else (self.values[register], self.unknown[register])

@@ -1,12 +1,12 @@
 """Runs the control flow of sampled blocks' warps and counts what they issue.
 
-All warps run side by side, each from basic block to basic block; every time those that are furthest behind take
-the next one. A warp that diverges goes on in parts, which join at BSYNC as on the device. A barrier of a block
-needs no waiting, as what passes through shared memory is unknown anyway.
+All warps run side by side, each from basic block to basic block; every time those that are furthest behind
+take the next one. A warp that diverges goes on in parts, which join at BSYNC as on the device. A barrier of a
+block needs no waiting, as what passes through shared memory is unknown anyway.
 
-Branches on data, which is unknown: those around a subroutine's slow path (of divisions and square roots) avoid it.
-Others that go forward are not taken, as if some lane of every warp needed what they skip; `assumed` counts them.
-One that goes back is an error.
+Branches on data, which is unknown: those around a subroutine's slow path (of divisions and square roots)
+avoid it. Others that go forward are not taken, as if some lane of every warp needed what they skip; `assumed`
+counts them. One that goes back is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.sass import registers as analysis
 from benchmarks.sass.code import Instruction, Kernel, SassError
-from benchmarks.sass.lanes import Size, Vector
+from benchmarks.sass.lanes import Size, Vector, bits
 from benchmarks.sass.steps import Step, Steps
 
 DONE = 1 << 30
@@ -47,7 +47,6 @@ class Machine(Steps):
         self.exited = ~self.mask
         self.at = np.zeros(self.warps, np.int64)
         self.parts: list[list[Part]] = [[] for _ in range(self.warps)]
-        self.powers = np.uint64(1) << np.arange(32, dtype=np.uint64)
         self.barriers: dict[str, Vector] = {}
         self.issued, self.active = np.zeros(0), np.zeros(0)
         self.assumed: dict[int, int] = {}
@@ -66,13 +65,18 @@ class Machine(Steps):
             steps.append(self.value_step(one))
         if not steps:
             return None
-        return steps[0] if len(steps) == 1 else lambda: [each() for each in steps] and None
+        if len(steps) == 1:
+            return steps[0]
+        first, second = steps
 
-    def bits(self, lanes: Vector) -> Vector:
-        return (lanes * self.powers).sum(-1, dtype=np.uint64)
+        def both() -> None:
+            first()
+            second()
+
+        return both
 
     def barrier(self, one: Instruction) -> Vector:
-        """For each lane the lanes that it will wait for: sibling parts of a warp may use one barrier at a time."""
+        """For each lane those it will wait for: sibling parts of a warp may use one barrier at a time."""
         return self.barriers.setdefault(one.operands[0].text, np.zeros((self.warps, 32), np.uint64))
 
     def barrier_step(self, one: Instruction) -> Step:
@@ -85,7 +89,7 @@ class Machine(Steps):
             if doubt is not None and (doubt & self.lanes).any():
                 raise self.fail(one, "depends on data")
             active = lanes.reshape(-1, 32)
-            together = np.repeat(self.bits(active)[:, None], 32, 1)
+            together = np.repeat(bits(active)[:, None], 32, 1)
             if one.base == "BSSY":
                 np.copyto(barrier, together, where=active)
                 return
@@ -109,7 +113,7 @@ class Machine(Steps):
                 continue
             same = [other for other in parts if (other.block, other.barrier) == (part.block, part.barrier)]
             lanes = np.any([other.lanes for other in same], 0)
-            if int(self.bits(lanes)) == part.barrier[1] & ~int(self.bits(self.exited[warp])):
+            if int(bits(lanes)) == part.barrier[1] & ~int(bits(self.exited[warp])):
                 self.parts[warp] = [other for other in parts if all(other is not each for each in same)]
                 self.parts[warp].append(Part(part.block, lanes, None))
                 return self.free(warp)
@@ -140,16 +144,16 @@ class Machine(Steps):
                     self.exited[warp] |= part
                 else:
                     self.parts[warp].append(Part(int(target), part, None))
-            self.free(warp)
+            self.free(int(warp))
 
     def wait(self, name: str, needed: Vector, following: int) -> None:
         """Until all of `needed`, the lanes of each warp, are here or have exited."""
-        here = self.bits(self.mask)
-        complete = self.running & (here == (needed & ~self.bits(self.exited)))
+        here = bits(self.mask)
+        complete = self.running & (here == (needed & ~bits(self.exited)))
         self.at[complete] = following
         for warp in np.nonzero(self.running & ~complete)[0]:
             self.parts[warp].append(Part(following, self.mask[warp].copy(), (name, int(needed[warp]))))
-            self.free(warp)
+            self.free(int(warp))
 
     def condition(self, one: Instruction, block: int) -> Vector:
         """Lanes for which a branch is taken."""
@@ -228,7 +232,7 @@ class Machine(Steps):
             targets[place == offset] = self.kernel.block_at[int(offset)]
         return targets.reshape(-1, 32)
 
-    def run(self, most: int = 10_000_000) -> None:
+    def run(self, most: int = 1_000_000) -> None:
         """Raises SassError for what it does not know, and after `most` basic blocks."""
         lengths = [last - first for first, last in self.kernel.blocks]
         issued, active = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)

@@ -24,7 +24,7 @@ BLOCKS = 24
 
 
 class Launch(NamedTuple):
-    """As csrc/emulation writes it down; `kernel` is the mangled name, anonymous namespaces as g++ writes them."""
+    """As csrc/emulation writes it down. kernel: its mangled name, anonymous namespaces as g++ has them."""
 
     kernel: str
     grid: Size

@@ -1,7 +1,7 @@
 """What one instruction does to the registers, and to the counts of memory accesses.
 
-What memory and floating-point instructions return is unknown, and what depends on it; a predicate is known where the
-known one that it is combined with decides.
+What memory and floating-point instructions return is unknown, and what depends on it; a predicate is known
+where the known one that it is combined with decides.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.sass import registers as analysis
 from benchmarks.sass.code import PREDICATE, Instruction, Kernel
-from benchmarks.sass.integers import borrows, combine, semantics
-from benchmarks.sass.lanes import Lanes, Size, Value, Vector, either, is_uniform
+from benchmarks.sass.integers import borrows, combine, compare, semantics
+from benchmarks.sass.lanes import Lanes, Size, Vector, bits, either, is_uniform
 from benchmarks.sass.memory import LINE, SECTOR, distinct, shared_wavefronts
 
 Step = Callable[[], None]
@@ -145,12 +145,8 @@ class Steps(Lanes):
                 numbers = either(numbers, unknowns[3])
             numbers = never if numbers is None else numbers
             other, doubt = values[2], never if unknowns[2] is None else unknowns[2]
-            plain = one._replace(opcode=one.opcode)
-            result = compute(
-                plain, values[0], values[1], self.true if "AND" in one.mods else never, *values[3:]
-            )[0]
-            return undecided_pair(one.mods, result, numbers, other, doubt)
-        doubtful = never
+            return undecided_pair(one.mods, compare(one, *values), numbers, other, doubt)
+        doubtful: Vector = never
         base = compute(one, *values)[0]
         for i in range(3):
             where = unknowns[i]
@@ -225,7 +221,7 @@ class Steps(Lanes):
             lanes = self.lanes.reshape(-1, 32)
             for_it = value.reshape(-1, 32) & lanes
             decided = (for_it == lanes).all(1) if "ALL" in one.mods else for_it.any(1)
-            found = {"predicate": decided, "register": self.bits(for_it).astype(np.uint32)}
+            found = {"predicate": decided, "register": bits(for_it).astype(np.uint32)}
             doubt = None if unknown is None else np.repeat((unknown & self.lanes).reshape(-1, 32).any(1), 32)
             return [np.repeat(found[kind], 32) for kind in kinds], doubt
 
