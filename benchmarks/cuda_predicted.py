@@ -288,9 +288,11 @@ def kernel_table(launched: dict[str, Launched], needs: Needs, build: sass.Build,
         ]
         return [name, len(of), *facts, *counts, *times, binding]
 
-    rows, all_works = [], []
+    rows, all_works, found = [], [], []
     for kernel, of in launched.items():
-        works = [sass.profiled(build.kernel(one.kernel), one, most).work for one in of]
+        profiled = [sass.profiled(build.kernel(one.kernel), one, most) for one in of]
+        works = [one.work for one in profiled]
+        found += profiled
         all_works += works
         facts: list[object] = [
             max(one.blocks for one in of),
@@ -300,7 +302,7 @@ def kernel_table(launched: dict[str, Launched], needs: Needs, build: sass.Build,
         rows.append(row(kernel, facts, needs[kernel], works))
     every = [one for of in needs.values() for one in of]
     rows.append(row("**all**", ["", "", ""], every, all_works))
-    return sass.table(HEAD.split(", "), rows)
+    return sass.table(HEAD.split(", "), rows) + "\n" + sass.doubts(found)
 
 
 class Case(NamedTuple):

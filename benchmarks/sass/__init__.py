@@ -6,7 +6,7 @@ from benchmarks.sass.build import Build, launches, symbols
 from benchmarks.sass.code import SassError
 from benchmarks.sass.pipes import Work, added
 from benchmarks.sass.profile import BLOCKS, Launch, Profile, profiled
-from benchmarks.sass.report import kernel_report, table
+from benchmarks.sass.report import doubts, kernel_report, table
 
 __all__ = [
     "BLOCKS",
@@ -16,6 +16,7 @@ __all__ = [
     "SassError",
     "Work",
     "added",
+    "doubts",
     "kernel_report",
     "launches",
     "profiled",

@@ -168,12 +168,13 @@ def isetp(one: Instruction, a: Vector, b: Vector, *rest: Vector) -> list[Vector]
 
 def minmax(one: Instruction, a: Vector, b: Vector, is_min: Vector) -> list[Vector]:
     x, y = (a, b) if "U32" in one.mods else (signed(a), signed(b))
-    return [np.where(is_min, np.minimum(x, y), np.maximum(x, y)).view(np.uint32)]
+    chosen: Vector = np.where(is_min, np.minimum(x, y), np.maximum(x, y))
+    return [chosen.view(np.uint32)]
 
 
 def prmt(one: Instruction, a: Vector, selector: Vector, b: Vector) -> list[Vector]:
     if one.mods:
-        raise SassError(f"{one.text} at {one.offset:#x} is not interpreted")
+        raise SassError("not interpreted")
     pair = wide(a) | wide(b) << WORD
     value = np.zeros_like(a)
     for i in range(4):
@@ -189,7 +190,7 @@ def float_of(one: Instruction, a: Vector) -> list[Vector]:
     """I2F and I2FP to float32, RP: to above."""
     mods = one.mods
     if "F64" in mods or "F16" in mods or "BF16" in mods:
-        raise SassError(f"{one.text} at {one.offset:#x} is not interpreted")
+        raise SassError("not interpreted")
     exact = a if any(mod in ("U32", "U64") for mod in mods) else signed(a)
     with np.errstate(all="ignore"):
         value = exact.astype(np.float32)
@@ -204,7 +205,7 @@ def integer_of(one: Instruction, a: Vector) -> list[Vector]:
     """F2I with truncation."""
     mods = one.mods
     if "TRUNC" not in mods or not {"U32", "U64"} & set(mods):
-        raise SassError(f"{one.text} at {one.offset:#x} is not interpreted")
+        raise SassError("not interpreted")
     to = np.uint64 if "U64" in mods else np.uint32
     with np.errstate(all="ignore"):
         x = a.view(np.float32).astype(np.longdouble)

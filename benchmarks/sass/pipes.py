@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from benchmarks.sass.code import Instruction, SassError
+from benchmarks.sass.code import Instruction, Kernel, SassError
 
 SCHEDULERS = 4
 MULTIPROCESSORS = 132
@@ -47,20 +47,23 @@ CLASSES = {
 CLASS = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes.split()}
 
 
-def class_of(one: Instruction) -> str:
-    """Raises SassError for an opcode that is in no class."""
-    if one.base not in CLASS:
-        raise SassError(f"{one.opcode} at {one.offset:#x} is in no class of instructions")
-    return CLASS[one.base]
+# of HMMA.16816 and others, the shape of the product
+MULTIPLY_ADDS = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "16832": 16 * 8 * 32}
 
 
-def tensor_cycles(one: Instruction) -> float:
-    """HMMA.16816 is 16 x 8 x 16 multiply-adds."""
-    shape = one.mods[0]
-    sizes = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "16832": 16 * 8 * 32}
-    if shape not in sizes:
-        raise SassError(f"{one.opcode} at {one.offset:#x}: the shape is not known")
-    return sizes[shape] / TENSOR
+def classes(kernel: Kernel) -> list[str]:
+    """Of its instructions. Raises SassError for an opcode, or a tensor cores' shape, that is in no class."""
+    for one in kernel.instructions:
+        known = one.base in CLASS and (CLASS[one.base] != "tensor" or one.mods[0] in MULTIPLY_ADDS)
+        if not known:
+            raise SassError(f"{kernel.name} at {one.offset:#x}: {one.text}: is in no class of instructions")
+    return [CLASS[one.base] for one in kernel.instructions]
+
+
+def cycles_of(one: Instruction) -> float:
+    """That an instruction keeps its scheduler's unit busy."""
+    name = CLASS[one.base]
+    return MULTIPLY_ADDS[one.mods[0]] / TENSOR if name == "tensor" else CYCLES.get(name, 0)
 
 
 class Work(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.sass import registers as analysis
-from benchmarks.sass.code import PREDICATE, Instruction, Kernel
+from benchmarks.sass.code import PREDICATE, Instruction, Kernel, SassError
 from benchmarks.sass.integers import borrows, combine, compare, semantics
 from benchmarks.sass.lanes import Lanes, Size, Vector, bits, either, is_uniform
 from benchmarks.sass.memory import LINE, SECTOR, distinct, shared_wavefronts
@@ -125,7 +125,10 @@ class Steps(Lanes):
                 value, unknown = reader()
                 values.append(value)
                 unknowns.append(unknown)
-            results = compute(one, *values)
+            try:
+                results = compute(one, *values)
+            except SassError as error:
+                raise self.fail(one, str(error)) from None
             if all(unknown is None for unknown in unknowns):
                 return results, None
             if logical:
