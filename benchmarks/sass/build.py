@@ -8,7 +8,7 @@ import struct
 import tempfile
 from pathlib import Path
 
-from benchmarks.sass.code import Kernel, Listing, SassError, compile_cubin, disassemble, find_tool
+from benchmarks.sass.code import Kernel, Listing, SassError, compile_cubin, disassemble
 from benchmarks.sass.lanes import Size
 from benchmarks.sass.profile import Launch, same_name
 from tests.kernels import emulation
@@ -23,7 +23,7 @@ class Build:
 
     def __init__(self) -> None:
         nvcc = emulation.find_nvcc()
-        nvdisasm = find_tool("nvdisasm", nvcc)
+        nvdisasm = emulation.find_tool("nvdisasm")
         if nvcc is None or nvdisasm is None:
             raise SassError("no nvcc and nvdisasm: the instructions of sm_90 cannot be counted")
         self.nvcc, self.nvdisasm = nvcc, nvdisasm

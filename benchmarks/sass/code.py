@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -75,15 +73,6 @@ class Kernel(NamedTuple):
     registers: int
     # where parameters begin in constant bank 0, and their bytes
     parameters: tuple[int, int]
-
-
-def find_tool(name: str, nvcc: Path | None) -> Path | None:
-    """nvdisasm or cuobjdump: on the PATH, beside nvcc, or the one that triton brings, if there is any."""
-    triton = importlib.util.find_spec("triton")
-    found = [Path(path) for path in [shutil.which(name)] if path]
-    found += [nvcc.parent / name] if nvcc else []
-    found += [Path(triton.origin).parent / "backends/nvidia/bin" / name] if triton and triton.origin else []
-    return next((path for path in found if path.is_file()), None)
 
 
 def compile_cubin(nvcc: Path, source: Path, include: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from benchmarks.sass import SassError, code, machine, memory, pipes, profile
-from tests.kernels.emulation import find_nvcc
+from tests.kernels.emulation import find_nvcc, find_tool
 
 THREADS, BLOCKS = 96, 3
 
@@ -87,7 +87,7 @@ def remainder(a, b):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     nvcc = find_nvcc()
-    nvdisasm = code.find_tool("nvdisasm", nvcc)
+    nvdisasm = find_tool("nvdisasm")
     if nvcc is None or nvdisasm is None:
         pytest.skip("needs nvcc, and nvdisasm of a CUDA toolkit or of triton")
     folder = tmp_path_factory.mktemp("sass")
