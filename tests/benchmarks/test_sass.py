@@ -59,6 +59,15 @@ DIVERGENCE = """int t = threadIdx.x + blockIdx.x * blockDim.x;
     }
   }
   p.out[5] = t;"""
+# some lanes of a part have left when the others meet again
+LEAVING = """int t = threadIdx.x + blockIdx.x * blockDim.x;
+  if (t & 1) {
+#pragma unroll 1
+    for (int i = 0; i < t % 3; i++) p.out[1] = i;
+    if (t % 5 == 0) return;
+    p.out[2] = t;
+  }
+  p.out[3] = t;"""
 SHARED = """extern __shared__ __align__(16) float s[];
   volatile float* v = s;
   v[threadIdx.x * p.u] = 1;
@@ -68,6 +77,7 @@ SHARED = """extern __shared__ __align__(16) float s[];
 BODIES = {
     **{f"round{i}": ROUND.format(trips=trips) for i, trips in enumerate(TRIPS)},
     "divergence": DIVERGENCE,
+    "leaving": LEAVING,
     "shared": SHARED,
     "guarded": "if (threadIdx.x == 5) p.out[0] = 1;\n  p.out[1] = 2;",
     "loop_on_data": "int i = 0;\n  do p.out[0] = i; while (++i < p.out[1]);",
@@ -142,15 +152,29 @@ def test_one_trip_more_is_the_loop_once_more(text, listing):
     assert counts[1] - counts[0] == len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", loop, re.MULTILINE))
 
 
-def test_parts_of_a_warp_join_again(listing):
-    found = run(listing, "divergence")
+def stores_by_place(found):
+    """Index in p.out -> how often a warp stored there."""
     stores = {}
     for one, count in zip(found.kernel.instructions, found.issued, strict=True):
         if one.base == "STG":
             place = int(one.operands[0].value) // 4
             stores[place] = stores.get(place, 0) + count
+    return stores
+
+
+def warps_of_all():
     every = range(THREADS * BLOCKS)
-    warps = [every[first : first + 32] for first in range(0, len(every), 32)]
+    return [every[first : first + 32] for first in range(0, len(every), 32)]
+
+
+def test_parts_of_a_warp_join_without_those_that_left(listing):
+    found, warps = run(listing, "leaving"), warps_of_all()
+    odd = sum(max(t % 3 for t in warp if t % 2) for warp in warps)
+    assert stores_by_place(found) == {1: odd, 2: len(warps), 3: len(warps)}
+
+
+def test_parts_of_a_warp_join_again(listing):
+    stores, warps = stores_by_place(run(listing, "divergence")), warps_of_all()
     odd = sum(max(t % 3 for t in warp if t % 2) for warp in warps)
     even = sum(max(t % 5 for t in warp if t % 2 == 0) for warp in warps)
     assert stores.pop(1) == odd and stores.pop(3) == even and stores.pop(5) == len(warps)
