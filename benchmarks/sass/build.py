@@ -29,7 +29,7 @@ class Build:
         self.nvcc, self.nvdisasm = nvcc, nvdisasm
         digest = hashlib.sha256()
         for path in sorted(emulation.CSRC.rglob("*.*")):
-            if path.is_file():
+            if path.suffix in (".cu", ".h", ".cpp", ".txt"):
                 digest.update(str(path.relative_to(emulation.CSRC)).encode() + b"\0" + path.read_bytes())
         self.folder = CACHE / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)

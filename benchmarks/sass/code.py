@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,8 @@ class Instruction(NamedTuple):
         return self.opcode.split(".")[1:]
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Kernel:
     """A kernel's code. blocks: first and last + 1 of each basic block's instructions, in order."""
 
     name: str

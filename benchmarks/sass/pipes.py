@@ -13,6 +13,7 @@ issue slots; more is not published.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 from benchmarks.sass.code import Instruction, Kernel, SassError
@@ -51,6 +52,7 @@ CLASS = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes
 MULTIPLY_ADDS = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "16832": 16 * 8 * 32}
 
 
+@cache
 def classes(kernel: Kernel) -> list[str]:
     """Of its instructions. Raises SassError for an opcode, or a tensor cores' shape, that is in no class."""
     for one in kernel.instructions:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from benchmarks.sass.code import (
     PREDICATE,
     UNIFORM_PREDICATE,
@@ -197,6 +199,7 @@ def bits(registers: list[int]) -> int:
     return value
 
 
+@cache
 def control_slice(kernel: Kernel) -> list[bool]:
     """For each instruction whether a branch or an address depends on what it writes."""
     facts = [
