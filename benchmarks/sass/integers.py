@@ -223,6 +223,8 @@ def absolute(one: Instruction, a: Vector) -> list[Vector]:
 
 
 def constant_pair(one: Instruction, *sources: Vector) -> list[Vector]:
+    if any(mod.startswith("BF16") for mod in one.mods):
+        raise SassError("not interpreted")
     halves = [operand.value for operand in one.operands[3:]]
     upper, lower = (half_bits(float(value)) for value in halves)
     return [np.full_like(sources[0], upper << 16 | lower)]

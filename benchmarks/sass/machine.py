@@ -52,28 +52,18 @@ class Machine(Steps):
         self.assumed: dict[int, int] = {}
         self.steps: dict[int, list[Step]] = {}
 
-    def step(self, index: int) -> Step | None:
-        """What is done for an instruction, None where counting suffices."""
+    def steps_of(self, index: int) -> list[Step]:
+        """What is done for an instruction, nothing where counting suffices."""
         one = self.kernel.instructions[index]
         base = one.base
         if base in ("BSSY", "BREAK"):
-            return self.barrier_step(one)
+            return [self.barrier_step(one)]
         steps: list[Step] = []
         if base in analysis.SHARED or base in analysis.GLOBAL:
-            steps.append(self.access_step(index, one))
+            steps += self.access_steps(index, one)
         if self.chosen[index]:
             steps.append(self.value_step(one))
-        if not steps:
-            return None
-        if len(steps) == 1:
-            return steps[0]
-        first, second = steps
-
-        def both() -> None:
-            first()
-            second()
-
-        return both
+        return steps
 
     def barrier(self, one: Instruction) -> Vector:
         """For each lane those it will wait for: sibling parts of a warp may use one barrier at a time."""
@@ -248,8 +238,8 @@ class Machine(Steps):
                 issued[block] += self.running.sum()
                 active[block] += lanes.sum()
                 if block not in self.steps:
-                    found = [self.step(i) for i in range(*self.kernel.blocks[block])]
-                    self.steps[block] = [step for step in found if step]
+                    every = range(*self.kernel.blocks[block])
+                    self.steps[block] = [step for i in every for step in self.steps_of(i)]
                 for step in self.steps[block]:
                     step()
                 self.finish(block)

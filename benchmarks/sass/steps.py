@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.sass import registers as analysis
-from benchmarks.sass.code import PREDICATE, Instruction, Kernel, SassError
+from benchmarks.sass.code import PREDICATE, Instruction, Kernel, Operand, SassError
 from benchmarks.sass.integers import borrows, combine, compare, semantics
 from benchmarks.sass.lanes import Lanes, Size, Vector, bits, either, is_uniform
 from benchmarks.sass.memory import LINE, SECTOR, distinct, shared_wavefronts
@@ -236,21 +236,30 @@ class Steps(Lanes):
         pick = lambda x: np.repeat(np.take_along_axis(x.reshape(-1, 32), first, 1), 32)  # noqa: E731
         return [pick(value)], None if unknown is None else pick(unknown)
 
-    def access_step(self, index: int, one: Instruction) -> Step:
-        operand = next((operand for operand in one.operands if operand.parts), None)
+    def access_steps(self, index: int, one: Instruction) -> list[Step]:
+        """One, or two of what copies from global to shared memory."""
+        places = [operand for operand in one.operands if operand.kind == "memory"]
+        if one.base == "LDGSTS":
+            to, source = places
+            return [self.access_step(index, one, to, True), self.access_step(index, one, source, False)]
+        return [self.access_step(index, one, places[0], one.base in analysis.SHARED)]
+
+    def access_step(self, index: int, one: Instruction, operand: Operand, shared: bool) -> Step:
         size = next((SIZES[mod] for mod in one.mods if mod in SIZES), 4)
+        taking_part = np.ones((1, 32), bool)
         if one.base in ("LDSM", "STSM"):
-            size = 16
+            # rows of 16 bytes, eight lanes' addresses a matrix
+            size, matrices = 16, next((int(mod) for mod in one.mods if mod in ("2", "4")), 1)
+            taking_part = (np.arange(32) < 8 * matrices)[None]
         guarded = self.guarded(one, False)
-        shared = one.base in analysis.SHARED
 
         def step() -> None:
             lanes, _, _ = guarded()
             rows = self.running & lanes.reshape(-1, 32).any(1)
             if not rows.any():
                 return
-            addresses, unknown = self.address(operand) if operand else (self.zero.astype(np.uint64), None)
-            active = lanes.reshape(-1, 32)
+            addresses, unknown = self.address(operand)
+            active = lanes.reshape(-1, 32) & taking_part
             if unknown is not None:
                 lost = rows & (unknown & lanes).reshape(-1, 32).any(1)
                 self.unknown_accesses[index] += lost.sum()

@@ -74,11 +74,22 @@ SHARED = """extern __shared__ __align__(16) float s[];
   float4 q = *reinterpret_cast<float4*>(s + threadIdx.x * 4 * p.u);
   p.out[0] = q.x + q.y + q.z + q.w;
   p.out[1] = v[threadIdx.x / 32];"""
+MATRICES = """extern __shared__ __align__(16) float s[];
+  unsigned to = unsigned(__cvta_generic_to_shared(s)) + threadIdx.x * p.u * 16, a, b;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(to));
+  p.out[0] = a + b;"""
+COPY = """extern __shared__ __align__(16) float s[];
+  unsigned to = unsigned(__cvta_generic_to_shared(s)) + threadIdx.x * 16;
+  auto from = (char*)p.out + threadIdx.x * p.u * 16;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+  asm volatile("cp.async.wait_all;");"""
 BODIES = {
     **{f"round{i}": ROUND.format(trips=trips) for i, trips in enumerate(TRIPS)},
     "divergence": DIVERGENCE,
     "leaving": LEAVING,
     "shared": SHARED,
+    "matrices": MATRICES,
+    "copy": COPY,
     "guarded": "if (threadIdx.x == 5) p.out[0] = 1;\n  p.out[1] = 2;",
     "loop_on_data": "int i = 0;\n  do p.out[0] = i; while (++i < p.out[1]);",
     "slow_path": "p.out[0] = 1 / sqrtf(float(p.out[1])) + 1.0 / p.out[2] + float(p.out[3]) / p.out[4];",
@@ -204,6 +215,22 @@ def test_bank_conflicts(listing, stride):
     assert took == {"STS": conflicts, "LDS": 1, "LDS.128": wide}
 
 
+@pytest.mark.parametrize(("stride", "wavefronts"), [(1, 2), (2, 4), (3, 2), (8, 16)])
+def test_bank_conflicts_of_matrices(listing, stride, wavefronts):
+    """Two of eight rows of 16 bytes, whose addresses the first sixteen lanes have."""
+    found = run(listing, "matrices", 1, 32, u=stride)
+    each = zip(found.kernel.instructions, found.wavefronts, strict=True)
+    assert [count for one, count in each if one.base == "LDSM"] == [wavefronts]
+
+
+@pytest.mark.parametrize(("stride", "lines"), [(1, 4), (2, 8), (8, 32)])
+def test_copies_to_shared_memory(listing, stride, lines):
+    """Lines of global memory, and four wavefronts."""
+    found = run(listing, "copy", 1, 32, u=stride)
+    each = zip(found.kernel.instructions, found.wavefronts, strict=True)
+    assert [count for one, count in each if one.base == "LDGSTS"] == [lines + 4]
+
+
 def test_wavefronts_of_half_words_and_of_lanes_left_out():
     import numpy as np
 
@@ -241,6 +268,16 @@ def test_an_unknown_opcode_is_an_error(text):
 def test_parameters_of_another_size_are_an_error(listing):
     with pytest.raises(SassError, match="64 bytes of parameters, recorded were 4"):
         machine.Machine(listing.kernel("guarded"), (1, 1, 1), (32, 1, 1), bytes(4), [(0, 0, 0)])
+
+
+def test_a_profile_counts_what_was_interpreted(listing):
+    """Once by class and once by unit; blocks that are not interpreted count as those that are."""
+    launch = profile.Launch("copy", (1000, 1, 1), (32, 1, 1), 0, packed(u=1))
+    work = profile.profiled(listing.kernel("copy"), launch).work
+    alone = run(listing, "copy", 1, 32, u=1).issued.sum()
+    assert work.instructions == work.cycles["issue"] == pytest.approx(1000 * alone)
+    assert work.issued["global"] == 1000 and work.cycles["lsu"] == 4 * 8 * 1000
+    assert work.multiprocessors == 132
 
 
 def test_names():
