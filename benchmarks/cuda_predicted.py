@@ -1,21 +1,25 @@
-"""What each CUDA kernel needs: bytes and multiply-adds from the cell or its preprocessing, warp instructions from the
-compiled code; and the least time on an H100 that follows. No GPU is used.
+"""What each CUDA kernel needs: bytes and multiply-adds from the cell or its preprocessing, warp instructions
+from the compiled code; and the least time on an H100 that follows. No GPU is used.
 
     python -m benchmarks.cuda_predicted --out benchmarks/results/cuda_predicted.md
     python -m benchmarks.cuda_predicted --cells 0 --kernels conv_forward_kernel --launches 0
 
-The prediction is a floor, the largest of several. Bytes: / 3.0 TB/s, a measured copy; of whole sectors of 32, once for
-every launch that needs them. Multiply-adds: on CUDA cores / 33 T/s (132 multiprocessors x 128 lanes x 1.98 GHz), on
-tensor cores / 495 T/s (the data sheet's dense bfloat16); tensor cores take the 1x1 products where these have a multiple
-of 16 inputs, in a cell of outputs too. What tiles read and compute again for their halos is in neither.
+The prediction is a floor, the largest of several. Bytes: / 3.0 TB/s, a measured copy; of whole sectors of 32,
+once for every launch that needs them. Multiply-adds: on CUDA cores / 33 T/s (132 multiprocessors x 128 lanes
+x 1.98 GHz), on tensor cores / 495 T/s (the data sheet's dense bfloat16); tensor cores take the 1x1 products
+where these have a multiple of 16 inputs, in a cell of outputs too. What tiles read and compute again for
+their halos is in neither.
 
-Issue: warp instructions / (132 multiprocessors x 4 schedulers x 1.98 GHz), halos and addresses and all, in which no
-scheduler ever waits. They are counted in the code that nvcc makes for sm_90, whose integer and control instructions
-`benchmarks/sass` interprets with the parameters that the emulation records. Of a launch's blocks a sample is
-interpreted, spread over the grid, and scaled. Longest unit: of those that the instructions go to ("alu", "imad",
-"fp64", "xu", "tensor", "lsu": shared memory with its bank conflicts, L1 and shuffles; `benchmarks/sass/pipes.py` has
-the rates), or "issue". Where there are fewer blocks than multiprocessors, the others are not counted. Nothing here was
-timed.
+Issue: warp instructions / (132 multiprocessors x 4 schedulers x 1.98 GHz), halos and addresses and all, in
+which no scheduler ever waits. They are counted in the code that nvcc makes for sm_90, whose integer and
+control instructions `benchmarks/sass` interprets with the parameters that the emulation records. Of a
+launch's blocks a sample is interpreted, spread over the grid, and scaled: for the convolutions of the first
+cell eight blocks give what all 512 give (`--blocks 512`) within 0.1%. Longest unit: of those that the
+instructions go to ("alu", "imad", "fp64", "xu", "tensor", "lsu": shared memory with its bank conflicts, L1
+and shuffles; `benchmarks/sass/pipes.py` has the rates), or "issue". Where there are fewer blocks than
+multiprocessors, the others are not counted.
+
+Forward and backward, bfloat16; registers: the most of the variants that are launched. Nothing here was timed.
 """
 
 from __future__ import annotations
@@ -77,7 +81,15 @@ PREPROCESSING = [
 Launched = list[sass.Launch]
 
 
-def cell_launches(kernels: EmulatedKernels, sizes: tuple[int, int, int, int, int]) -> Launched:
+class RecordedKernels(EmulatedKernels):
+    """Of a library of `sass.Build`; symbols: address -> mangled name."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.symbols = sass.symbols(path)
+
+
+def cell_launches(kernels: RecordedKernels, sizes: tuple[int, int, int, int, int]) -> Launched:
     """Of a forward and backward, in order; sizes: K, channels, side, stride, batch."""
     K, channels, side, stride, batch = sizes
     problem = CellProblem((1, 2, 2), torch.bfloat16, channels=channels, stride=stride, K=K, nodes=4)
@@ -86,7 +98,7 @@ def cell_launches(kernels: EmulatedKernels, sizes: tuple[int, int, int, int, int
     return recorded(kernels, lambda: kernels.cell(list(edges), inputs, *weights))
 
 
-def preprocessing_launches(kernels: EmulatedKernels, sizes: tuple[int, int, int, int, int]) -> Launched:
+def preprocessing_launches(kernels: RecordedKernels, sizes: tuple[int, int, int, int, int]) -> Launched:
     """As `cell_launches`, of a cell's preprocessing; sizes: c_in, c_out, side, stride, batch."""
     c_in, c_out, side, stride, batch = sizes
     problem = LayerProblem((1, 2, 2), torch.bfloat16, channels=(c_in, c_out), reduce=stride == 2)
@@ -101,7 +113,7 @@ def untouched(batch: int, channels: int, side: int) -> torch.Tensor:
     return x.requires_grad_()
 
 
-def recorded(kernels: EmulatedKernels, forward: Callable[[], list[torch.Tensor]]) -> Launched:
+def recorded(kernels: RecordedKernels, forward: Callable[[], list[torch.Tensor]]) -> Launched:
     kernels.ops.record(True)
     outputs = forward()
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
@@ -254,8 +266,8 @@ def by_kernel(launched: Launched) -> dict[str, Launched]:
 
 
 HEAD = (
-    "kernel, launches, blocks (most), registers, shared KiB, MB, M multiply-adds, on tensor cores, M warp instructions, "
-    "bytes µs, multiply-adds µs, issue µs, longest unit µs, unit"
+    "kernel, launches, blocks (most), registers, shared KiB, MB, M multiply-adds, on tensor cores, "
+    "M warp instructions, bytes µs, multiply-adds µs, issue µs, longest unit µs, unit"
 )
 
 
@@ -280,9 +292,11 @@ def kernel_table(launched: dict[str, Launched], needs: Needs, build: sass.Build,
         ]
         return [name, len(of), *facts, *counts, *times, binding]
 
-    rows, all_works = [], []
+    rows, all_works, found = [], [], []
     for kernel, of in launched.items():
-        works = [sass.profiled(build.kernel(one.kernel), one, most).work for one in of]
+        profiled = [sass.profiled(build.kernel(one.kernel), one, most) for one in of]
+        works = [one.work for one in profiled]
+        found += profiled
         all_works += works
         facts: list[object] = [
             max(one.blocks for one in of),
@@ -292,14 +306,14 @@ def kernel_table(launched: dict[str, Launched], needs: Needs, build: sass.Build,
         rows.append(row(kernel, facts, needs[kernel], works))
     every = [one for of in needs.values() for one in of]
     rows.append(row("**all**", ["", "", ""], every, all_works))
-    return sass.table(HEAD.split(", "), rows)
+    return sass.table(HEAD.split(", "), rows) + "\n" + sass.doubts(found)
 
 
 class Case(NamedTuple):
     """A cell or a preprocessing: what the emulation launches for it, and what these launches need."""
 
     title: str
-    launches: Callable[[EmulatedKernels], Launched]
+    launches: Callable[[RecordedKernels], Launched]
     needs: Callable[[], Needs]
 
 
@@ -368,8 +382,7 @@ def main() -> None:
     if args.csrc:
         emulation.CSRC = args.csrc.resolve()
     build = sass.Build()
-    kernels = EmulatedKernels(build.emulated())
-    kernels.symbols = sass.symbols(build.emulated())
+    kernels = RecordedKernels(build.emulated())
     with args.out.open("w") if args.out else nullcontext(sys.stdout) as file:
         if not args.kernels:
             print("# CUDA kernels: what they need, and the least that they can take on an H100\n", file=file)

@@ -1,4 +1,4 @@
-"""What is compiled from a csrc folder, once for as long as its files stay as they are: cubins and the emulation."""
+"""What is compiled from a csrc folder, once while its files stay as they are: cubins and the emulation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import struct
 import tempfile
 from pathlib import Path
 
-from benchmarks.sass.code import Kernel, Listing, SassError, compile_cubin, disassemble, find_tool
+from benchmarks.sass.code import Kernel, Listing, SassError, compile_cubin, disassemble
+from benchmarks.sass.lanes import Size
 from benchmarks.sass.profile import Launch, same_name
 from tests.kernels import emulation
 
@@ -22,13 +23,13 @@ class Build:
 
     def __init__(self) -> None:
         nvcc = emulation.find_nvcc()
-        nvdisasm = find_tool("nvdisasm", nvcc)
+        nvdisasm = emulation.find_tool("nvdisasm")
         if nvcc is None or nvdisasm is None:
             raise SassError("no nvcc and nvdisasm: the instructions of sm_90 cannot be counted")
         self.nvcc, self.nvdisasm = nvcc, nvdisasm
         digest = hashlib.sha256()
         for path in sorted(emulation.CSRC.rglob("*.*")):
-            if path.is_file():
+            if path.suffix in (".cu", ".h", ".cpp", ".txt"):
                 digest.update(str(path.relative_to(emulation.CSRC)).encode() + b"\0" + path.read_bytes())
         self.folder = CACHE / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ class Build:
         return cubin
 
     def kernel(self, name: str) -> Kernel:
-        """By its mangled name as `Launch.kernel` has it; what has not been asked for is neither compiled nor read."""
+        """By its mangled name, as in `Launch.kernel`; what nobody asks for is neither compiled nor read."""
         for source in SOURCES:
             if source not in self.listings:
                 listing = disassemble(self.nvdisasm, self.cubin(source))
@@ -66,6 +67,11 @@ class Build:
         raise SassError(f"{name} is in none of {', '.join(SOURCES)}")
 
 
+def three(text: str) -> Size:
+    x, y, z = map(int, text.split())
+    return x, y, z
+
+
 def launches(text: str, symbols: dict[int, str]) -> list[Launch]:
     """Of what the emulation's `recorded` returns and the library's symbols: address -> mangled name."""
     found = []
@@ -76,8 +82,8 @@ def launches(text: str, symbols: dict[int, str]) -> list[Launch]:
                 "the emulation of this csrc does not record grids and parameters: merge csrc/emulation"
             )
         _, _, shared, place, grid, threads, params = fields
-        sizes = [tuple(int(number) for number in size.split()) for size in (grid, threads)]
-        found.append(Launch(symbols[int(place)], sizes[0], sizes[1], int(shared), bytes.fromhex(params)))  # type: ignore[arg-type]
+        sizes = three(grid), three(threads)
+        found.append(Launch(symbols[int(place)], *sizes, int(shared), bytes.fromhex(params)))
     return found
 
 

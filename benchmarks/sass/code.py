@@ -1,12 +1,11 @@
-"""Kernels as nvdisasm prints them: instructions with their operands and source lines, basic blocks, jump tables."""
+"""Kernels as nvdisasm prints them: instructions with operands and source lines, basic blocks, jump tables."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 import struct
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +23,10 @@ class Operand(NamedTuple):
     """An operand as written: `kind` is register, predicate, integer, float, constant, memory, label or other.
 
     Attributes:
-        register: its number, None for RZ, URZ, PT and UPT and where there is none; of an address, those of its
-            parts with the suffix `.64` as a flag are in `parts`.
-        value: of an immediate; of an address its offset.
+        register: its number; None for RZ, URZ, PT and UPT, and where there is none.
+        value: of an immediate, or of an address its offset.
+        bank: of constants.
+        parts: of an address its registers, and whether each is a pair of them, of 64 bits.
     """
 
     kind: str
@@ -36,7 +36,6 @@ class Operand(NamedTuple):
     sign: str = ""
     absolute: bool = False
     bank: int = 0
-    # of an address: (register, whether of 64 bits)
     parts: tuple[tuple[int, bool], ...] = ()
 
 
@@ -60,7 +59,8 @@ class Instruction(NamedTuple):
         return self.opcode.split(".")[1:]
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Kernel:
     """A kernel's code. blocks: first and last + 1 of each basic block's instructions, in order."""
 
     name: str
@@ -77,15 +77,6 @@ class Kernel(NamedTuple):
     parameters: tuple[int, int]
 
 
-def find_tool(name: str, nvcc: Path | None) -> Path | None:
-    """nvdisasm or cuobjdump: on the PATH, beside nvcc, or the one that triton brings; None where there is none."""
-    triton = importlib.util.find_spec("triton")
-    found = [Path(path) for path in [shutil.which(name)] if path]
-    found += [nvcc.parent / name] if nvcc else []
-    found += [Path(triton.origin).parent / "backends/nvidia/bin" / name] if triton and triton.origin else []
-    return next((path for path in found if path.is_file()), None)
-
-
 def compile_cubin(nvcc: Path, source: Path, include: Path, target: Path) -> None:
     """For sm_90, as setup.py compiles it, with source lines, which change no instruction."""
     command = [str(nvcc), "-std=c++20", "-O3", "-arch=sm_90", "-lineinfo", f"-I{include}"]
@@ -93,7 +84,12 @@ def compile_cubin(nvcc: Path, source: Path, include: Path, target: Path) -> None
 
 
 class Listing(NamedTuple):
-    """What nvdisasm prints of a cubin. sections: mangled name -> lines; used: registers; places: of parameters."""
+    """What nvdisasm prints of a cubin, by mangled name.
+
+    Attributes:
+        sections: lines of code; tables: constant bank 2; used: registers.
+        places: where parameters begin in constant bank 0, and their bytes.
+    """
 
     sections: dict[str, list[str]]
     tables: dict[str, bytes]
@@ -178,8 +174,8 @@ def parse_code(lines: list[str]) -> tuple[list[Instruction], Blocks, dict[int, i
 
 def split_operands(text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")] if text else []
-    # BRX R20 -0x3660
-    if len(parts) == 1 and (match := re.match(r"^(U?R\d+) (-?0x[0-9a-f]+)$", parts[0])):
+    # BRX R20 -0x3660, RET R2 `(kernel)
+    if len(parts) == 1 and (match := re.match(r"^(U?R\d+) (-?0x[0-9a-f]+|`\(.*\))$", parts[0])):
         return [match[1], match[2]]
     return parts
 

@@ -1,8 +1,9 @@
 """What the integer instructions of sm_90 compute, on NumPy vectors of lanes.
 
-A function here takes the instruction and its sources, uint32 for registers (uint64 where it reads pairs), bool for
-predicates, and returns its results in the order of `registers.results`, uint64 where a pair is written. NVIDIA
-documents no semantics of SASS; these are what the sequences that nvcc emits for known C need (tests compare them).
+A function here takes the instruction and its sources, uint32 for registers (uint64 where it reads pairs),
+bool for predicates, and returns its results in the order of `registers.results`, uint64 where a pair is
+written. NVIDIA documents no semantics of SASS; these are what the sequences that nvcc emits for known C need
+(tests compare them).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def imad(one: Instruction, a: Vector, b: Vector, c: Vector, *carry: Vector) -> l
 
 
 def lea(one: Instruction, a: Vector, b: Vector, *rest: Vector) -> list[Vector]:
-    """(a << shift) + b; HI: the upper half of the pair (c, a), or of a's sign and a, shifted, + b. b is uint64."""
+    """(a << shift) + b, b being uint64; HI: the upper half of (c, a), or of a with its sign, shifted, + b."""
     mods, others = one.mods, list(rest)
     carry = wide(others.pop()) if "X" in mods else np.uint64(0)
     shift = wide(others.pop()) & np.uint64(31)
@@ -123,7 +124,8 @@ def shf(one: Instruction, a: Vector, shift: Vector, b: Vector) -> list[Vector]:
     if "L" in mods:
         moved = pair << by
     elif kind == "S32" and "HI" in mods:
-        return [(signed(b).astype(np.int64) >> by.view(np.int64)).astype(np.int32).view(np.uint32)]
+        moved_high: Vector = signed(b).astype(np.int64) >> by.view(np.int64)
+        return [moved_high.astype(np.int32).view(np.uint32)]
     elif kind.startswith("S"):
         moved = (signed(pair) >> by.view(np.int64)).view(np.uint64)
     else:
@@ -166,12 +168,13 @@ def isetp(one: Instruction, a: Vector, b: Vector, *rest: Vector) -> list[Vector]
 
 def minmax(one: Instruction, a: Vector, b: Vector, is_min: Vector) -> list[Vector]:
     x, y = (a, b) if "U32" in one.mods else (signed(a), signed(b))
-    return [np.where(is_min, np.minimum(x, y), np.maximum(x, y)).view(np.uint32)]
+    chosen: Vector = np.where(is_min, np.minimum(x, y), np.maximum(x, y))
+    return [chosen.view(np.uint32)]
 
 
 def prmt(one: Instruction, a: Vector, selector: Vector, b: Vector) -> list[Vector]:
     if one.mods:
-        raise SassError(f"{one.text} at {one.offset:#x} is not interpreted")
+        raise SassError("not interpreted")
     pair = wide(a) | wide(b) << WORD
     value = np.zeros_like(a)
     for i in range(4):
@@ -187,7 +190,7 @@ def float_of(one: Instruction, a: Vector) -> list[Vector]:
     """I2F and I2FP to float32, RP: to above."""
     mods = one.mods
     if "F64" in mods or "F16" in mods or "BF16" in mods:
-        raise SassError(f"{one.text} at {one.offset:#x} is not interpreted")
+        raise SassError("not interpreted")
     exact = a if any(mod in ("U32", "U64") for mod in mods) else signed(a)
     with np.errstate(all="ignore"):
         value = exact.astype(np.float32)
@@ -202,7 +205,7 @@ def integer_of(one: Instruction, a: Vector) -> list[Vector]:
     """F2I with truncation."""
     mods = one.mods
     if "TRUNC" not in mods or not {"U32", "U64"} & set(mods):
-        raise SassError(f"{one.text} at {one.offset:#x} is not interpreted")
+        raise SassError("not interpreted")
     to = np.uint64 if "U64" in mods else np.uint32
     with np.errstate(all="ignore"):
         x = a.view(np.float32).astype(np.longdouble)
@@ -220,6 +223,8 @@ def absolute(one: Instruction, a: Vector) -> list[Vector]:
 
 
 def constant_pair(one: Instruction, *sources: Vector) -> list[Vector]:
+    if any(mod.startswith("BF16") for mod in one.mods):
+        raise SassError("not interpreted")
     halves = [operand.value for operand in one.operands[3:]]
     upper, lower = (half_bits(float(value)) for value in halves)
     return [np.full_like(sources[0], upper << 16 | lower)]

@@ -1,8 +1,8 @@
 """Wavefronts of shared memory and lines of global memory that a warp's access takes.
 
-Shared memory has 32 banks of 4 bytes, each serving one word a cycle; lanes that want the same word share it. Accesses
-of 8 and 16 bytes are served for 16 and 8 different addresses at a time, in the order of the lanes and addresses
-that occur again counting once: the least that it can take.
+Shared memory has 32 banks of 4 bytes, each serving one word a cycle; lanes that want the same word share it.
+Accesses of 8 and 16 bytes are served for 16 and 8 different addresses at a time, in the order of the lanes
+and addresses that occur again counting once: the least that it can take.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SECTOR = 32
 def shared_wavefronts(addresses: Vector, lanes: Vector, size: int) -> tuple[Vector, Vector]:
     """Of each warp, and how many they were without bank conflicts.
 
-    addresses: uint64 [warps, 32]; lanes: bool of the same shape; size: bytes a lane. A warp none of whose lanes takes
-    part needs none.
+    addresses: uint64 [warps, 32]; lanes: bool of the same shape; size: bytes a lane. A warp none of whose
+    lanes takes part needs none.
     """
     words = np.maximum(size // 4, 1)
     group = 32 // words

@@ -9,21 +9,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.sass.code import Kernel
-from benchmarks.sass.machine import Machine, Size
+from benchmarks.sass.lanes import Size
+from benchmarks.sass.machine import Machine
 from benchmarks.sass.pipes import (
-    CYCLES,
     MULTIPROCESSORS,
     WAVEFRONT,
     Work,
-    class_of,
-    tensor_cycles,
+    classes,
+    cycles_of,
 )
 
-BLOCKS = 24
+# of a launch; all 512 of the first cell's convolutions differ by 0.1% at most
+BLOCKS = 8
 
 
 class Launch(NamedTuple):
-    """As csrc/emulation writes it down; `kernel` is the mangled name, anonymous namespaces as g++ writes them."""
+    """As csrc/emulation writes it down. kernel: its mangled name, anonymous namespaces as g++ has them."""
 
     kernel: str
     grid: Size
@@ -74,15 +75,17 @@ class Profile(NamedTuple):
     """Of one launch, per instruction of its kernel and scaled to all blocks.
 
     Attributes:
+        classes: of instructions, as in `pipes`.
         issued: warp instructions; lanes: active lanes of each on average.
         wavefronts: of shared memory, or lines of global memory; ideal: the former without bank conflicts.
         shared: which instructions access shared memory.
-        unknown: accesses whose addresses are data, as a share of all; assumed: as `Machine.assumed`.
+        unknown: share of the accesses whose addresses are data; assumed: as `Machine.assumed`.
         sampled: blocks that were interpreted.
     """
 
     kernel: Kernel
     launch: Launch
+    classes: list[str]
     issued: Any
     lanes: Any
     wavefronts: Any
@@ -97,22 +100,18 @@ class Profile(NamedTuple):
     def work(self) -> Work:
         issued: dict[str, float] = defaultdict(float)
         cycles: dict[str, float] = defaultdict(float)
-        for one, count, wavefronts in zip(
-            self.kernel.instructions, self.issued, self.wavefronts, strict=True
-        ):
+        each = zip(self.kernel.instructions, self.classes, self.issued, self.wavefronts, strict=True)
+        for one, name, count, wavefronts in each:
             if not count:
                 continue
-            name = class_of(one)
             issued[name] += count
             cycles["issue"] += count
-            if name in CYCLES:
-                cycles[name] += count * CYCLES[name]
-            elif name == "tensor":
-                cycles[name] += count * tensor_cycles(one)
-            elif name == "shuffle":
+            if name == "shuffle":
                 cycles["lsu"] += count * WAVEFRONT
             elif name in ("shared", "global"):
                 cycles["lsu"] += wavefronts * WAVEFRONT
+            elif cycles_of(one):
+                cycles[name] += count * cycles_of(one)
         return Work(dict(issued), dict(cycles), min(MULTIPROCESSORS, self.launch.blocks))
 
 
@@ -122,22 +121,18 @@ def profiled(kernel: Kernel, launch: Launch, most: int = BLOCKS) -> Profile:
     machine = Machine(kernel, launch.grid, launch.threads, launch.params, blocks)
     machine.run()
     scale = launch.blocks / len(blocks)
-    issued = machine.per_instruction(machine.block_issued)
-    lanes = machine.per_instruction(machine.block_lanes) / np.maximum(issued, 1)
-    accesses = sum(
-        count
-        for one, count in zip(kernel.instructions, issued, strict=True)
-        if class_of(one) in ("shared", "global")
-    )
+    kinds = classes(kernel)
+    accesses = machine.issued[np.isin(kinds, ("shared", "global"))].sum()
     unknown = machine.unknown_accesses.sum() / max(accesses, 1)
     return Profile(
         kernel,
         launch,
-        issued * scale,
-        lanes,
+        kinds,
+        machine.issued * scale,
+        machine.active / np.maximum(machine.issued, 1),
         machine.wavefronts * scale,
         machine.ideal * scale,
-        np.array([class_of(one) == "shared" for one in kernel.instructions]),
+        np.array(kinds) == "shared",
         machine.sectors * scale,
         float(unknown),
         machine.assumed,

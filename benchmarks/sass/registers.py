@@ -1,6 +1,8 @@
-"""Which registers an instruction writes and reads, and which instructions control flow and addresses depend on."""
+"""Which registers instructions write and read, and on which instructions branches and addresses depend."""
 
 from __future__ import annotations
+
+from functools import cache
 
 from benchmarks.sass.code import (
     PREDICATE,
@@ -155,7 +157,7 @@ def read(instruction: Instruction) -> list[int]:
 
 
 def roots(instruction: Instruction) -> list[int]:
-    """Registers whose values are wanted whatever follows: those of branches, of addresses, of guards of accesses."""
+    """Registers that matter whatever follows: of branches, of addresses, of the guards of accesses."""
     guard = registers_of(instruction.guard) if instruction.guard else []
     base = instruction.base
     if base in ("BRA", "EXIT", "BRX", "CALL", "RET", "BREAK", "BSYNC", "WARPSYNC", "BSSY"):
@@ -169,8 +171,7 @@ def roots(instruction: Instruction) -> list[int]:
 
 def successors(kernel: Kernel, block: int) -> list[int]:
     """Blocks that may follow; after a return, all that follow calls."""
-    first, last = kernel.blocks[block]
-    end = kernel.instructions[last - 1]
+    end = kernel.instructions[kernel.blocks[block][1] - 1]
     after = [block + 1] if block + 1 < len(kernel.blocks) else []
     targets = [kernel.block_at[offset] for offset in end.targets]
     always = end.guard is None or (end.guard.register is None and not end.guard.sign)
@@ -198,6 +199,7 @@ def bits(registers: list[int]) -> int:
     return value
 
 
+@cache
 def control_slice(kernel: Kernel) -> list[bool]:
     """For each instruction whether a branch or an address depends on what it writes."""
     facts = [

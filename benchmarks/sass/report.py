@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.sass.pipes import Work, added, class_of
+from benchmarks.sass.pipes import Work, added
 from benchmarks.sass.profile import Profile
 
 
@@ -61,6 +61,25 @@ def launches_table(profiles: list[Profile]) -> str:
     return table(head.split(", "), rows)
 
 
+def doubts(profiles: list[Profile]) -> str:
+    """What was assumed, by kernel: nothing, mostly."""
+    assumed: dict[str, set[int]] = defaultdict(set)
+    unknown: dict[str, float] = {}
+    for one in profiles:
+        if one.assumed:
+            assumed[one.launch.name].update(one.assumed)
+        if one.unknown:
+            unknown[one.launch.name] = max(one.unknown, unknown.get(one.launch.name, 0.0))
+    lines = [
+        f"{name}: {len(offsets)} branches on data, taken to go on.\n" for name, offsets in assumed.items()
+    ]
+    lines += [
+        f"{name}: {share:.0%} of accesses at addresses read from memory, taken to be consecutive.\n"
+        for name, share in unknown.items()
+    ]
+    return "".join(lines)
+
+
 def units_table(work: Work) -> str:
     rows = [(unit, f"{work.seconds(unit) * 1e6:.1f}") for unit, _ in ordered(work.cycles)]
     return table(["unit", "µs at least"], rows)
@@ -99,9 +118,10 @@ def kernel_report(profiles: list[Profile], lines: int) -> str:
     work = added([one.work for one in profiles])
     opcodes: dict[str, float] = defaultdict(float)
     for profile in profiles:
-        for one, count in zip(profile.kernel.instructions, profile.issued, strict=True):
+        each = zip(profile.kernel.instructions, profile.classes, profile.issued, strict=True)
+        for one, name, count in each:
             if count:
-                opcodes[f"{one.opcode} ({class_of(one)})"] += count
+                opcodes[f"{one.opcode} ({name})"] += count
     parts = [
         launches_table(profiles),
         "All launches:\n",
