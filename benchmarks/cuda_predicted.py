@@ -271,11 +271,21 @@ HEAD = (
 )
 
 
+def needs_of(launched: Launched, needs: Needs) -> Needs:
+    """`needs`, of which each kernel that was launched has its own: strip_x_kernel does what x_kernel does."""
+    of_phase: dict[str, Launched] = defaultdict(list)
+    for one in launched:
+        of_phase[one.name.removeprefix("strip_")].append(one)
+    assert {phase: len(of) for phase, of in of_phase.items()} == {phase: len(of) for phase, of in needs.items()}
+    needs = with_sums(needs, {phase: [one.blocks for one in of] for phase, of in of_phase.items()})
+    found: Needs = defaultdict(list)
+    for phase, of in of_phase.items():
+        for one, need in zip(of, needs[phase], strict=True):
+            found[one.name].append(need)
+    return dict(found)
+
+
 def kernel_table(launched: dict[str, Launched], needs: Needs, build: sass.Build, most: int) -> str:
-    assert {kernel: len(of) for kernel, of in launched.items()} == {
-        kernel: len(of) for kernel, of in needs.items()
-    }
-    needs = with_sums(needs, {kernel: [one.blocks for one in of] for kernel, of in launched.items()})
 
     def row(name: str, facts: list[object], of: list[Launch], works: list[sass.Work]) -> list[object]:
         work = sass.added(works)
@@ -393,7 +403,7 @@ def main() -> None:
             if args.kernels:
                 print(profiles(by_kernel(launched), build, args), file=file, flush=True)
                 continue
-            print(kernel_table(by_kernel(launched), case.needs(), build, args.blocks), file=file)
+            print(kernel_table(by_kernel(launched), needs_of(launched, case.needs()), build, args.blocks), file=file)
             print(
                 f"Launches add about {len(launched) * LAUNCH * 1e6:.0f} µs inside a CUDA graph.",
                 file=file,

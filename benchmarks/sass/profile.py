@@ -60,15 +60,20 @@ def same_name(mangled: str) -> str:
 
 
 def sample(grid: Size, most: int) -> list[Size]:
-    """Blocks [x, y, z] of a grid, all y and z alike and x spread out; all of them where they are few.
+    """Blocks [x, y, z] of a grid, spread over z, then x, and every y; all of them where they are few.
 
-    The first and last x are among them: borders and what is left over lie there."""
+    The first and last of each are among them: borders and what is left over lie there."""
     x, y, z = grid
+
+    def spread(size: int, others: int) -> list[int]:
+        few = min(size, max(3, -(-most // others)))
+        return [int(i) for i in np.unique(np.linspace(0, size - 1, few).round().astype(int))]
+
     if x * y * z <= most:
         return [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
-    each = min(x, max(3, -(-most // (y * z))))
-    chosen = np.unique(np.linspace(0, x - 1, each).round().astype(int))
-    return [(int(i), j, k) for k in range(z) for j in range(y) for i in chosen]
+    chosen_z = spread(z, x * y)
+    chosen_x = spread(x, y * len(chosen_z))
+    return [(i, j, k) for k in chosen_z for j in range(y) for i in chosen_x]
 
 
 class Profile(NamedTuple):
