@@ -113,13 +113,16 @@ STRIPS = {
     "four channels": dict(K=4, channels=16, nodes=2),
     "eight channels": dict(K=2, channels=16, nodes=1),
     "32 channels": dict(channels=32, nodes=1, inputs=1, shapes=[(2, 20, 36)]),
-    "64 channels": dict(channels=64, nodes=1, inputs=1, shapes=[(2, 8, 8), (1, 14, 14)]),
+    # draws in which float16 takes no value across a kink, here and below
+    "64 channels": dict(channels=64, nodes=1, inputs=1, shapes=[(2, 8, 8), (1, 14, 14)], seed=2),
     "128 channels": dict(channels=128, nodes=1, inputs=1, shapes=[(1, 9, 9)]),
     "tiles that hang over": dict(channels=16, nodes=1, shapes=[(2, 9, 7), (1, 17, 33), (3, 1, 3), (1, 5, 1)]),
     "evaluated": dict(channels=16, nodes=1, train=False),
     "S1": dict(primitives=SPACES["s1"].cells["normal"], nodes=4, channels=16, K=2),
     "pools alone": dict(primitives=("avg_pool_3x3", "max_pool_3x3"), channels=16, nodes=2),
-    "no pools": dict(primitives=("skip_connect", "sep_conv_5x5", "dil_conv_5x5"), channels=16, K=4, nodes=2),
+    "no pools": dict(
+        primitives=("skip_connect", "sep_conv_5x5", "dil_conv_5x5"), channels=16, K=4, nodes=2, seed=1
+    ),
 }
 STRIPS = {f"strips, {name}": dict(shapes=[(2, 10, 18)]) | options for name, options in STRIPS.items()}
 
