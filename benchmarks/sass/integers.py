@@ -262,6 +262,7 @@ SEMANTICS: dict[str, Semantics] = {
     "MOV": lambda one, a, *mask: [a],
     "VIADD": lambda one, a, b: [a + b],
     "VIMNMX": minmax,
+    "VIMNMX3": lambda one, a, b, c, p: minmax(one, minmax(one, a, b, p)[0], c, p),
     "VIADDMNMX": lambda one, a, b, c, p: minmax(one, a + b, c, p),
     "IABS": absolute,
     "PRMT": prmt,
