@@ -198,7 +198,8 @@ struct BackwardPass : CellContext<T> {
     auto bytes_of = [&](const Tiling& t) {
       return with_strip_tile(t, [&]<int H, int W>() {
         StripBackwardTile<T, H, W> tile(cm, group, reach);
-        return tile.fits() ? tile.bytes + (p.pools ? StripPools<T, H, W>(cm).bytes : 0) : -1;
+        int pools = p.pools ? tile.staged + StripPools<T, H, W>(cm).bytes : 0;
+        return tile.fits() ? std::max(tile.bytes, pools) : -1;
       });
     };
     auto tiling = strip_tiling(queue, n, p.h, p.w, cm, bytes_of);

@@ -21,15 +21,17 @@ struct StripBackwardTile {
   static constexpr int kStage = H * W + 2;  // elements between channels of the staged sums
   int channels, blocks;  // of a group, and sixteens of them
   int pitch;             // elements between pixels of grad_ys: eight neighbours lie in different banks
-  int planes, bytes;     // offsets in bytes
+  int planes, staged, bytes;  // offsets in bytes; staged: behind the staged sums, which lie over all else
 
   // reach: the largest of all branches
   __host__ __device__ StripBackwardTile(int c, int group, int reach) {
     Planes<H, W> at(reach);
     channels = c * group, blocks = channels / 16, pitch = channels + 8;
-    int grad_ys = at.rows * at.kColumns * pitch * int(sizeof(T)), stage = channels * kStage * int(sizeof(float));
-    planes = round_up(grad_ys > stage ? grad_ys : stage, 16);
+    staged = round_up(channels * kStage * int(sizeof(float)), 16);
+    int grad_ys = at.rows * at.kColumns * pitch * int(sizeof(T));
+    planes = round_up(grad_ys, 16);
     bytes = planes + channels * at.apart * int(sizeof(T));
+    if (staged > bytes) bytes = staged;
   }
   // a warp's sums have so many registers
   bool fits() const {
@@ -192,9 +194,11 @@ struct StripBackward {
       if (j < count * c) spread(at, branch(branch_of(j)), planes + j * at.apart, channel_of(j), sums[i]);
     }
   }
-  // The sums in shared memory, float [channels][stage_pitch], for whoever reads them after a barrier.
+  // The sums in shared memory, float [channels][kStage], for whoever reads them after a barrier.
   __device__ const float* stage() const {
     float* to = reinterpret_cast<float*>(shared);
+    // nobody spreads any more
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
       int j = warp + i * kWarps;

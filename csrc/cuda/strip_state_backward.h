@@ -10,7 +10,7 @@ struct StripStateBackward : StateBackward<T> {
   int group, reach;
 };
 
-// Shared memory of the pools' part, behind the tile: xs [rows][columns][c], the input with two pixels around; of the
+// Shared memory of the pools' part, behind the staged sums: xs [rows][columns][c], the input with two pixels around; of the
 // windows that reach the tile the gradients [2][rows - 2][columns - 2][c] of the maxima and averages, and where the
 // maxima are, a byte each, 255 beyond the image.
 template <class T, int H, int W>
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
                 [&](int k) -> const BackwardBranch<T>& { return a.branch[b0 + k]; });
     stage = block.stage();
   }
-  StripPoolsBackward<T, H, W> pools{a, corner(), shared + tile.bytes};
+  StripPoolsBackward<T, H, W> pools{a, corner(), shared + tile.staged};
   if (a.pools) pools.prepare();
   __syncthreads();
   int quads = a.c / 4, ch = threadIdx.x % quads * 4, n = corner().n;

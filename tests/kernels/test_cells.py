@@ -179,6 +179,7 @@ GPU = {name: dict(shapes=[(3, 18, 10), (2, 32, 32), (1, 8, 8)], **o) for name, o
     ("emulated", (F64,), EMULATED),
     ("emulated", (F32, BF16, F16), EMULATED_ROUNDED),
     ("emulated", (BF16, F16), STRIPS),
+    ("gpu", (BF16, F16), STRIPS),
     ("triton", (F64,), TRITON),
     ("gpu", (F64, F32, BF16, F16), GPU),
 )

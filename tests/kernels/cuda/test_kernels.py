@@ -78,6 +78,24 @@ MUTATIONS = {
     "weights of the first chunk for all": (
         "cuda/relu_conv_bn_forward.h", "int skipped = c0 % s.wk *", "int skipped = 0 *", CONV, "bfloat16"
     ),
+    "missing barrier, strips": (
+        "cuda/strip_backward.h",
+        "}); __syncthreads(); #pragma unroll for (int i = 0; i < kOwn; i++) { int j",
+        "}); for (int i = 0; i < kOwn; i++) { int j",
+        BF16, "bfloat16",
+    ),
+    "off by one, diagonals": (
+        "cuda/strips.h", "kMargin + R - diagonal", "kMargin + R + 1 - diagonal", BF16, "bfloat16"
+    ),
+    "off by one, place of a maximum": (
+        "cuda/strip_state_backward.h", "own = 8 - 3 * u - v", "own = 7 - 3 * u - v", BF16, "bfloat16"
+    ),
+    "means of warps left out of variances": (
+        "cuda/strip_conv_forward.h", "one.square + count * off * off", "one.square + 0 * off", BF16, "bfloat16"
+    ),
+    "the mean left out of a sum": (
+        "cuda/strip_second_convs_backward.h", "(inner[i] - mean[i])", "inner[i]", BF16, "bfloat16"
+    ),
 }  # fmt: skip
 
 
@@ -101,6 +119,7 @@ QUICK = (
     "off by one, window",
     "missing sum, tensor cores",
     "missing barrier before a chunk, preprocessing",
+    "missing barrier, strips",
 )
 
 
