@@ -108,7 +108,7 @@ EMULATED_ROUNDED = {
     "tensor cores, K=2, stride 2": dict(channels=32, K=2, nodes=1, stride=2),
 }
 EMULATED_ROUNDED = {name: dict(shapes=[(4, 12, 20)], **o) for name, o in EMULATED_ROUNDED.items()}
-# what the 16-bit kernels of strips take: 4 and 8 mixed channels side by side, 16 and more; tiles of 16 x 16 and 8 x 8
+# the 16-bit kernels of strips: 4 and 8 mixed channels side by side, 16 and more; tiles of 16 x 16 and 8 x 8
 STRIPS = {
     "four channels": dict(K=4, channels=16, nodes=2),
     "eight channels": dict(K=2, channels=16, nodes=1),

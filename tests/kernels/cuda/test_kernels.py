@@ -91,7 +91,8 @@ MUTATIONS = {
         "cuda/strip_state_backward.h", "own = 8 - 3 * u - v", "own = 7 - 3 * u - v", BF16, "bfloat16"
     ),
     "means of warps left out of variances": (
-        "cuda/strip_conv_forward.h", "one.square + count * off * off", "one.square + 0 * off", BF16, "bfloat16"
+        "cuda/strip_conv_forward.h", "one.square + count * off * off", "one.square + 0 * off",
+        BF16, "bfloat16",
     ),
     "the mean left out of a sum": (
         "cuda/strip_second_convs_backward.h", "(inner[i] - mean[i])", "inner[i]", BF16, "bfloat16"
