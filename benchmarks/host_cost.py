@@ -4,7 +4,7 @@
 
 The supernet runs on the emulated CUDA kernels, whose launches are written down and not run; torch's own
 operators run on the CPU, on one image, and are counted as they are dispatched. Clipping and SGD run on
-tensors without data ("meta"), as many and as large as the supernet's, in torch's multi-tensor form, which CUDA
+tensors without data ("meta"), as many and as large as the supernet's, in the multi-tensor form that CUDA
 takes: once for the parameters, once for a single one of the same size. Their launches on CUDA follow from how
 many tensors one of them takes (torch's MultiTensorApply.cuh).
 """
