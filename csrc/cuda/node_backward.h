@@ -17,9 +17,11 @@
 
 namespace rfdarts::cuda {
 
-// blocks of a multiprocessor that must have enough registers: the more, the more loads are under way
+// blocks of a multiprocessor that must have enough registers, as kForwardBlocks
 template <class T, int K>
-constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : K > 1 || sizeof(T) == 4 ? 2 : 3;
+constexpr int kBackwardBlocks = kResident<T>;
+template <>
+constexpr int kBackwardBlocks<__nv_bfloat16, 1> = 3;
 // pixels whose loads a lane waits for together
 constexpr int kAhead = 4;
 
