@@ -6,8 +6,8 @@ The supernet runs on the emulated CUDA kernels, whose launches are written down 
 operators run on the CPU, on one image, and are counted as they are dispatched. Clipping and SGD run on
 tensors without data ("meta"), as many and as large as the supernet's, in the multi-tensor form that CUDA
 takes: once for the parameters, once for a single one of the same size. Their launches on CUDA follow from how
-many tensors one of them takes (torch's MultiTensorApply.cuh); they are not timed, as tensors without data take
-another way through torch.
+many tensors one of them takes (torch's MultiTensorApply.cuh); they are not timed, as tensors without data
+take another way through torch.
 """
 
 from __future__ import annotations

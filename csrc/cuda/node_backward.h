@@ -17,7 +17,7 @@
 
 namespace rfdarts::cuda {
 
-// blocks of a multiprocessor that must have enough registers, as kForwardBlocks
+// blocks of a multiprocessor that must have enough registers: the more, the more loads are under way
 template <class T, int K>
 constexpr int kBackwardBlocks = kResident<T>;
 template <>
