@@ -276,7 +276,8 @@ def needs_of(launched: Launched, needs: Needs) -> Needs:
     of_phase: dict[str, Launched] = defaultdict(list)
     for one in launched:
         of_phase[one.name.removeprefix("strip_")].append(one)
-    assert {phase: len(of) for phase, of in of_phase.items()} == {phase: len(of) for phase, of in needs.items()}
+    counts = [{phase: len(launches) for phase, launches in each.items()} for each in (of_phase, needs)]
+    assert counts[0] == counts[1], counts
     needs = with_sums(needs, {phase: [one.blocks for one in of] for phase, of in of_phase.items()})
     found: Needs = defaultdict(list)
     for phase, of in of_phase.items():
@@ -403,7 +404,8 @@ def main() -> None:
             if args.kernels:
                 print(profiles(by_kernel(launched), build, args), file=file, flush=True)
                 continue
-            print(kernel_table(by_kernel(launched), needs_of(launched, case.needs()), build, args.blocks), file=file)
+            needs = needs_of(launched, case.needs())
+            print(kernel_table(by_kernel(launched), needs, build, args.blocks), file=file)
             print(
                 f"Launches add about {len(launched) * LAUNCH * 1e6:.0f} µs inside a CUDA graph.",
                 file=file,

@@ -19,7 +19,9 @@ namespace rfdarts::cuda {
 
 // blocks of a multiprocessor that must have enough registers: the more, the more loads are under way
 template <class T, int K>
-constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : K > 1 || sizeof(T) == 4 ? 2 : 3;
+constexpr int kBackwardBlocks = kResident<T>;
+template <>
+constexpr int kBackwardBlocks<__nv_bfloat16, 1> = 3;
 // pixels whose loads a lane waits for together
 constexpr int kAhead = 4;
 

@@ -89,7 +89,7 @@ struct PoolColumn {
   __device__ __forceinline__ static A mean(A sum, A size, A inverse) {
     return widen(narrow<T>(sizeof(T) == 2 ? sum * inverse : sum / size));
   }
-  __device__ __forceinline__ static Row join(const Row& above, const Row& below) {
+  __device__ __forceinline__ static Row stacked(const Row& above, const Row& below) {
     Row r;
     r.max = greater(above.max, below.max);
 #pragma unroll
@@ -101,12 +101,12 @@ struct PoolColumn {
   __device__ __forceinline__ void walk(int y, int count, F&& f) const {
     // what the next window has of the rows before its last one
     Row above = load_row(y * S - 1), last;
-    if constexpr (S == 1) last = load_row(y), above = join(above, last);
+    if constexpr (S == 1) last = load_row(y), above = stacked(above, last);
 #pragma unroll Unrolled
     for (int i = 0; i < count; i++) {
       int centre = (y + i) * S;
-      if constexpr (S == 2) above = join(above, load_row(centre));
-      Row bottom = load_row(centre + 1), window = join(above, bottom);
+      if constexpr (S == 2) above = stacked(above, load_row(centre));
+      Row bottom = load_row(centre + 1), window = stacked(above, bottom);
       A size = A(3 * wide), inverse = whole, max[V], avg[V];
       if (int missing = !inside(centre - 1) + !inside(centre + 1))
         size = A((3 - missing) * wide), inverse = A(1) / size;
@@ -114,7 +114,7 @@ struct PoolColumn {
 #pragma unroll
       for (int j = 0; j < V; j++) avg[j] = mean(window.sum[j], size, inverse);
       f(i, max, avg);
-      above = S == 1 ? join(last, bottom) : bottom;
+      above = S == 1 ? stacked(last, bottom) : bottom;
       last = bottom;
     }
   }

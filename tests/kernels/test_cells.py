@@ -88,12 +88,17 @@ EMULATED |= {
     f"evaluated, stride {stride}": dict(shapes=[(2, 6, 10)], train=False, K=2, channels=8, stride=stride)
     for stride in (1, 2)
 }
-# the sums of a node: rows in several blocks, parts of a row, more channels than a warp takes at once
+# the sums of a node: rows in several blocks, parts of a row, more channels than a warp takes at once; and of
+# blocks: more than the threads of a block load together
 LARGE = {
     "rows in several blocks": dict(shapes=[(1, 41, 16)]),
     "parts of a row": dict(shapes=[(1, 2, 300)]),
     "rows in several blocks, K=2, stride 2": dict(shapes=[(1, 40, 68)], K=2, channels=8, stride=2),
     "more channels than a warp's": dict(shapes=[(1, 3, 5)], channels=72),
+    "blocks of a node": dict(shapes=[(40, 1, 2)], channels=64, primitives=("sep_conv_3x3", "max_pool_3x3")),
+    "blocks of a BatchNorm": dict(
+        shapes=[(530, 1, 1)], channels=2, primitives=("sep_conv_3x3", "avg_pool_3x3")
+    ),
 }
 EMULATED |= {name: dict(inputs=1, nodes=1) | options for name, options in LARGE.items()}
 # multiples of 16 mixed channels run on tensor cores in 16-bit types

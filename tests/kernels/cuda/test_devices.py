@@ -34,7 +34,7 @@ def kernels(emulated_kernels):
 
 
 def launches(kernels, problem):
-    """Of each launch of a forward and backward that are not run: parameters, blocks, bytes of shared memory."""
+    """Parameters, blocks, bytes of shared memory of each launch of a forward and backward; none is run."""
     kernels.ops.record(True)
     problem.run(kernels, poison=False)
     lines = [line.split(" | ") for line in kernels.ops.recorded().splitlines()]

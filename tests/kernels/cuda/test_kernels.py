@@ -38,6 +38,21 @@ MUTATIONS = {
     "off by one, row of a bypass": (
         "cuda/node_backward.h", "node.rows() + 1 + bypass", "node.rows() + bypass", F64, "float64"
     ),
+    "missing barrier, sums of a node": (
+        "cuda/node_backward.h",
+        "__syncthreads(); for (int i = threadIdx.x; i < (2 * node.incoming",
+        "for (int i = threadIdx.x; i < (2 * node.incoming",
+        F64, "float64",
+    ),
+    "pools of a column without its last row": (
+        "cuda/pool_column.h", "load_row(centre + 1), window", "load_row(centre), window", F64, "float64"
+    ),
+    "off by one, sums over blocks": (
+        "cuda/batch_norm.h",
+        "if (first + j * parts < items)",
+        "if (first + j * parts < items - 1)",
+        F64, "float64",
+    ),
     "the slope of BatchNorm's backward for its shift": (
         "cuda/batch_norm.h", "shift[i] = from[3 * c + i]", "shift[i] = from[c + i]", F64, "float64"
     ),
