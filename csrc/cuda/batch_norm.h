@@ -62,40 +62,81 @@ struct NormOutputs {
   }
 };
 
-// Threads are [parts][channels]: the sum over blocks of partial [blocks][c] of channel c0 + id % channels.
-__device__ inline double sum_partials(const double* partial, int blocks, int c, int ch, int channels, double* room) {
-  int parts = kThreads / channels, part = threadIdx.x / channels;
-  double sum = 0;
-  if (part < parts)
-    for (int b = part; b < blocks; b += parts) sum += partial[int64_t(b) * c + ch];
+// Threads are [parts][channels], `channels` at most kThreads. To every thread, the sum of `mine` over the parts of its
+// channel, in pairs; room [N][kThreads] doubles.
+template <int N>
+__device__ __forceinline__ void sum_parts(double (&mine)[N], int channels, double* room) {
+  int parts = kThreads / channels, part = threadIdx.x / channels, apart = 1;
+  // nobody needs the room any more
   __syncthreads();
-  room[threadIdx.x] = sum;
+#pragma unroll
+  for (int n = 0; n < N; n++) room[n * kThreads + threadIdx.x] = mine[n];
+  while (apart < parts) apart *= 2;
+  for (apart /= 2; apart; apart /= 2) {
+    __syncthreads();
+    if (part < apart && part + apart < parts)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+        room[n * kThreads + threadIdx.x] += room[n * kThreads + threadIdx.x + apart * channels];
+  }
   __syncthreads();
-  sum = 0;
-  for (int p = 0; p < parts; p++) sum += room[p * channels + threadIdx.x % channels];
-  return sum;
+#pragma unroll
+  for (int n = 0; n < N; n++) mine[n] = room[n * kThreads + threadIdx.x % channels];
 }
 
+// The same of what the threads of a part load: f(item, terms) sets N terms of an item, for items [0, items), of which
+// each part has every parts-th one. A thread waits for 8 items together.
+template <int N, class F>
+__device__ __forceinline__ void sum_items(int items, int channels, double* room, double (&sum)[N], F&& f) {
+  constexpr int ahead = 8;
+  int parts = kThreads / channels, part = threadIdx.x / channels;
+  double some[2][N] = {};
+  if (part < parts)
+    for (int first = part; first < items; first += ahead * parts) {
+      double terms[ahead][N];
+#pragma unroll
+      for (int j = 0; j < ahead; j++) {
+        if (first + j * parts < items)
+          f(first + j * parts, terms[j]);
+        else
+#pragma unroll
+          for (int n = 0; n < N; n++) terms[j][n] = 0;
+      }
+#pragma unroll
+      for (int j = 0; j < ahead; j++)
+#pragma unroll
+        for (int n = 0; n < N; n++) some[j % 2][n] += terms[j][n];
+    }
+#pragma unroll
+  for (int n = 0; n < N; n++) sum[n] = some[0][n] + some[1][n];
+  sum_parts(sum, channels, room);
+}
+// bytes of room for N sums
+constexpr int room_for(int n) { return n * kThreads * int(sizeof(double)); }
+
+// channels of a block that adds up what other blocks left: whole sectors of memory, and many blocks
+constexpr int kSumChannels = 4;
+
 // BatchNorms that are no term of a node: the inner ones of separable convolutions, and those of preprocessing.
-// Blocks: BatchNorms x groups of `channels`.
+// Blocks: BatchNorms x groups of kSumChannels.
 template <class T>
 struct NormGradients {
   NormOutputs<T> outputs;
   const double* partial;  // [BatchNorms][2][blocks][c]: sum g, sum g (y - mean)
-  int blocks, channels;   // channels: at most kThreads
+  int blocks;
   int norm[kMaxBranches / 2];
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) norm_gradients_kernel(const __grid_constant__ NormGradients<T> a) {
   RFDARTS_SHARED(shared);
-  double* room = reinterpret_cast<double*>(shared);
-  int c = a.outputs.norms.c, c0 = int(blockIdx.y) * a.channels, ch = min(c0 + int(threadIdx.x) % a.channels, c - 1);
-  const double* sums = a.partial + int64_t(blockIdx.x) * 2 * a.blocks * c;
-  double sum = sum_partials(sums, a.blocks, c, ch, a.channels, room);
-  double dot = sum_partials(sums + int64_t(a.blocks) * c, a.blocks, c, ch, a.channels, room);
-  if (int(threadIdx.x) < a.channels && c0 + int(threadIdx.x) < c)
-    a.outputs.write(a.norm[blockIdx.x], ch, 1, sum, dot);
+  int c = a.outputs.norms.c, channel = int(blockIdx.y) * kSumChannels + int(threadIdx.x) % kSumChannels;
+  const double* from = a.partial + int64_t(blockIdx.x) * 2 * a.blocks * c + min(channel, c - 1);
+  double sums[2];
+  sum_items<2>(a.blocks, kSumChannels, reinterpret_cast<double*>(shared), sums, [&](int block, double(&of)[2]) {
+    of[0] = from[int64_t(block) * c], of[1] = from[(int64_t(a.blocks) + block) * c];
+  });
+  if (threadIdx.x < kSumChannels && channel < c) a.outputs.write(a.norm[blockIdx.x], channel, 1, sums[0], sums[1]);
 }
 
 }  // namespace rfdarts::cuda

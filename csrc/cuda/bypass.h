@@ -4,6 +4,18 @@
 
 namespace rfdarts::cuda {
 
+// N elements, in vectors of V
+template <int V, int N, class T>
+__device__ __forceinline__ void load_by(const T* from, Acc<T> (&to)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += V) {
+    Acc<T> part[V];
+    load<V>(from + i, part);
+#pragma unroll
+    for (int j = 0; j < V; j++) to[i + j] = part[j];
+  }
+}
+
 // V channels at `from`, a pixel of x, or their 2x2 maximum from there on. A NaN wins.
 template <class T, int V>
 __device__ __forceinline__ void bypass_at(const ImageView<T>& x, int stride, const T* from, Acc<T> (&value)[V]) {
@@ -34,34 +46,49 @@ struct BypassBackward {
   } edge[kMaxIncoming];
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kMostResident)
+// A thread: V channels of each of the K - 1 groups at one pixel. In g they lie together, K V elements.
+template <class T, int K, int V>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
     bypass_backward_kernel(const __grid_constant__ BypassBackward<T> a) {
   using A = Acc<T>;
-  int stride = a.stride, K = a.channels / a.c, rest = a.channels - a.c;
-  int64_t pixels = int64_t(a.h) * a.w, items = a.images * pixels * rest;
-  int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, apart = int64_t(gridDim.x) * kThreads;
-  for (int64_t item = first; item < items; item += apart) {
-    int ch = a.c + int(item % rest), group = ch / a.c, from = ch % a.c * K + group;
-    int64_t pixel = item / rest;
-    int n = int(pixel / pixels), y = int(pixel % pixels) / a.w, x = int(pixel % pixels) % a.w;
-    bool takes = y / stride < a.oh && x / stride < a.ow;
-    if (stride == 2 && takes) {
-      int best = 0;
-      A top = A(-INFINITY);
-      for (int k = 0; k < 4; k++) {
-        A value = widen(a.x.at(n, y / 2 * 2 + k / 2, x / 2 * 2 + k % 2)[ch]);
-        if (value > top || value != value) top = value, best = k;
-      }
-      takes = best == y % 2 * 2 + x % 2;
-    }
-    A sum = a.outer.data ? widen(a.outer.at(n, y, x)[ch]) : A(0);
-    if (takes)
+  constexpr int width = V == 1 ? 1 : K * V;
+  int stride = a.stride;
+  unsigned vectors = a.c / V, wide = a.w, high = a.h, items = a.images * high * wide * vectors;
+  for (unsigned item = blockIdx.x * kThreads + threadIdx.x; item < items; item += gridDim.x * kThreads) {
+    unsigned pixel = item / vectors, line = pixel / wide, n = line / high;
+    int ch = int(item - pixel * vectors) * V, x = int(pixel - line * wide), y = int(line - n * high);
+    bool inside = y / stride < a.oh && x / stride < a.ow;
+    A sum[K][V] = {};
+    if (inside)
       for (int e = 0; e < a.leaving; e++) {
-        A weight = a.edge_weights ? a.edge_weights[a.edge[e].edge] : A(1);
-        sum += weight * widen(a.edge[e].g.at(n, y / stride, x / stride)[from]);
+        A weight = a.edge_weights ? a.edge_weights[a.edge[e].edge] : A(1), g[K * V];
+        load_by<width>(a.edge[e].g.at(n, y / stride, x / stride) + ch * K, g);
+#pragma unroll
+        for (int k = 1; k < K; k++)
+#pragma unroll
+          for (int i = 0; i < V; i++) sum[k][i] += weight * g[i * K + k];
       }
-    a.grad_x[pixel * a.channels + ch] = narrow<T>(sum);
+#pragma unroll
+    for (int k = 1; k < K; k++) {
+      A outer[V] = {}, top[V];
+      if (a.outer.data) load<V>(a.outer.at(n, y, x) + k * a.c + ch, outer);
+      int best[V] = {};
+      if (stride == 2 && inside) {
+#pragma unroll
+        for (int i = 0; i < V; i++) top[i] = A(-INFINITY);
+#pragma unroll
+        for (int place = 0; place < 4; place++) {
+          A value[V];
+          load<V>(a.x.at(n, y / 2 * 2 + place / 2, x / 2 * 2 + place % 2) + k * a.c + ch, value);
+#pragma unroll
+          for (int i = 0; i < V; i++)
+            if (value[i] > top[i] || value[i] != value[i]) top[i] = value[i], best[i] = place;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < V; i++) outer[i] += stride == 1 || best[i] == y % 2 * 2 + x % 2 ? sum[k][i] : A(0);
+      store<V>(a.grad_x + int64_t(pixel) * a.channels + k * a.c + ch, outer);
+    }
   }
 }
 

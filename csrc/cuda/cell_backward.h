@@ -3,8 +3,9 @@
 #pragma once
 #include "cuda/cell_context.h"
 #include "cuda/node_backward.h"
-#include "cuda/second_convs_backward.h"
-#include "cuda/state_backward.h"
+#include "cuda/node_gradients.h"
+#include "cuda/strip_second_convs_backward.h"
+#include "cuda/strip_state_backward.h"
 
 namespace rfdarts::cuda {
 
@@ -15,6 +16,7 @@ struct BackwardPass : CellContext<T> {
       Context::op_weights, Context::ow, Context::queue;
   const CellBackward& back;
   Acc<T>*grad_op_weights, *grad_edge_weights;
+  double* edge_terms = nullptr;  // NodeGradients'
   NormOutputs<T> outputs;
   // gradients of states, whole; of nodes, the mixed op's channels only; at the inner BatchNorms' outputs
   std::vector<ImageView<T>> state_grad, mixed_grad;
@@ -31,7 +33,10 @@ struct BackwardPass : CellContext<T> {
     zero(grad_op_weights, int64_t(cell.edges.size()) * cell.primitives);
     zero(outputs.grad_gamma, int64_t(cell.norms) * cm);
     zero(outputs.grad_beta, int64_t(cell.norms) * cm);
-    if (grad_edge_weights) zero(grad_edge_weights, cell.edges.size());
+    if (!grad_edge_weights) return;
+    int64_t terms = int64_t(cell.edges.size()) * (cell.primitives + 1);
+    edge_terms = this->template take<double>(terms);
+    zero(edge_terms, terms);
   }
   template <class U>
   void zero(U* p, int64_t count) {
@@ -48,25 +53,38 @@ struct BackwardPass : CellContext<T> {
     }
     NodeBackward<T> p{};
     p.node = this->node_of(i);
-    p.g = mixed_grad[i] = g, p.K = int(cell.K);
-    if (p.K > 1) {
+    p.g = mixed_grad[i] = g, p.bypasses = edge_terms && cell.K > 1;
+    if (cell.K > 1) {
       p.mixed_g = this->template take<T>(pixels * cm);
       mixed_grad[i] = Context::dense(p.mixed_g, oh, ow, cm);
     }
-    p.chunk = std::clamp(8192 / cm, 16, 512);
-    int blocks = int(ceil_div<int64_t>(pixels, p.chunk)), rows = p.node.rows() + 1 + (p.K > 1 ? p.node.incoming : 0);
-    p.partial = this->template take<double>(int64_t(rows) * blocks * cm);
-    constexpr int v = kWide<T> < 4 ? kWide<T> : 4;
-    auto kernel = this->aligned_node(p.node, v) ? node_backward_kernel<T, v> : node_backward_kernel<T, 1>;
-    launch(kernel, dim3(blocks), p.chunk * cm * int(sizeof(Acc<T>)), queue, p);
-    NodeGradients<T> f{p.node, outputs, p.partial, blocks, p.K, grad_op_weights, grad_edge_weights};
-    launch(node_gradients_kernel<T>, dim3(p.node.incoming), kThreads * sizeof(double), queue, f);
+    p.tiling = node_tiling<T>(n, oh, ow, cm);
+    this->with_partial_channels([&]<int K>() {
+      constexpr int v = kNarrow<T>;
+      this->aligned_node(p.node, v) ? sums<K, v>(p) : sums<K, 1>(p);
+    });
+    NodeGradients<T> f{p.node, outputs, p.partial, p.tiling.count, int(cell.primitives), grad_op_weights, edge_terms};
+    launch(node_gradients_kernel<T>, dim3(p.node.rows() + (p.bypasses ? p.node.incoming : 0)), room_for(2), queue, f);
+  }
+  template <int K, int V>
+  void sums(NodeBackward<T>& p) {
+    p.lanes = std::min(32, ceil_div(cm, V)), p.step = 32 / p.lanes;
+    // four warps share an edge where it has columns for them, and sums have room
+    p.parts = std::clamp(std::min(128 / cm, ceil_div(p.tiling.tw, p.step)), 1, 4);
+    p.wide = aligned(p.g, std::min(K * V, kWide<T>));
+    int rows = p.node.rows() + 1 + (p.bypasses ? p.node.incoming : 0);
+    p.partial = this->template take<double>(int64_t(rows) * p.tiling.count * cm);
+    launch(node_backward_kernel<T, K, V>, dim3(p.tiling.count), p.shared_bytes(V), queue, p);
+  }
+  void edges() {
+    if (!edge_terms) return;
+    EdgeGradients<T> p{edge_terms, int(cell.edges.size()), int(cell.primitives) + 1, grad_edge_weights};
+    launch(edge_gradients_kernel<T>, dim3(ceil_div(p.edges, kThreads)), 0, queue, p);
   }
 
-  void lay_out(ConvBackward<T>& p, int h, int w, int stride, int reach, bool pools) {
+  void lay_out(ConvBackward<T>& p, int h, int w) {
     p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
     p.conv_weights = this->conv_weights, p.norms = norms;
-    p.tiling = backward_tiling<T>(queue, n, h, w, cm, reach, stride, pools, p.region);
   }
   BackwardBranch<T> branch(const Branch& b, const ImageView<T>& g, int output, int norm, int64_t weight) const {
     return {g, this->branch_output(output), outputs.coefficients + int64_t(norm) * 4 * cm, weight, int16_t(b.op),
@@ -89,13 +107,42 @@ struct BackwardPass : CellContext<T> {
       }
     if (!p.branches) return;
     p.wide = this->wide(mixed_grad[i]);
-    lay_out(p, oh, ow, 1, reach, false);
+    lay_out(p, oh, ow);
+    bool launched = false;
+    if constexpr (sizeof(T) == 2) launched = launch_strips(p, mixed_grad[i], reach);
+    if (!launched) {
+      p.tiling = backward_tiling<T>(queue, n, oh, ow, cm, reach, 1, false, p.region);
+      take_partial(p);
+      int shared = BackwardTile<T>(p.tiling, p.region, false).bytes;
+      launch(second_convs_backward_kernel<T>, dim3(p.tiling.count, p.branches), shared, queue, p);
+    }
+    f.outputs = outputs, f.partial = p.partial, f.blocks = p.tiling.count;
+    launch(norm_gradients_kernel<T>, dim3(p.branches, ceil_div(cm, kSumChannels)), room_for(2), queue, f);
+  }
+
+  void take_partial(SecondConvsBackward<T>& p) {
     p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
-    int shared = BackwardTile<T>(p.tiling, p.region, false).bytes;
-    launch(second_convs_backward_kernel<T>, dim3(p.tiling.count, p.branches), shared, queue, p);
-    f.outputs = outputs, f.partial = p.partial, f.blocks = p.tiling.count, f.channels = std::min(cm, kThreads);
-    dim3 grid(p.branches, ceil_div(cm, f.channels));
-    launch(norm_gradients_kernel<T>, grid, kThreads * sizeof(double), queue, f);
+  }
+  // Whether these are convolutions for strip_second_convs_backward_kernel; if so, it is launched and p has its tiling.
+  bool launch_strips(SecondConvsBackward<T>& p, const ImageView<T>& g, int reach) {
+    int group = this->strips_side_by_side();
+    if (!group || !this->for_strips(g, oh, ow)) return false;
+    auto bytes_of = [&](const Tiling& t) {
+      return with_strip_tile(t, [&]<int H, int W>() {
+        StripBackwardTile<T, H, W> tile(cm, group, reach);
+        return tile.fits() ? strip_second_convs_bytes(tile) : -1;
+      });
+    };
+    auto tiling = strip_tiling(queue, n, oh, ow, cm, bytes_of);
+    if (!tiling) return false;
+    p.tiling = *tiling;
+    take_partial(p);
+    StripSecondConvsBackward<T> s{p, group, reach};
+    dim3 grid(p.tiling.count, ceil_div(p.branches, group));
+    with_strip_tile(p.tiling, [&]<int H, int W>() {
+      launch(strip_second_convs_backward_kernel<T, H, W>, grid, bytes_of(p.tiling), queue, s);
+    });
+    return true;
   }
 
   // adds an edge that leaves the state; returns how far its convolutions reach
@@ -130,18 +177,60 @@ struct BackwardPass : CellContext<T> {
     p.wide = cm % kWide<T> == 0;
     int reach = 0;
     for (int e : source.edges) reach = std::max(reach, add_edge(p, e));
-    lay_out(p, int(source.h), int(source.w), source.stride, reach, p.pools);
-    int shared = BackwardTile<T>(p.tiling, p.region, p.pools).bytes;
-    auto kernel = source.stride == 1 ? state_backward_kernel<T, 1> : state_backward_kernel<T, 2>;
-    launch(kernel, dim3(p.tiling.count), shared, queue, p);
+    lay_out(p, int(source.h), int(source.w));
+    bool launched = false;
+    if constexpr (sizeof(T) == 2) launched = source.stride == 1 && launch_strips(p, reach);
+    if (!launched) {
+      p.tiling = backward_tiling<T>(queue, n, p.h, p.w, cm, reach, source.stride, p.pools, p.region);
+      int shared = BackwardTile<T>(p.tiling, p.region, p.pools).bytes;
+      auto kernel = source.stride == 1 ? state_backward_kernel<T, 1> : state_backward_kernel<T, 2>;
+      launch(kernel, dim3(p.tiling.count), shared, queue, p);
+    }
     if (cell.K > 1) bypass(s, grad_x);
+  }
+  // Whether the state is one for strip_state_backward_kernel; if so, it is launched.
+  bool launch_strips(StateBackward<T>& p, int reach) {
+    int group = this->strips_side_by_side();
+    bool all = group && n <= kMostGridRows && c % 4 == 0;
+    for (const ImageView<T>& x : {p.x, p.outer}) all = all && this->for_strips(x, p.h, p.w);
+    for (int e = 0; e < p.leaving; e++) all = all && this->for_strips(p.edge[e].g, oh, ow);
+    if (!all) return false;
+    auto bytes_of = [&](const Tiling& t) {
+      return with_strip_tile(t, [&]<int H, int W>() {
+        StripBackwardTile<T, H, W> tile(cm, group, reach);
+        int pools = p.pools ? tile.staged + StripPools<T, H, W>(cm).bytes : 0;
+        return tile.fits() ? std::max(tile.bytes, pools) : -1;
+      });
+    };
+    auto tiling = strip_tiling(queue, n, p.h, p.w, cm, bytes_of);
+    if (!tiling) return false;
+    p.tiling = *tiling;
+    StripStateBackward<T> s{p, group, reach};
+    with_strip_tile(p.tiling, [&]<int H, int W>() {
+      dim3 grid(p.tiling.across, p.tiling.down, n);
+      launch(strip_state_backward_kernel<T, H, W>, grid, bytes_of(p.tiling), queue, s);
+    });
+    return true;
   }
   void bypass(int s, T* grad_x) {
     const Source& source = cell.sources[s];
     BypassBackward<T> p{this->states[s], state_grad[s], grad_x, edge_weights, n, int(source.h), int(source.w), oh, ow,
                         cm, c, source.stride, 0, {}};
     for (int e : source.edges) p.edge[p.leaving++] = {state_grad[cell.inputs + cell.edges[e].node], e};
-    launch(bypass_backward_kernel<T>, this->grid(cell.images * source.h * source.w * (c - cm)), 0, queue, p);
+    this->with_partial_channels([&]<int K>() {
+      constexpr int v = kNarrow<T>;
+      bool vectors = cm % v == 0 && aligned(p.x, v) && aligned(p.outer, v);
+      for (int e = 0; e < p.leaving; e++) vectors = vectors && aligned(p.edge[e].g, std::min(K * v, kWide<T>));
+      vectors ? launch_bypass<K, v>(p) : launch_bypass<K, 1>(p);
+    });
+  }
+  template <int K, int V>
+  void launch_bypass(const BypassBackward<T>& p) {
+    if constexpr (K > 1) {
+      int64_t items = cell.images * p.h * p.w * (cm / V);
+      require(items < int64_t(1) << 31, "pixels of a state");
+      launch(bypass_backward_kernel<T, K, V>, this->grid(items), 0, queue, p);
+    }
   }
 };
 
@@ -160,6 +249,7 @@ void CellRun<T>::backward(const Cell& cell, const CellBackward& back, const Queu
   }
   for (int s = 0; s < cell.inputs; s++)
     if (back.grad_inputs[s]) pass.state(s, static_cast<T*>(back.grad_inputs[s]));
+  pass.edges();
 }
 
 }  // namespace rfdarts::cuda

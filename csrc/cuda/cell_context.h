@@ -4,6 +4,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/node.h"
+#include "cuda/strips.h"
 
 namespace rfdarts::cuda {
 
@@ -59,6 +60,15 @@ struct CellContext {
   }
   // loads of 16 bytes along the mixed channels of x
   bool wide(const ImageView<T>& x) const { return cm % kWide<T> == 0 && aligned(x, kWide<T>); }
+  // Whether x is one for the kernels of strips: accesses of 4 channels, and offsets in an image of 31 bits.
+  bool for_strips(const ImageView<T>& x, int h, int w) const {
+    return aligned(x, 4) && int64_t(h) * x.row + int64_t(w) * x.pixel <= INT32_MAX;
+  }
+  // as strip_group, or 0 where their weights or branch outputs are not ones for these kernels
+  int strips_side_by_side() const {
+    bool weights = reinterpret_cast<uintptr_t>(conv_weights) % 8 == 0;
+    return weights && cell.image_size() <= INT32_MAX ? strip_group(cm) : 0;
+  }
   int reach(const Branch& b) const { return b.op == Op::Reduce ? 1 : (b.kernel - 1) * b.dilation / 2; }
   // the second half of a separable convolution lies behind the first one's weights
   int64_t second_weight(const Branch& b) const { return b.weight + int64_t(b.kernel) * b.kernel * cm + 2ll * cm * cm; }
@@ -99,6 +109,17 @@ struct CellContext {
       if (b.op == Op::Identity) terms[2] = term, p.in[j].identity = true;
     });
     return p;
+  }
+  // f(K), for those that kernels are compiled for
+  template <class F>
+  void with_partial_channels(F&& f) const {
+    switch (cell.K) {
+      case 1: return f.template operator()<1>();
+      case 2: return f.template operator()<2>();
+      case 4: return f.template operator()<4>();
+      case 8: return f.template operator()<8>();
+    }
+    throw std::invalid_argument("K: the CUDA kernels know 1, 2, 4 and 8");
   }
   // vectors of V are aligned in all that enters a node
   bool aligned_node(const Node<T>& p, int v) const {

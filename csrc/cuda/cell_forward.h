@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/cell_context.h"
 #include "cuda/node_forward.h"
+#include "cuda/strip_conv_forward.h"
 
 namespace rfdarts::cuda {
 
@@ -31,14 +32,50 @@ struct ForwardPass : CellContext<T> {
     if (!p.branches) return;
     p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
     p.conv_weights = this->conv_weights, p.norms = norms;
-    p.tiling = forward_tiling<T>(queue, n, oh, ow, cm, p.reach, stride);
     p.wide = true;
     for (int b = 0; b < p.branches; b++) p.wide = p.wide && this->wide(p.branch[b].x);
-    if (cell.training) p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
-    int shared = ForwardTile<T>(p.tiling, cm, p.reach, stride).bytes;
-    auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
-    launch(kernel, dim3(p.tiling.count), shared, queue, p);
+    bool launched = false;
+    if constexpr (sizeof(T) == 2) launched = stride == 1 && launch_strips(p);
+    if (!launched) {
+      p.tiling = forward_tiling<T>(queue, n, oh, ow, cm, p.reach, stride);
+      take_partial(p);
+      int shared = ForwardTile<T>(p.tiling, cm, p.reach, stride).bytes;
+      auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
+      launch(kernel, dim3(p.tiling.count), shared, queue, p);
+    }
     if (cell.training) merge_moments(convs);
+  }
+  void take_partial(ConvForward<T>& p) {
+    if (cell.training) p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
+  }
+  // Whether the branches are ones for strip_conv_forward_kernel; if so, it is launched and p has its tiling.
+  bool launch_strips(ConvForward<T>& p) {
+    int group = this->strips_side_by_side();
+    if (!group) return false;
+    StripConvForward<T> s{p, group, 0, true, -1, -1};
+    for (int b = 0; b < p.branches; b++) {
+      const auto& branch = p.branch[b];
+      if (!this->for_strips(branch.x, p.h, p.w)) return false;
+      if (branch.op == int(Op::MaxPool)) s.max_pool = b;
+      if (branch.op == int(Op::AvgPool)) s.avg_pool = b;
+      s.convs += !branch.pools();
+      s.one_source = s.one_source && branch.x.data == p.branch[0].x.data;
+    }
+    auto bytes_of = [&](const Tiling& t) {
+      return with_strip_tile(t, [&]<int H, int W>() {
+        StripForwardTile<T, H, W> tile(p.reach, cm, group, s.one_source);
+        return tile.pixel_tiles() > kPixelTiles ? -1 : tile.bytes;
+      });
+    };
+    auto tiling = strip_tiling(queue, n, oh, ow, cm, bytes_of);
+    if (!tiling) return false;
+    p.tiling = s.tiling = *tiling;
+    take_partial(p);
+    s.partial = p.partial;
+    with_strip_tile(s.tiling, [&]<int H, int W>() {
+      launch(strip_conv_forward_kernel<T, H, W>, dim3(s.tiling.count), bytes_of(s.tiling), queue, s);
+    });
+    return true;
   }
   void merge_moments(const Convs& convs) {
     MergeMoments m{convs.p.tiling, n, oh, ow, cm, cell.norms, convs.p.partial, data.moments, 0, {}};
@@ -47,8 +84,7 @@ struct ForwardPass : CellContext<T> {
         require(m.count < 2 * kMaxBranches, "BatchNorms behind a state");
         m.target[m.count++] = {int16_t(b), int16_t(norm)};
       }
-    dim3 grid(m.count, ceil_div(cm, kMergeChannels));
-    launch(merge_moments_kernel<kMergeChannels>, grid, kThreads * sizeof(double), queue, m);
+    launch(merge_moments_kernel<kSumChannels>, dim3(m.count, ceil_div(cm, kSumChannels)), room_for(3), queue, m);
   }
 
   void first_convs(int s) {
@@ -91,24 +127,18 @@ struct ForwardPass : CellContext<T> {
 
   template <int K, int V>
   void launch_node(const NodeForward<T>& p) {
-    int shared = (2 * p.node.rows() + 1) * cm * int(sizeof(Acc<T>));
-    launch(node_forward_kernel<T, K, V>, this->grid(cell.images * cell.pixels() * cm / V), shared, queue, p);
+    int64_t strips = cell.images * ceil_div(oh, kNodeRows) * ow * (cm / V);
+    require(strips < int64_t(1) << 31, "pixels of a node");
+    dim3 grid(unsigned(std::min(ceil_div<int64_t>(strips, kThreads), kMaxNodeBlocks)));
+    launch(node_forward_kernel<T, K, V>, grid, (2 * p.node.rows() + 1) * cm * int(sizeof(Acc<T>)), queue, p);
   }
   void node(int i) {
     NodeForward<T> p{this->node_of(i), this->states[cell.inputs + i]};
-    // more than 16 accumulators a group of channels would cost registers, not save loads
-    constexpr int narrow = kWide<T> < 4 ? kWide<T> : 4;
-    auto with = [&]<int K>() {
-      constexpr int v = K == 1 ? kWide<T> : narrow;
-      this->aligned_node(p.node, v) && aligned(p.out, v) ? launch_node<K, v>(p) : launch_node<K, 1>(p);
-    };
-    switch (cell.K) {
-      case 1: return with.template operator()<1>();
-      case 2: return with.template operator()<2>();
-      case 4: return with.template operator()<4>();
-      case 8: return with.template operator()<8>();
-    }
-    throw std::invalid_argument("K: the CUDA kernels know 1, 2, 4 and 8");
+    this->with_partial_channels([&]<int K>() {
+      constexpr int v = kNarrow<T>;
+      bool vectors = this->aligned_node(p.node, v) && aligned(p.out, std::min(K * v, kWide<T>));
+      vectors ? launch_node<K, v>(p) : launch_node<K, 1>(p);
+    });
   }
 };
 

@@ -1,6 +1,7 @@
 // Choice of tiles, and checked launches.
 #pragma once
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,8 @@ namespace rfdarts::cuda {
 
 // Enough blocks for any device; kernels with loops over items take the rest in further rounds.
 constexpr int64_t kMaxBlocks = 4096;
+// of a grid's second and third dimension
+constexpr int kMostGridRows = 65535;
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -77,6 +80,9 @@ void with_storage(Storage storage, F&& f) {
 
 struct TileSize {
   int th, tw;
+
+  // a smaller one is enough for an image of h x w
+  bool wasteful(int h, int w) const { return (th > 8 && th / 2 >= h) || (tw > 8 && tw / 2 >= w); }
 };
 inline constexpr TileSize kTileSizes[] = {{16, 16}, {16, 8}, {8, 8}, {4, 8}, {2, 8}};
 
@@ -90,8 +96,7 @@ Tiling choose_tiling(const Queue& queue, int images, int h, int w, int ck, int l
   int fewest = 0;
   for (Pass pass : {Pass{queue.goal, 32}, Pass{queue.limit, 32}, Pass{queue.limit, least}})
     for (TileSize size : kTileSizes) {
-      bool wasteful = (size.th > 8 && size.th / 2 >= h) || (size.tw > 8 && size.tw / 2 >= w);
-      if (wasteful) continue;
+      if (size.wasteful(h, w)) continue;
       Tiling t(size.th, size.tw, ck, images, h, w);
       int bytes = bytes_of(t);
       while (bytes > pass.bytes && t.ck > pass.least) t.ck = round_up(t.ck / 2, 8), bytes = bytes_of(t);
@@ -99,6 +104,26 @@ Tiling choose_tiling(const Queue& queue, int images, int h, int w, int ck, int l
       fewest = bytes;
     }
   throw queue.no_room(fewest);
+}
+
+// f(H, W), a tile of whole strips as constants
+template <class F>
+auto with_strip_tile(const Tiling& t, F&& f) {
+  return t.th == 16 ? f.template operator()<16, 16>() : f.template operator()<8, 8>();
+}
+
+// The largest tile of whole strips that takes at most queue.goal bytes, else at most queue.limit. `bytes_of(tiling)` is
+// negative where it has too many pixels.
+template <class Bytes>
+std::optional<Tiling> strip_tiling(const Queue& queue, int images, int h, int w, int c, Bytes&& bytes_of) {
+  for (int most : {queue.goal, queue.limit})
+    for (TileSize size : {TileSize{16, 16}, TileSize{8, 8}}) {
+      if (size.wasteful(h, w)) continue;
+      Tiling t(size.th, size.tw, c, images, h, w);
+      int bytes = bytes_of(t);
+      if (bytes >= 0 && bytes <= most) return t;
+    }
+  return {};
 }
 
 template <class T>

@@ -1,5 +1,6 @@
 // Means and variances of branch outputs: a block's part of them, and their merge.
 #pragma once
+#include "cuda/batch_norm.h"
 #include "cuda/tile.h"
 
 namespace rfdarts::cuda {
@@ -29,37 +30,33 @@ struct MergeMoments {
   struct Target {
     int16_t branch, norm;
   } target[2 * kMaxBranches];
+
+  // valid pixels of a tile
+  __device__ __forceinline__ int pixels(int tile) const {
+    if (h % tiling.th == 0 && w % tiling.tw == 0) return tiling.th * tiling.tw;
+    Corner corner = tiling.corner(tile);
+    return min(tiling.th, h - corner.y) * min(tiling.tw, w - corner.x);
+  }
 };
 
-// One block per target and kMergeChannels.
-constexpr int kMergeChannels = 8;
+// One block per target and `Channels`. One pass: the tiles' means are taken about the first one's. However far out it
+// lies, it is in the variance too, so that squares cancel by no more than the number of tiles: little, in double.
 template <int Channels>
 __global__ void __launch_bounds__(kThreads) merge_moments_kernel(const __grid_constant__ MergeMoments a) {
   RFDARTS_SHARED(shared);
-  double* room = reinterpret_cast<double*>(shared);
-  constexpr int lanes = kThreads / Channels;
-  int lane = threadIdx.x / Channels, k = threadIdx.x % Channels;
-  int ch = min(int(blockIdx.y) * Channels + k, a.c - 1);
+  int channel = int(blockIdx.y) * Channels + int(threadIdx.x) % Channels, tiles = a.tiling.count;
   auto target = a.target[blockIdx.x];
-  const double* mean_of = a.partial + int64_t(target.branch) * 2 * a.tiling.count * a.c + ch;
-  const double* deviation_of = mean_of + int64_t(a.tiling.count) * a.c;
-  double m = double(a.images) * a.h * a.w, mean = 0;
-  for (int pass = 0; pass < 2; pass++) {
-    double sum = 0;
-    for (int t = lane; t < a.tiling.count; t += lanes) {
-      Corner corner = a.tiling.corner(t);
-      double pixels = min(a.tiling.th, a.h - corner.y) * min(a.tiling.tw, a.w - corner.x);
-      double tile = mean_of[int64_t(t) * a.c];
-      sum += pass == 0 ? pixels * tile : deviation_of[int64_t(t) * a.c] + pixels * (tile - mean) * (tile - mean);
-    }
-    __syncthreads();
-    room[threadIdx.x] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int l = 0; l < lanes; l++) sum += room[l * Channels + k];
-    if (pass == 0) mean = sum / m;
-    if (lane == 0) a.moments[(int64_t(pass) * a.norms + target.norm) * a.c + ch] = sum / m;
-  }
+  const double* mean_of = a.partial + int64_t(target.branch) * 2 * tiles * a.c + min(channel, a.c - 1);
+  const double* deviation_of = mean_of + int64_t(tiles) * a.c;
+  double m = double(a.images) * a.h * a.w, about = *mean_of, sums[3];
+  sum_items<3>(tiles, Channels, reinterpret_cast<double*>(shared), sums, [&](int tile, double(&of)[3]) {
+    double pixels = a.pixels(tile), mean = mean_of[int64_t(tile) * a.c], off = pixels * (mean - about);
+    of[0] = pixels * mean, of[1] = off;
+    of[2] = deviation_of[int64_t(tile) * a.c] + off * (mean - about);
+  });
+  if (threadIdx.x >= Channels || channel >= a.c) return;
+  a.moments[int64_t(target.norm) * a.c + channel] = sums[0] / m;
+  a.moments[(int64_t(a.norms) + target.norm) * a.c + channel] = (sums[2] - sums[1] * sums[1] / m) / m;
 }
 
 }  // namespace rfdarts::cuda

@@ -1,8 +1,11 @@
 // A node's incoming edges as kernels see them.
 #pragma once
+#include <algorithm>
+#include <cmath>
+
 #include "cuda/batch_norm.h"
 #include "cuda/bypass.h"
-#include "cuda/pool.h"
+#include "cuda/pool_column.h"
 
 namespace rfdarts::cuda {
 
@@ -34,10 +37,20 @@ struct Node {
   }
 };
 
-template <class T, int V>
-__device__ void pool_at(const typename Node<T>::Incoming& in, int n, int y, int x, int ch, Pooled<T, V>& pooled) {
-  pooled.compute(y * in.stride, x * in.stride, in.h, in.w,
-                 [&](int v, int u, Acc<T>(&value)[V]) { load<V>(in.x.at(n, v, u) + ch, value); });
+// channels of a lane: more would cost registers, not save loads
+template <class T>
+constexpr int kNarrow = kWide<T> < 4 ? kWide<T> : 4;
+
+// The tile of a block that sums over a node: whole rows of an image, or a part of one row. The more there is to sum,
+// the more blocks, and the larger ones: sqrt(values) / 2 of them have 2 sqrt(values) each. What is summed must not
+// depend on the device.
+template <class T>
+Tiling node_tiling(int images, int h, int w, int c) {
+  constexpr int least = 512, most = (32 << 10) / int(sizeof(Acc<T>));
+  int goal = int(std::clamp(2 * std::sqrt(double(images) * h * w * c), double(least), double(most)));
+  int tw = std::clamp(goal / c, 1, w), th = tw < w ? 1 : std::clamp(goal / (w * c), 1, h);
+  // as many, but equal ones
+  return Tiling(ceil_div(h, ceil_div(h, th)), ceil_div(w, ceil_div(w, tw)), 0, images, h, w);
 }
 
 }  // namespace rfdarts::cuda

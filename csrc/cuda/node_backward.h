@@ -1,28 +1,56 @@
-// The sums that all gradients of a node follow from, and these gradients.
+// The sums that all gradients of a node follow from.
 //
-// A block takes `chunk` pixels. g of the mixed channels is in shared memory; each warp takes one task at a time, and of
-// it 32 lanes x V channels: lanes are neighbours in channels first, then in pixels. What a block sums is a row of
-// partial [rows][blocks][cm]:
+// A block takes a tile: whole rows of one image, or a part of a row, so that its pixels follow one another. g of the
+// mixed channels is in shared memory; each warp takes one task at a time, and of it 32 lanes x V channels: lanes are
+// neighbours in channels first, then in pixels. What a block sums is a row of partial [rows][blocks][cm]:
 //
-//     g, shared           task              sums over the pixels             its rows
+//     g, shared           task                 sums over the pixels             its rows
 //      cm channels
-//     +-----------+       stream s          g (y - mean)                     s
-//     | chunk     |   x   edge j            g (y - mean) of both pools,      streams + 3 j, + 1, + 2
-//     |    pixels |                         g x of the identity
-//     |           |       gradient          g                                node.rows()
-//     +-----------+       bypass j, K > 1   g x over the other channels      node.rows() + 1 + j
+//     +-----------+       part of edge j       g (y - mean) of both pools,      streams + 3 j, + 1
+//     | tile      |                              of some columns
+//     |    pixels |   x   bypass j, K > 1      g x over the other channels      node.rows() + 1 + j
+//     |           |       stream s             g (y - mean)                     s
+//     +-----------+       identity j           g x                              streams + 3 j + 2
+//                         gradient             g                                node.rows()
 #pragma once
 #include "cuda/node.h"
 
 namespace rfdarts::cuda {
 
+// blocks of a multiprocessor that must have enough registers: the more, the more loads are under way
+template <class T, int K>
+constexpr int kBackwardBlocks = kResident<T>;
+template <>
+constexpr int kBackwardBlocks<__nv_bfloat16, 1> = 3;
+// pixels whose loads a lane waits for together
+constexpr int kAhead = 4;
+
 template <class T>
 struct NodeBackward {
   Node<T> node;
+  Tiling tiling;
   ImageView<T> g;   // [n][oh][ow][K cm]
+  bool wide;        // vectors of g are aligned; who sums what does not depend on it
   T* mixed_g;       // the mixed op's channels of g, dense [n][oh][ow][cm], where not null
   double* partial;  // [rows + 1 + incoming][blocks][cm]
-  int K, chunk;
+  int lanes, step;  // of a warp: along the channels, and along the pixels
+  int parts;        // of an edge's pools: columns are dealt out to them
+  bool bypasses;
+
+  template <int N>
+  __device__ __forceinline__ void load_g(const T* from, Acc<T> (&to)[N]) const {
+    wide ? load_by<N>(from, to) : load_by<1>(from, to);
+  }
+  // Tasks, and what each leaves in shared memory, slots of a value for each lane's V channels: one, the parts of an
+  // edge's pools two.
+  __host__ __device__ int pools() const { return node.incoming * parts; }
+  __host__ __device__ int others() const { return node.incoming * (bypasses + 1) + node.streams + 1; }
+  __host__ __device__ int slots() const { return 2 * pools() + others(); }
+  // Shared memory: sums [slots][groups of channels][32 V], g [pixels][cm], the pools' means [incoming][2][cm].
+  int shared_bytes(int v) const {
+    int values = slots() * ceil_div(node.cm, 32 * v) * 32 * v + (tiling.th * tiling.tw + 2 * node.incoming) * node.cm;
+    return values * int(sizeof(Acc<T>));
+  }
 };
 
 // sum += value, what rounding loses being kept in `lost`: for long sums whose terms are not centred
@@ -33,206 +61,225 @@ __device__ __forceinline__ void add_compensated(A value, A& sum, A& lost) {
   sum = next;
 }
 
-// What a warp sums: of stream or incoming edge `index`, into rows from `row` on.
-enum class Role { Stream, Edge, Gradient, Bypass };
+// What a warp sums: of stream or incoming edge `index`, for row `row`. The longest come first.
+enum class Role { Bypass, Stream, Identity, Gradient };
 struct Task {
   Role role;
   int index, row;
 };
+// those that are no pools, in the order of their slots
 template <class T>
-__device__ Task task_of(const Node<T>& node, int number) {
-  int edge = number - node.streams, bypass = edge - node.incoming - 1;
-  if (edge < 0) return {Role::Stream, number, number};
-  if (edge < node.incoming) return {Role::Edge, edge, node.streams + 3 * edge};
-  if (bypass < 0) return {Role::Gradient, 0, node.rows()};
-  return {Role::Bypass, bypass, node.rows() + 1 + bypass};
+__device__ Task task_of(const NodeBackward<T>& a, int number) {
+  const Node<T>& node = a.node;
+  int bypass = number, stream = bypass - (a.bypasses ? node.incoming : 0), edge = stream - node.streams;
+  if (stream < 0) return {Role::Bypass, bypass, node.rows() + 1 + bypass};
+  if (edge < 0) return {Role::Stream, stream, stream};
+  if (edge < node.incoming) return {Role::Identity, edge, node.streams + 3 * edge + 2};
+  return {Role::Gradient, 0, node.rows()};
 }
 
-// A lane's V channels of the block's pixels.
-template <class T, int V>
+// A block's pixels: `count` from (y0, x0) on, in rows of `wide`.
+struct NodePixels {
+  int n, y0, x0, high, wide, count;
+  __device__ NodePixels(const Tiling& t, int oh, int ow) {
+    Corner corner = t.corner(blockIdx.x);
+    n = corner.n, y0 = corner.y, x0 = corner.x;
+    high = min(t.th, oh - y0), wide = min(t.tw, ow - x0), count = high * wide;
+  }
+};
+// Every `step`-th pixel of a block, from `first` on.
+struct PixelWalk {
+  int p, y, x, step, down, across, wide;
+  __device__ PixelWalk(const NodePixels& pixels, int first, int step)
+      : p(first), y(first / pixels.wide), x(first % pixels.wide), step(step), down(step / pixels.wide),
+        across(step % pixels.wide), wide(pixels.wide) {}
+  __device__ __forceinline__ void next() {
+    p += step, y += down, x += across;
+    if (x >= wide) x -= wide, y++;
+  }
+};
+
+// A lane's V channels of the block's pixels, from channel `ch` on. Its sums go to sums[slot * apart].
+template <class T, int K, int V>
 struct LanePixels {
   using A = Acc<T>;
   const NodeBackward<T>& a;
-  const A* gs;
-  int64_t begin;
-  int count, c0;
-  int lane = threadIdx.x % 32, lanes = min(32, (a.node.cm - c0) / V), step = 32 / lanes, ch = c0 + lane % lanes * V;
+  const NodePixels& pixels;
+  const A *gs, *means;
+  A* sums;
+  int place, ch, apart;
 
-  // f(n, y, x, g) for every pixel of the lane
-  template <class F>
-  __device__ __forceinline__ void each(F&& f) const {
-    int64_t pixels = int64_t(a.node.oh) * a.node.ow;
-    // lanes that are left over have no pixel
-    for (int p = lane < step * lanes ? lane / lanes : count; p < count; p += step) {
-      int64_t pixel = begin + p;
-      int at = int(pixel % pixels);
+  // lanes that are left over, or beyond the channels, have no pixel
+  __device__ bool takes() const { return place < a.step && ch < a.node.cm; }
+  __device__ int first() const { return takes() ? place : pixels.count; }
+  __device__ void mean(int norm, A (&mean)[V]) const {
+#pragma unroll
+    for (int i = 0; i < V; i++) mean[i] = norm < 0 || !takes() ? A(0) : a.node.norms.mean(norm, ch + i);
+  }
+
+  template <int S>
+  __device__ void sum_pools_at(int edge, int part) const {
+    const auto& in = a.node.in[edge];
+    A sum_max[V] = {}, sum_avg[V] = {};
+    const A* mean = means + edge * 2 * a.node.cm + ch;
+    int begin = takes() ? part * a.step + place : pixels.wide;
+    for (int x = begin; x < pixels.wide; x += a.step * a.parts) {
+      PoolColumn<T, V, S> column(in.x, pixels.n, pixels.x0 + x, ch, in.h, in.w);
+      const A* from = gs + x * a.node.cm + ch;
+      column.template walk<1>(pixels.y0, pixels.high, [&](int, const A(&max)[V], const A(&avg)[V]) {
+        // in registers there is no room for them
+        A g[V], mean_max[V], mean_avg[V];
+        load<V>(from, g);
+        load<V>(mean, mean_max);
+        load<V>(mean + a.node.cm, mean_avg);
+        from += pixels.wide * a.node.cm;
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+          sum_max[i] += g[i] * (max[i] - mean_max[i]);
+          sum_avg[i] += g[i] * (avg[i] - mean_avg[i]);
+        }
+      });
+    }
+    store<V>(sums + (2 * edge * a.parts + part) * apart, sum_max);
+    store<V>(sums + ((2 * edge + 1) * a.parts + part) * apart, sum_avg);
+  }
+  __device__ void sum_pools(int number) const {
+    int edge = number / a.parts, part = number % a.parts;
+    const auto& in = a.node.in[edge];
+    if (in.max || in.avg) in.stride == 1 ? sum_pools_at<1>(edge, part) : sum_pools_at<2>(edge, part);
+  }
+  __device__ void sum_bypass(const Task& task, A (&sum)[V]) const {
+    const auto& in = a.node.in[task.index];
+    A lost[V] = {};
+    for (PixelWalk at(pixels, first(), a.step); at.p < pixels.count; at.next()) {
+      int y = pixels.y0 + at.y, x = pixels.x0 + at.x;
+      A g[K * V], value[K][V];
+      a.load_g(a.g.at(pixels.n, y, x) + ch * K, g);
+      const T* from = in.x.at(pixels.n, y * in.stride, x * in.stride) + ch;
+#pragma unroll
+      for (int k = 1; k < K; k++) bypass_at<T, V>(in.x, in.stride, from + k * a.node.cm, value[k]);
+#pragma unroll
+      for (int k = 1; k < K; k++)
+#pragma unroll
+        for (int i = 0; i < V; i++) add_compensated(g[i * K + k] * value[k][i], sum[i], lost[i]);
+    }
+  }
+  __device__ void sum_stream(const Task& task, A (&sum)[V]) const {
+    const auto& stream = a.node.stream[task.index];
+    A mean[V];
+    this->mean(a.node.term[task.row].norm, mean);
+    auto add = [&](const Pack<T, V>& value, int p) {
+      A g[V], y[V];
+      load<V>(gs + p * a.node.cm + ch, g);
+      unpack(value, y);
+#pragma unroll
+      for (int i = 0; i < V; i++) sum[i] += g[i] * (y[i] - mean[i]);
+    };
+    const T* from = stream.data + pixels.n * stream.image + int64_t(pixels.y0 * a.node.ow + pixels.x0) * a.node.cm + ch;
+    auto at = [&](int p) { return *reinterpret_cast<const Pack<T, V>*>(from + p * a.node.cm); };
+    int p = first();
+    for (; p + (kAhead - 1) * a.step < pixels.count; p += kAhead * a.step) {
+      Pack<T, V> value[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; j++) value[j] = at(p + j * a.step);
+#pragma unroll
+      for (int j = 0; j < kAhead; j++) add(value[j], p + j * a.step);
+    }
+    for (; p < pixels.count; p += a.step) add(at(p), p);
+  }
+  __device__ void sum_identity(const Task& task, A (&sum)[V]) const {
+    const auto& in = a.node.in[task.index];
+    if (!in.identity) return;
+    A lost[V] = {};
+#pragma unroll 4
+    for (PixelWalk at(pixels, first(), a.step); at.p < pixels.count; at.next()) {
+      A value[V], g[V];
+      load<V>(in.x.at(pixels.n, pixels.y0 + at.y, pixels.x0 + at.x) + ch, value);
+      load<V>(gs + at.p * a.node.cm + ch, g);
+#pragma unroll
+      for (int i = 0; i < V; i++) add_compensated(g[i] * value[i], sum[i], lost[i]);
+    }
+  }
+  __device__ void sum_gradient(A (&sum)[V]) const {
+    for (int p = first(); p < pixels.count; p += a.step) {
       A g[V];
       load<V>(gs + p * a.node.cm + ch, g);
-      f(int(pixel / pixels), at / a.node.ow, at % a.node.ow, g);
-    }
-  }
-  __device__ __forceinline__ void mean(int norm, A (&mean)[V]) const {
-#pragma unroll
-    for (int i = 0; i < V; i++) mean[i] = norm < 0 ? A(0) : a.node.norms.mean(norm, ch + i);
-  }
-  // partial[row] = the sum over the lanes that share channels
-  __device__ __forceinline__ void store_row(int row, const A (&sum)[V]) const {
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-      double total = double(sum[i]);
-      for (int s = 1; s < step; s++)
-        total += double(__shfl_sync(0xffffffffu, sum[i], (lane % lanes + s * lanes) & 31));
-      if (lane < lanes) a.partial[(int64_t(row) * gridDim.x + blockIdx.x) * a.node.cm + ch + i] = total;
-    }
-  }
-
-  __device__ void sum_stream(const Task& task) const {
-    const auto& stream = a.node.stream[task.index];
-    A sum[V] = {}, mean[V];
-    this->mean(a.node.term[task.row].norm, mean);
-    each([&](int n, int y, int x, const A(&g)[V]) {
-      A value[V];
-      load<V>(stream.data + n * stream.image + (int64_t(y) * a.node.ow + x) * a.node.cm + ch, value);
-#pragma unroll
-      for (int i = 0; i < V; i++) sum[i] += g[i] * (value[i] - mean[i]);
-    });
-    store_row(task.row, sum);
-  }
-  __device__ void sum_edge(const Task& task) const {
-    const auto& in = a.node.in[task.index];
-    A sum_max[V] = {}, sum_avg[V] = {}, sum_identity[V] = {}, lost[V] = {}, mean_max[V], mean_avg[V];
-    mean(a.node.term[task.row].norm, mean_max);
-    mean(a.node.term[task.row + 1].norm, mean_avg);
-    each([&](int n, int y, int x, const A(&g)[V]) {
-      if (in.max || in.avg) {
-        Pooled<T, V> pooled;
-        pool_at<T, V>(in, n, y, x, ch, pooled);
-#pragma unroll
-        for (int i = 0; i < V; i++) sum_max[i] += g[i] * (pooled.max[i] - mean_max[i]);
-#pragma unroll
-        for (int i = 0; i < V; i++) sum_avg[i] += g[i] * (pooled.avg[i] - mean_avg[i]);
-      }
-      if (in.identity) {
-        A value[V];
-        load<V>(in.x.at(n, y, x) + ch, value);
-#pragma unroll
-        for (int i = 0; i < V; i++) add_compensated(g[i] * value[i], sum_identity[i], lost[i]);
-      }
-    });
-    store_row(task.row, sum_max);
-    store_row(task.row + 1, sum_avg);
-    store_row(task.row + 2, sum_identity);
-  }
-  __device__ void sum_gradient(const Task& task) const {
-    A sum[V] = {};
-    each([&](int, int, int, const A(&g)[V]) {
 #pragma unroll
       for (int i = 0; i < V; i++) sum[i] += g[i];
-    });
-    store_row(task.row, sum);
-  }
-  __device__ void sum_bypass(const Task& task) const {
-    const auto& in = a.node.in[task.index];
-    A sum[V] = {}, lost[V] = {};
-    each([&](int n, int y, int x, const A(&)[V]) {
-      const T *g = a.g.at(n, y, x) + ch * a.K, *from = in.x.at(n, y * in.stride, x * in.stride) + ch;
-#pragma unroll 1
-      for (int k = 1; k < a.K; k++) {
-        A value[V];
-        bypass_at<T, V>(in.x, in.stride, from + k * a.node.cm, value);
-#pragma unroll
-        for (int i = 0; i < V; i++) add_compensated(widen(g[i * a.K + k]) * value[i], sum[i], lost[i]);
-      }
-    });
-    store_row(task.row, sum);
-  }
-  __device__ void run(const Task& task) const {
-    switch (task.role) {
-      case Role::Stream: return sum_stream(task);
-      case Role::Edge: return sum_edge(task);
-      case Role::Gradient: return sum_gradient(task);
-      case Role::Bypass: return sum_bypass(task);
     }
+  }
+  __device__ void run(int number) const {
+    if (number < a.pools()) return sum_pools(number);
+    Task task = task_of(a, number - a.pools());
+    A sum[V] = {};
+    switch (task.role) {
+      case Role::Bypass:
+        if constexpr (K > 1) sum_bypass(task, sum);
+        break;
+      case Role::Stream: sum_stream(task, sum); break;
+      case Role::Identity: sum_identity(task, sum); break;
+      default: sum_gradient(sum);
+    }
+    store<V>(sums + (a.pools() + number) * apart, sum);
   }
 };
 
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
+// gs [count][cm] = the mixed op's channels of g, and mixed_g
+template <class T, int K, int V>
+__device__ void load_gradient(const NodeBackward<T>& a, const NodePixels& pixels, Acc<T>* gs) {
+  int vectors = a.node.cm / V, first = threadIdx.x / vectors, ch = threadIdx.x % vectors * V;
+  // more channels than threads have vectors for: in rounds
+  int step = max(1, kThreads / vectors), across = min(vectors, kThreads) * V;
+  if (first >= step) return;
+  int64_t begin = (int64_t(pixels.n) * a.node.oh + pixels.y0) * a.node.ow + pixels.x0;
+#pragma unroll 2
+  for (PixelWalk at(pixels, first, step); at.p < pixels.count; at.next())
+    for (int c = ch; c < a.node.cm; c += across) {
+      Acc<T> g[K * V], mixed[V];
+      a.load_g(a.g.at(pixels.n, pixels.y0 + at.y, pixels.x0 + at.x) + c * K, g);
+#pragma unroll
+      for (int i = 0; i < V; i++) mixed[i] = g[i * K];
+      store<V>(gs + at.p * a.node.cm + c, mixed);
+      if (K > 1) store<V>(a.mixed_g + (begin + at.p) * a.node.cm + c, mixed);
+    }
+}
+
+template <class T, int K, int V>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, K>)
     node_backward_kernel(const __grid_constant__ NodeBackward<T> a) {
   RFDARTS_SHARED(shared);
   const Node<T>& node = a.node;
-  Acc<T>* gs = reinterpret_cast<Acc<T>*>(shared);
-  int cm = node.cm;
-  int64_t pixels = int64_t(node.oh) * node.ow, begin = int64_t(blockIdx.x) * a.chunk;
-  int count = int(min(node.images * pixels - begin, int64_t(a.chunk)));
-  for (int i = threadIdx.x; i < count * cm; i += kThreads) {
-    int64_t pixel = begin + i / cm;
-    int n = int(pixel / pixels), p = int(pixel % pixels);
-    T value = a.g.at(n, p / node.ow, p % node.ow)[i % cm * a.K];
-    gs[i] = widen(value);
-    if (a.mixed_g) a.mixed_g[begin * cm + i] = value;
+  int cm = node.cm, groups = ceil_div(cm, 32 * V), apart = groups * 32 * V;
+  Acc<T>*sums = reinterpret_cast<Acc<T>*>(shared), *gs = sums + a.slots() * apart;
+  Acc<T>* means = gs + a.tiling.th * a.tiling.tw * cm;
+  NodePixels pixels(a.tiling, node.oh, node.ow);
+  for (int i = threadIdx.x; i < node.incoming * 2 * cm; i += kThreads) {
+    int row = i / cm, norm = node.term[node.streams + row / 2 * 3 + row % 2].norm;
+    means[i] = norm < 0 ? Acc<T>(0) : node.norms.mean(norm, i % cm);
   }
+  load_gradient<T, K, V>(a, pixels, gs);
   __syncthreads();
-  int tasks = node.streams + node.incoming + 1 + (a.K > 1 ? node.incoming : 0);
-  for (int number = threadIdx.x / 32; number < tasks; number += kThreads / 32)
-    for (int c0 = 0; c0 < cm; c0 += 32 * V) LanePixels<T, V>{a, gs, begin, count, c0}.run(task_of(node, number));
-}
-
-// From a node's sums: gradients of gamma, beta, op weights and edge weights, and the coefficients of NormBackward.
-template <class T>
-struct NodeGradients {
-  Node<T> node;
-  NormOutputs<T> outputs;
-  const double* partial;
-  int blocks, K;
-  Acc<T>*grad_op_weights, *grad_edge_weights;  // grad_edge_weights: or null
-};
-
-// The sum of a row over all pixels and channels, in thread 0: of g x, or, where the row has a BatchNorm, of g z.
-// `weight` of the edge and the op weight `op` are what z is weighted with.
-template <class T>
-__device__ __forceinline__ double row_gradient(const NodeGradients<T>& a, int row, int norm, int op, double weight,
-                                               double* room) {
-  int c = a.node.cm, channels = min(c, kThreads);
-  auto owns = [&](int c0) { return int(threadIdx.x) < channels && c0 + int(threadIdx.x) < c; };
-  auto sum = [&](int row, int ch) {
-    return sum_partials(a.partial + int64_t(row) * a.blocks * c, a.blocks, c, ch, channels, room);
-  };
-  double gradient = 0;
-  for (int c0 = 0; c0 < c; c0 += channels) {
-    int ch = min(c0 + int(threadIdx.x) % channels, c - 1);
-    double dot = sum(row, ch), value = dot;
-    if (norm >= 0) {
-      double sum_g = sum(a.node.rows(), ch);
-      if (owns(c0)) value = a.outputs.write(norm, ch, weight * double(a.node.op_weights[op]), sum_g, dot);
-    }
-    __syncthreads();
-    room[threadIdx.x] = owns(c0) ? value : 0;
-    __syncthreads();
-    if (threadIdx.x == 0)
-      for (int i = 0; i < channels; i++) gradient += room[i];
+  int lane = threadIdx.x % 32, place = lane / a.lanes, ch = (lane - place * a.lanes) * V;
+  int tasks = a.pools() + a.others();
+  for (int number = threadIdx.x / 32; number < tasks * groups; number += kThreads / 32) {
+    int group = groups == 1 ? 0 : number / tasks, first = group * 32 * V;
+    LanePixels<T, K, V>{a, pixels, gs, means, sums + first + lane * V, place, first + ch, apart}.run(number -
+                                                                                                 group * tasks);
   }
-  return gradient;
-}
-
-// One block per incoming edge.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 4) node_gradients_kernel(const __grid_constant__ NodeGradients<T> a) {
-  RFDARTS_SHARED(shared);
-  double* room = reinterpret_cast<double*>(shared);
-  const Node<T>& node = a.node;
-  int edge = node.in[blockIdx.x].edge;
-  double edge_weight = double(node.edge_weight(edge)), edge_gradient = 0;
-  for (int row = 0; row < node.rows(); row++) {
-    const auto& term = node.term[row];
-    if (term.edge != edge || term.op < 0) continue;
-    double gradient = row_gradient(a, row, term.norm, term.op, edge_weight, room);
-    if (threadIdx.x == 0) a.grad_op_weights[term.op] = Acc<T>(edge_weight * gradient);
-    edge_gradient += double(node.op_weights[term.op]) * gradient;
+  // all sums are there
+  __syncthreads();
+  for (int i = threadIdx.x; i < (2 * node.incoming + a.others()) * cm; i += kThreads) {
+    int number = i / cm, channel = i % cm, other = number - 2 * node.incoming, slot = a.parts * number, slots = a.parts;
+    int row = node.streams + number / 2 * 3 + number % 2;
+    if (other >= 0) slot = 2 * a.pools() + other, slots = 1, row = task_of(a, other).row;
+    // a channel's first lane; where lanes go along the pixels too, there is one group
+    const Acc<T>* from = sums + slot * apart + channel;
+    double total = 0;
+    for (int s = 0; s < slots; s++)
+#pragma unroll 4
+      for (int p = 0; p < a.step; p++) total += double(from[s * apart + p * cm]);
+    a.partial[(int64_t(row) * gridDim.x + blockIdx.x) * cm + channel] = total;
   }
-  if (!a.grad_edge_weights) return;
-  if (a.K > 1) edge_gradient += row_gradient(a, node.rows() + 1 + int(blockIdx.x), -1, -1, 1, room);
-  if (threadIdx.x == 0) a.grad_edge_weights[edge] = Acc<T>(edge_gradient);
 }
 
 }  // namespace rfdarts::cuda

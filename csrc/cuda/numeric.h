@@ -44,6 +44,27 @@ __device__ __forceinline__ __half narrow<__half>(float x) {
   return __float2half(x);
 }
 
+// the elements of a vector
+template <class T, int V>
+__device__ __forceinline__ void unpack(const Pack<T, V>& from, Acc<T> (&to)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; i++) to[i] = widen(from.v[i]);
+}
+#ifndef RFDARTS_EMULATION
+// two at a time, with one instruction each
+template <int V>
+__device__ __forceinline__ void unpack(const Pack<__nv_bfloat16, V>& from, float (&to)[V]) {
+  if constexpr (V % 2)
+    to[0] = widen(from.v[0]);
+  else
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      unsigned pair = reinterpret_cast<const unsigned&>(from.v[i]);
+      to[i] = __uint_as_float(pair << 16), to[i + 1] = __uint_as_float(pair & 0xffff0000u);
+    }
+}
+#endif
+
 // V elements in accesses of up to 16 bytes, to which the pointer must be aligned
 template <int V, class T>
 __device__ __forceinline__ void load(const T* from, Acc<T> (&to)[V]) {

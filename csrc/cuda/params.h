@@ -9,12 +9,6 @@ constexpr int kThreads = 256;
 // blocks of a multiprocessor that must have enough registers; double is for checking gradients, not for speed
 template <class T>
 constexpr int kResident = sizeof(T) == 8 ? 1 : 2;
-// as many as fit: a multiprocessor has 2048 threads on data centres' devices, else 1536
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10
-constexpr int kMostResident = 2048 / kThreads;
-#else
-constexpr int kMostResident = 1536 / kThreads;
-#endif
 // outputs that one thread of a depthwise convolution computes, next to each other in a row
 constexpr int kStrip = 8;
 // a launch's parameters must stay below 4 KiB

@@ -72,8 +72,7 @@ struct ReLUConvBNPass {
     // all pixels as one row, a block's as one tile
     MergeMoments m{Tiling(1, p.rounds * p.shape.pixels, 0, 1, 1, pixels), 1, 1, pixels, co, 1, p.partial, a.moments, 1,
                    {}};
-    dim3 merges(1, ceil_div(co, kMergeChannels));
-    launch(merge_moments_kernel<kMergeChannels>, merges, kThreads * int(sizeof(double)), queue, m);
+    launch(merge_moments_kernel<kSumChannels>, dim3(1, ceil_div(co, kSumChannels)), room_for(3), queue, m);
   }
   template <int V>
   void normalize(T* out) const {
@@ -101,8 +100,8 @@ struct ReLUConvBNPass {
     int blocks = ceil_div(pixels, p.chunk);
     p.partial = take<double>(int64_t(2) * blocks * co);
     launch(relu_conv_bn_sums_kernel<T, V>, channel_grid(blocks), 2 * kThreads * V * int(sizeof(Acc<T>)), queue, p);
-    NormGradients<T> f{outputs, p.partial, blocks, std::min(co, kMergeChannels), {}};
-    launch(norm_gradients_kernel<T>, dim3(1, ceil_div(co, f.channels)), kThreads * int(sizeof(double)), queue, f);
+    NormGradients<T> f{outputs, p.partial, blocks, {}};
+    launch(norm_gradients_kernel<T>, dim3(1, ceil_div(co, kSumChannels)), room_for(2), queue, f);
   }
   template <bool TensorCores>
   void spread(const T* g, const Acc<T>* coefficients, T* grad_x) const {

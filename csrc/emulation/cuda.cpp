@@ -1,5 +1,6 @@
 #include "emulation/cuda.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -129,12 +130,14 @@ void prepare(Thread& t, int i, char* stack) {
   std::abort();
 }
 
-// Lets the warp operations go on whose lanes have all arrived.
-bool complete_warps(std::vector<Thread>& threads) {
+// Lets the warp operations go on whose lanes have all arrived. Of shuffled threads only those of the first warp in
+// `order` that has any, so that warps reach a barrier one after the other.
+bool complete_warps(std::vector<Thread>& threads, const std::vector<int>& order) {
   bool any = false;
-  int n = int(threads.size());
-  for (Thread& t : threads) {
-    if (t.state != State::Warp) continue;
+  int n = int(threads.size()), completed = -1;
+  for (int number : order) {
+    Thread& t = threads[number];
+    if (t.state != State::Warp || (shuffled && any && t.warp != completed)) continue;
     int first = t.warp * 32, last = std::min(n, first + 32);
     if (!(t.mask >> t.lane & 1)) die("a lane is not in its own mask", threads);
     bool all = true;
@@ -145,7 +148,7 @@ bool complete_warps(std::vector<Thread>& threads) {
       if (all && threads[i].operation != t.operation) die("lanes are at different warp operations", threads);
     }
     if (!all) continue;
-    any = true;
+    any = true, completed = t.warp;
     for (int i = first; i < last; i++)
       if (t.mask >> threads[i].lane & 1) {
         block.exchange[t.warp][threads[i].lane] = threads[i].slot;
@@ -156,17 +159,21 @@ bool complete_warps(std::vector<Thread>& threads) {
 }
 
 void run_block(std::vector<Thread>& threads, std::vector<int>& order, std::mt19937& random) {
-  for (;;) {
+  auto shuffle_order = [&] {
     if (shuffled) std::shuffle(order.begin(), order.end(), random);
+  };
+  shuffle_order();
+  for (;;) {
     for (int i : order)
       if (threads[i].state == State::Running) enter(threads[i]);
-    if (complete_warps(threads)) continue;
+    if (complete_warps(threads, order)) continue;
     size_t waiting = 0, returned = 0;
     for (const Thread& t : threads) waiting += t.state == State::Barrier, returned += t.state == State::Returned;
     if (returned == threads.size()) return;
     if (waiting + returned < threads.size()) die("deadlock", threads);
     if (returned) die("a barrier that some threads never reach", threads);
     for (Thread& t : threads) t.state = State::Running;
+    shuffle_order();
   }
 }
 }  // namespace
@@ -177,13 +184,22 @@ void record(bool on) {
   log.clear();
 }
 const std::string& recorded() { return log; }
-bool write_down(const char* function, dim3 grid, size_t shared) {
+bool write_down(const char* function, const void* kernel, dim3 grid, dim3 size, size_t shared, Bytes params) {
   if (!recording) return false;
   std::string name = function;
   // ... [with Params = ...; ...]
   name = name.substr(name.find("Params = "));
+  Dl_info library{};
+  dladdr(kernel, &library);
+  auto place = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+  auto sizes = [](dim3 d) { return std::to_string(d.x) + " " + std::to_string(d.y) + " " + std::to_string(d.z); };
   log += name.substr(0, name.find_first_of(";]")) + " | " + std::to_string(grid.x * grid.y * grid.z) + " | " +
-         std::to_string(shared) + "\n";
+         std::to_string(shared) + " | " + std::to_string(place) + " | " + sizes(grid) + " | " + sizes(size) + " | ";
+  for (size_t i = 0; i < params.size; i++) {
+    unsigned char byte = static_cast<const unsigned char*>(params.data)[i];
+    for (int digit : {byte >> 4, byte & 15}) log += "0123456789abcdef"[digit];
+  }
+  log += "\n";
   return true;
 }
 void emulate(std::vector<Device> some) {

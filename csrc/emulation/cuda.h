@@ -120,9 +120,14 @@ void run(dim3 grid, dim3 size, size_t shared, void (*body)(void*), void* context
 void shuffle(bool on);
 // from here on, launches are only written down
 void record(bool on);
-// type of the parameters, blocks, bytes of shared memory: one launch a line
+// One launch a line: type of the parameters | blocks | bytes of shared memory | the kernel's place in this library |
+// grid | threads | the parameters' bytes; the last four for benchmarks that read the GPU's own code.
 const std::string& recorded();
-bool write_down(const char* function, dim3 grid, size_t shared);
+struct Bytes {
+  const void* data;
+  size_t size;
+};
+bool write_down(const char* function, const void* kernel, dim3 grid, dim3 size, size_t shared, Bytes params);
 
 template <class T>
 T exchange(unsigned mask, T value, int source, int operation) {
@@ -161,10 +166,26 @@ void multiply_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
   }
 }
 
+// ldmatrix x4: four 8x8 matrices of 16-bit values, whose rows the lanes name
+inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
+  std::memcpy(&thread->slot, &row, sizeof(row));
+  warp_operation(~0u, 4);
+  int g = thread->lane / 4, t = thread->lane % 4;
+  auto value = [&](int matrix, int r, int column) {
+    const uint16_t* values;
+    std::memcpy(&values, &block.exchange[thread->warp][8 * matrix + r], sizeof(values));
+    return uint32_t(values[column]);
+  };
+  for (int i = 0; i < 4; i++)
+    to[i] = transposed ? value(i, 2 * t, g) | value(i, 2 * t + 1, g) << 16
+                       : value(i, g, 2 * t) | value(i, g, 2 * t + 1) << 16;
+}
+
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, dim3 size, size_t shared, const Params& params) {
-  if (!launchable(reinterpret_cast<const void*>(kernel), shared)) return;
-  if (write_down(__PRETTY_FUNCTION__, grid, shared)) return;
+  auto address = reinterpret_cast<const void*>(kernel);
+  if (!launchable(address, shared)) return;
+  if (write_down(__PRETTY_FUNCTION__, address, grid, size, shared, {&params, sizeof(params)})) return;
   auto body = [&] { kernel(params); };
   run(grid, size, shared, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
 }
@@ -176,6 +197,16 @@ void launch(void (*kernel)(Params), dim3 grid, dim3 size, size_t shared, const P
 #define gridDim (emulation::block.grid)
 
 inline void __syncthreads() { emulation::barrier(); }
+// of one block at a time
+inline int __syncthreads_or(int predicate) {
+  static int any;
+  emulation::barrier();
+  any = 0;
+  emulation::barrier();
+  any |= predicate;
+  emulation::barrier();
+  return any;
+}
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return emulation::exchange(mask, value, lane, 1);

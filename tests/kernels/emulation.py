@@ -45,18 +45,18 @@ def find_nvcc():
     return setup_options().find_nvcc()
 
 
-def find_cuobjdump():
-    """Of a CUDA toolkit, or the one that triton brings; None where there is neither."""
+def find_tool(name):
+    """cuobjdump or nvdisasm of a CUDA toolkit, or the one that triton brings; None where there is neither."""
     nvcc, triton = find_nvcc(), importlib.util.find_spec("triton")
-    found = [Path(path) for path in [shutil.which("cuobjdump")] if path]
-    found += [nvcc.parent / "cuobjdump"] if nvcc else []
-    found += [Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"] if triton else []
+    found = [Path(path) for path in [shutil.which(name)] if path]
+    found += [nvcc.parent / name] if nvcc else []
+    found += [Path(triton.origin).parent / "backends/nvidia/bin" / name] if triton else []
     return next((path for path in found if path.is_file()), None)
 
 
 def resource_usage(library=None):
     """{architecture: {kernel: {REG, STACK, LOCAL, ...}}} of a library's kernels; None without cuobjdump."""
-    tool = find_cuobjdump()
+    tool = find_tool("cuobjdump")
     if tool is None:
         return None
     library = library or importlib.util.find_spec("rfdarts_fast.ops._cuda").origin

@@ -88,6 +88,19 @@ EMULATED |= {
     f"evaluated, stride {stride}": dict(shapes=[(2, 6, 10)], train=False, K=2, channels=8, stride=stride)
     for stride in (1, 2)
 }
+# the sums of a node: rows in several blocks, parts of a row, more channels than a warp takes at once; and of
+# blocks: more than the threads of a block load together
+LARGE = {
+    "rows in several blocks": dict(shapes=[(1, 41, 16)]),
+    "parts of a row": dict(shapes=[(1, 2, 300)]),
+    "rows in several blocks, K=2, stride 2": dict(shapes=[(1, 40, 68)], K=2, channels=8, stride=2),
+    "more channels than a warp's": dict(shapes=[(1, 3, 5)], channels=72),
+    "blocks of a node": dict(shapes=[(40, 1, 2)], channels=64, primitives=("sep_conv_3x3", "max_pool_3x3")),
+    "blocks of a BatchNorm": dict(
+        shapes=[(530, 1, 1)], channels=2, primitives=("sep_conv_3x3", "avg_pool_3x3")
+    ),
+}
+EMULATED |= {name: dict(inputs=1, nodes=1) | options for name, options in LARGE.items()}
 # multiples of 16 mixed channels run on tensor cores in 16-bit types
 EMULATED_ROUNDED = {
     "stride 1": dict(channels=8),
@@ -100,6 +113,23 @@ EMULATED_ROUNDED = {
     "tensor cores, K=2, stride 2": dict(channels=32, K=2, nodes=1, stride=2),
 }
 EMULATED_ROUNDED = {name: dict(shapes=[(4, 12, 20)], **o) for name, o in EMULATED_ROUNDED.items()}
+# the 16-bit kernels of strips: 4 and 8 mixed channels side by side, 16 and more; tiles of 16 x 16 and 8 x 8
+STRIPS = {
+    "four channels": dict(K=4, channels=16, nodes=2),
+    "eight channels": dict(K=2, channels=16, nodes=1),
+    "32 channels": dict(channels=32, nodes=1, inputs=1, shapes=[(2, 20, 36)]),
+    # draws in which float16 takes no value across a kink, here and below
+    "64 channels": dict(channels=64, nodes=1, inputs=1, shapes=[(2, 8, 8), (1, 14, 14)], seed=2),
+    "128 channels": dict(channels=128, nodes=1, inputs=1, shapes=[(1, 9, 9)]),
+    "tiles that hang over": dict(channels=16, nodes=1, shapes=[(2, 9, 7), (1, 17, 33), (3, 1, 3), (1, 5, 1)]),
+    "evaluated": dict(channels=16, nodes=1, train=False),
+    "S1": dict(primitives=SPACES["s1"].cells["normal"], nodes=4, channels=16, K=2),
+    "pools alone": dict(primitives=("avg_pool_3x3", "max_pool_3x3"), channels=16, nodes=2),
+    "no pools": dict(
+        primitives=("skip_connect", "sep_conv_5x5", "dil_conv_5x5"), channels=16, K=4, nodes=2, seed=1
+    ),
+}
+STRIPS = {f"strips, {name}": dict(shapes=[(2, 10, 18)]) | options for name, options in STRIPS.items()}
 
 TRITON = {
     "DARTS": dict(primitives=DARTS_PRIMITIVES, nodes=2),
@@ -153,6 +183,8 @@ GPU = {name: dict(shapes=[(3, 18, 10), (2, 32, 32), (1, 8, 8)], **o) for name, o
     ("cpu", (F64, F32), CPU),
     ("emulated", (F64,), EMULATED),
     ("emulated", (F32, BF16, F16), EMULATED_ROUNDED),
+    ("emulated", (BF16, F16), STRIPS),
+    ("gpu", (BF16, F16), STRIPS),
     ("triton", (F64,), TRITON),
     ("gpu", (F64, F32, BF16, F16), GPU),
 )
@@ -207,6 +239,11 @@ FAR_OUT_EMULATED = {name: EMULATED_ROUNDED[name] for name in ("stride 1", "strid
         far_out(FAR_OUT_CPU, ("first pixel", "lower half", "all pixels"), nodes=1, shapes=[(2, 32, 32)]),
     ),
     ("emulated", (F32,), far_out(FAR_OUT_EMULATED, FAR_OUT)),
+    (
+        "emulated",
+        (BF16,),
+        far_out({"strips": dict(channels=16, nodes=1, inputs=1, shapes=[(2, 18, 34)])}, FAR_OUT),
+    ),
 )
 def test_pixels_far_out(backend, dtype, options):
     for problem in problems(dtype, **options):
@@ -228,6 +265,7 @@ TENSOR_CORES = {
         "NAS-Bench-201": dict(shapes=[(5, 9, 8)], channels=16, **NASBENCH201),
     }),
     ("emulated", (F32, BF16), TENSOR_CORES | {"K=2": dict(shapes=[(2, 6, 10)], K=2, channels=8)}),
+    ("emulated", (BF16,), {name: STRIPS[f"strips, {name}"] for name in ("eight channels", "32 channels")}),
     ("triton", (F32,), {
         "noise, K=2": dict(shapes=[(2, 4, 6)], K=2, channels=8, inputs=1, primitives=("noise", *FEW[1:])),
     }),

@@ -43,6 +43,23 @@ def test_what_is_not_finite_spreads_through_nas_bench_201(backend, name, value):
         torch.testing.assert_close(found[key], expected[key], equal_nan=True)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["sep_conv_3x3", "dil_conv_5x5", "max_pool_3x3"])
+@on("emulated", "gpu")
+def test_what_is_not_finite_spreads_in_sixteen_bits(backend, name, value):
+    """A product with a Toeplitz matrix would spread it to pixels that the kernel does not reach."""
+    problem = CellProblem(
+        (1, 18, 34), torch.bfloat16, channels=16, inputs=1, nodes=1, train=False, primitives=("none", name)
+    )
+    problem.inputs[0][0, 2, 3, 3] = value
+    problem.grads[0][0, 5, 12, 20] = value
+    found, expected = problem.run(backend), problem.run(TRUTH)
+    for key in ("output 0", "gradient of input 0"):
+        [here], [there] = found[key], expected[key]
+        assert not there.isfinite().all()
+        assert torch.equal(here.isfinite(), there.isfinite()), key
+
+
 def not_finite_problem(name, stride, **options):
     options = dict(primitives=("none", name), inputs=1, nodes=1, train=False, stride=stride) | options
     return CellProblem((1, 8, 8), **options)

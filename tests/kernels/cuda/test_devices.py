@@ -33,13 +33,18 @@ def kernels(emulated_kernels):
     forget()
 
 
-def recorded(kernels, problem):
-    """Bytes of shared memory of each launch of a forward and backward that are not run."""
+def launches(kernels, problem):
+    """Parameters, blocks, bytes of shared memory of each launch of a forward and backward; none is run."""
     kernels.ops.record(True)
     problem.run(kernels, poison=False)
-    launches = kernels.ops.recorded().splitlines()
+    lines = [line.split(" | ") for line in kernels.ops.recorded().splitlines()]
     kernels.ops.record(False)
-    return [int(launch.split(" | ")[2]) for launch in launches]
+    return [(line[0].split("<")[0].split("::")[-1], int(line[1]), int(line[2])) for line in lines]
+
+
+def recorded(kernels, problem):
+    """Bytes of shared memory of each launch."""
+    return [shared for _, _, shared in launches(kernels, problem)]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,22 @@ def test_two_blocks_share_a_multiprocessor_where_they_can(kernels, name):
     kernels.ops.emulate(card(name))
     half = (CARDS[name][1] // 2 - 1) << 10
     assert max(recorded(kernels, CellProblem((1, 32, 32), BF16, channels=16, nodes=1))) <= half
+
+
+def test_sums_of_a_node_have_blocks_for_every_multiprocessor_and_none_depends_on_the_card(kernels):
+    """An H100 has 132 multiprocessors, a B200 148; the sizes are those of CIFAR's cells with few images."""
+    for channels, side, K in ((16, 32, 1), (32, 16, 1), (64, 8, 1), (64, 8, 2)):
+        problem = CellProblem((64, side, side), BF16, channels=channels, K=K, nodes=2)
+        found = []
+        for name in CARDS:
+            kernels.ops.emulate(card(name))
+            found.append([one for one in launches(kernels, problem) if one[0].startswith("Node")])
+        assert found[0] == found[1] == found[2]
+        blocks = [count for name, count, _ in found[0] if name == "NodeBackward"]
+        assert len(blocks) == 2 and min(blocks) >= 148
+        # one block for each row of terms, and each edge's bypass
+        rows = [count for name, count, _ in found[0] if name == "NodeGradients"]
+        assert rows == [edges * (4 + 3 + (K > 1)) for edges in (3, 2)]
 
 
 @pytest.mark.parametrize("name", CARDS)

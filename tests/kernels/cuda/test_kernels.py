@@ -38,6 +38,21 @@ MUTATIONS = {
     "off by one, row of a bypass": (
         "cuda/node_backward.h", "node.rows() + 1 + bypass", "node.rows() + bypass", F64, "float64"
     ),
+    "missing barrier, sums of a node": (
+        "cuda/node_backward.h",
+        "__syncthreads(); for (int i = threadIdx.x; i < (2 * node.incoming",
+        "for (int i = threadIdx.x; i < (2 * node.incoming",
+        F64, "float64",
+    ),
+    "pools of a column without its last row": (
+        "cuda/pool_column.h", "load_row(centre + 1), window", "load_row(centre), window", F64, "float64"
+    ),
+    "off by one, sums over blocks": (
+        "cuda/batch_norm.h",
+        "if (first + j * parts < items)",
+        "if (first + j * parts < items - 1)",
+        F64, "float64",
+    ),
     "the slope of BatchNorm's backward for its shift": (
         "cuda/batch_norm.h", "shift[i] = from[3 * c + i]", "shift[i] = from[c + i]", F64, "float64"
     ),
@@ -78,6 +93,25 @@ MUTATIONS = {
     "weights of the first chunk for all": (
         "cuda/relu_conv_bn_forward.h", "int skipped = c0 % s.wk *", "int skipped = 0 *", CONV, "bfloat16"
     ),
+    "missing barrier, strips": (
+        "cuda/strip_backward.h",
+        "}); __syncthreads(); #pragma unroll for (int i = 0; i < kOwn; i++) { int j",
+        "}); for (int i = 0; i < kOwn; i++) { int j",
+        BF16, "bfloat16",
+    ),
+    "off by one, diagonals": (
+        "cuda/strips.h", "kMargin + R - diagonal", "kMargin + R + 1 - diagonal", BF16, "bfloat16"
+    ),
+    "off by one, place of a maximum": (
+        "cuda/strip_state_backward.h", "own = 8 - 3 * u - v", "own = 7 - 3 * u - v", BF16, "bfloat16"
+    ),
+    "means of warps left out of variances": (
+        "cuda/strip_conv_forward.h", "one.square + count * off * off", "one.square + 0 * off",
+        BF16, "bfloat16",
+    ),
+    "the mean left out of a sum": (
+        "cuda/strip_second_convs_backward.h", "(inner[i] - mean[i])", "inner[i]", BF16, "bfloat16"
+    ),
 }  # fmt: skip
 
 
@@ -101,6 +135,7 @@ QUICK = (
     "off by one, window",
     "missing sum, tensor cores",
     "missing barrier before a chunk, preprocessing",
+    "missing barrier, strips",
 )
 
 
