@@ -192,7 +192,7 @@ struct BackwardPass : CellContext<T> {
   bool launch_strips(StateBackward<T>& p, int reach) {
     int group = this->strips_side_by_side();
     bool all = group && n <= kMostGridRows && c % 4 == 0;
-    for (const ImageView<T>& x : {p.x, p.outer}) all = all && this->for_strips(x, p.h, p.w);
+    all = all && this->for_strips(p.x, p.h, p.w) && this->for_strips(p.outer, p.h, p.w);
     for (int e = 0; e < p.leaving; e++) all = all && this->for_strips(p.edge[e].g, oh, ow);
     if (!all) return false;
     auto bytes_of = [&](const Tiling& t) {

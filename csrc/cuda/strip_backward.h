@@ -147,25 +147,24 @@ struct StripBackward {
       }
     }
   }
-  // sums of the warp's channel number `own` += what the branch sends back
-  __device__ void spread(const P& at, const BackwardBranch<T>& branch, const T* plane, int ch,
-                         float (&own)[M][4]) const {
-    const float* taps = a.conv_weights + branch.weight + ch;
-    if (!exact) {
-      with_kernel(branch.kernel, branch.dilation, [&]<int K, int D>() {
-        depthwise_warp<T, K, D, true>(at, plane, taps, c, own);
-      });
-      return;
-    }
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-      for (int r = 0; r < 4; r++) {
-        int strip = 16 * m + g + r / 2 * 8;
-        if (strip < P::kStrips)
-          own[m][r] += depthwise_exact<T, true>(at, plane, taps, c, branch.kernel, branch.dilation, strip,
-                                                2 * t + r % 2);
+  // Phase 3 tap by tap.
+  template <class Branch>
+  __device__ void spread_exactly(const P& at, int count, Branch&& branch) {
+    constexpr int of_strips = M * 4;
+#pragma unroll 1
+    for (int k = 0; k < kOwn * of_strips; k++) {
+      int j = warp + k / of_strips * kWarps, m = k / 4 % M, r = k % 4, strip = 16 * m + g + r / 2 * 8;
+      float value = 0;
+      if (j < count * c && strip < P::kStrips) {
+        const BackwardBranch<T>& from = branch(branch_of(j));
+        int ch = channel_of(j);
+        value = depthwise_exact<T, true>(at, planes + j * at.apart, a.conv_weights + from.weight + ch, c, from.kernel,
+                                         from.dilation, strip, 2 * t + r % 2);
       }
+      // registers have no index
+#pragma unroll
+      for (int i = 0; i < kOwn * of_strips; i++) sums[i / of_strips][i / 4 % M][i % 4] += i == k ? value : 0.f;
+    }
   }
   // sums += what `count` branches, side by side, send back; branch(k): the k-th
   template <class Branch>
@@ -188,10 +187,14 @@ struct StripBackward {
       return pair<T>(two[0], two[1]);
     });
     __syncthreads();
+    if (exact) return spread_exactly(at, count, branch);
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
-      int j = warp + i * kWarps;
-      if (j < count * c) spread(at, branch(branch_of(j)), planes + j * at.apart, channel_of(j), sums[i]);
+      int j = warp + i * kWarps, ch = channel_of(j);
+      if (j >= count * c) continue;
+      const BackwardBranch<T>& from = branch(branch_of(j));
+      depthwise_warp<T, true>(at, planes + j * at.apart, a.conv_weights + from.weight + ch, c, from.kernel,
+                              from.dilation, sums[i]);
     }
   }
   // The sums in shared memory, float [channels][kStage], for whoever reads them after a barrier.

@@ -227,9 +227,7 @@ struct StripForwardBlock {
       float sums[P::kSixteens][4] = {};
       if (j < count * c) {
         const Branch& branch = a.branch[b0 + a.branch_of(j)];
-        with_kernel(branch.kernel, branch.dilation, [&]<int K, int D>() {
-          depthwise_warp<T, K, D, false>(at, plane_of(j), taps_of(j), c, sums);
-        });
+        depthwise_warp<T, false>(at, plane_of(j), taps_of(j), c, branch.kernel, branch.dilation, sums);
       }
       store_strips<H, W>(sums, ds + j * P::kChannel);
     }
@@ -245,7 +243,7 @@ struct StripForwardBlock {
   }
   // A lane's pixels in `multiply`, the same for all branches: how many are valid, of its warp too.
   struct Pixels {
-    int per, first, valid = 0, total;
+    int valid = 0;
     float per_valid, per_total;
   };
   __device__ bool is_valid(int strip) const {
@@ -253,23 +251,24 @@ struct StripForwardBlock {
   }
   __device__ Pixels pixels_of_lane() const {
     Pixels p;
-    p.per = kWarps / tile.blocks, p.first = warp / tile.blocks;
-    if (p.first < p.per)
+    Share share(tile.blocks, warp);
+    if (share.first < tile.blocks)
 #pragma unroll
       for (int i = 0; i < kPixelTiles; i++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) p.valid += is_valid(2 * (p.first + i * p.per) + r);
-    p.total = p.valid;
+        for (int r = 0; r < 2; r++) p.valid += is_valid(2 * (share.number + i * share.of) + r);
+    int total = p.valid;
 #pragma unroll
-    for (int bit = 4; bit < 32; bit *= 2) p.total += __shfl_sync(0xffffffffu, p.total, lane ^ bit);
-    p.per_valid = p.valid ? 1 / float(p.valid) : 0.f, p.per_total = p.total ? 1 / float(p.total) : 0.f;
-    if (lane == 0) counts[warp] = float(p.total);
+    for (int bit = 4; bit < 32; bit *= 2) total += __shfl_sync(0xffffffffu, total, lane ^ bit);
+    p.per_valid = p.valid ? 1 / float(p.valid) : 0.f, p.per_total = total ? 1 / float(total) : 0.f;
+    if (lane == 0) counts[warp] = float(total);
     return p;
   }
   // y of branches [b0, b0 + count), and of each warp's pixels the moments
   __device__ void multiply(int b0, int count, const Pixels& pixels) const {
-    int per = pixels.per, o0 = warp % tile.blocks * 16, first = pixels.first;
-    if (first >= per) return;
+    Share share(tile.blocks, warp);
+    int per = share.of, first = share.number, o0 = share.first * 16;
+    if (share.first >= tile.blocks) return;
     constexpr int tiles = P::kStrips / 2;
     const Branch& branch = a.branch[b0];
     const float* alone = a.conv_weights + branch.weight + branch.kernel * branch.kernel * c;
@@ -315,7 +314,7 @@ struct StripForwardBlock {
         // a lane's first pixel is in no later row or column than its others: valid if any is
         if (!is_valid(strip)) continue;
         if (kept)
-          *reinterpret_cast<Pack<uint32_t, 2>*>(y + (int64_t(corner.y + row) * a.ow + corner.x + column) * c) = {
+          *reinterpret_cast<Pack<uint32_t, 2>*>(y + ((corner.y + row) * a.ow + corner.x + column) * c) = {
               low, high};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -335,10 +334,10 @@ struct StripForwardBlock {
   __device__ void merge_warps(int b0, int count) const {
     for (int j = threadIdx.x; j < count * c; j += kThreads) {
       float mean = 0, square = 0;
-      int last = kWarps / tile.blocks * tile.blocks;
-      for (int w = j / 16; w < last; w += tile.blocks) mean += counts[w] * samples[w * 16 + j % 16].mean;
+      int of = Share(tile.blocks, 0).of, first = j / 16 * of;
+      for (int w = first; w < first + of; w++) mean += counts[w] * samples[w * 16 + j % 16].mean;
       mean *= per_pixel;
-      for (int w = j / 16; w < last; w += tile.blocks) {
+      for (int w = first; w < first + of; w++) {
         Sample one = samples[w * 16 + j % 16];
         float off = one.mean - mean;
         square += one.square + counts[w] * off * off;

@@ -139,31 +139,34 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
 }
 
 // The place in a kernel's row that B has on the diagonal k - n, or -1. Transposed: of the convolution's transpose.
-template <int K, int D, bool Transposed>
-__device__ __forceinline__ int tap_on(int diagonal) {
-  constexpr int R = (K - 1) * D / 2;
-  int ahead = Transposed ? kMargin + R - diagonal : diagonal - kMargin + R;
-  return ahead >= 0 && ahead % D == 0 && ahead / D < K ? ahead / D : -1;
+template <bool Transposed>
+__device__ __forceinline__ int tap_on(int diagonal, int kernel, int dilation) {
+  int reach = (kernel - 1) * dilation / 2;
+  int ahead = Transposed ? kMargin + reach - diagonal : diagonal - kMargin + reach;
+  // dilation is 1 or 2
+  bool has = ahead >= 0 && (ahead & (dilation - 1)) == 0 && ahead < kernel * dilation;
+  return has ? ahead >> (dilation - 1) : -1;
 }
 
 // sums[m] += one channel's convolution for strips 16 m .. 16 m + 15, laid out as accumulators of multiply_tile. plane:
-// of the channel; taps: of the channel, c apart. Every lane of the warp takes part.
-template <class T, int K, int D, bool Transposed, int H, int W>
+// of the channel; taps: of the channel, c apart. Every lane of the warp takes part. One loop for all kernels: code for
+// each of them would not fit into the instruction cache.
+template <class T, bool Transposed, int H, int W>
 __device__ __forceinline__ void depthwise_warp(const Planes<H, W>& at, const T* plane, const float* taps, int c,
-                                               float (&sums)[Planes<H, W>::kSixteens][4]) {
-  constexpr int R = (K - 1) * D / 2;
-  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+                                               int kernel, int dilation, float (&sums)[Planes<H, W>::kSixteens][4]) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, reach = (kernel - 1) * dilation / 2;
   // lane l has the diagonals l - 7 and l - 6
-  int place = tap_on<K, D, Transposed>(lane - 7);
-  float tap[K];
-#pragma unroll
-  for (int u = 0; u < K; u++) tap[u] = place < 0 ? 0.f : taps[(u * K + place) * c];
-  const T* rows = plane + (at.row_of(lane & 15) + at.reach) * kPlaneRow + lane / 16 * 8;
-#pragma unroll
-  for (int u = 0; u < K; u++) {
-    uint32_t both = pair<T>(tap[u], __shfl_sync(0xffffffffu, tap[u], (lane + 1) & 31));
+  int place = tap_on<Transposed>(lane - 7, kernel, dilation);
+  const float* own = taps + max(place, 0) * c;
+  float next = place < 0 ? 0.f : *own;
+  const T* from = plane + (at.row_of(lane & 15) + at.reach + (Transposed ? reach : -reach)) * kPlaneRow + lane / 16 * 8;
+#pragma unroll 1
+  for (int u = 0; u < kernel; u++) {
+    float tap = next;
+    own += kernel * c;
+    if (place >= 0 && u + 1 < kernel) next = *own;
+    uint32_t both = pair<T>(tap, __shfl_sync(0xffffffffu, tap, (lane + 1) & 31));
     uint32_t b[2] = {__shfl_sync(0xffffffffu, both, 7 + 2 * t - g), __shfl_sync(0xffffffffu, both, 15 + 2 * t - g)};
-    const T* from = rows + (Transposed ? R - u * D : u * D - R) * kPlaneRow;
 #pragma unroll
     for (int m = 0; m < Planes<H, W>::kSixteens; m++) {
       // a second sixteen is the other half of as many rows
@@ -172,6 +175,7 @@ __device__ __forceinline__ void depthwise_warp(const Planes<H, W>& at, const T* 
       load_matrices<false>(a, from + m * kStrip);
       multiply_tile<T>(sums[m], a, b);
     }
+    from += (Transposed ? -dilation : dilation) * kPlaneRow;
   }
 }
 

@@ -95,12 +95,12 @@ MUTATIONS = {
     ),
     "missing barrier, strips": (
         "cuda/strip_backward.h",
-        "}); __syncthreads(); #pragma unroll for (int i = 0; i < kOwn; i++) { int j",
-        "}); for (int i = 0; i < kOwn; i++) { int j",
+        "__syncthreads(); if (exact) return spread_exactly",
+        "if (exact) return spread_exactly",
         BF16, "bfloat16",
     ),
     "off by one, diagonals": (
-        "cuda/strips.h", "kMargin + R - diagonal", "kMargin + R + 1 - diagonal", BF16, "bfloat16"
+        "cuda/strips.h", "kMargin + reach - diagonal", "kMargin + reach + 1 - diagonal", BF16, "bfloat16"
     ),
     "off by one, place of a maximum": (
         "cuda/strip_state_backward.h", "own = 8 - 3 * u - v", "own = 7 - 3 * u - v", BF16, "bfloat16"
