@@ -165,11 +165,11 @@ struct StripForwardBlock {
   }
   // The moments of both pools; a lane has a strip.
   __device__ void pools() const {
-    constexpr int together = 32 / P::kStrips;
+    constexpr int channels_at_once = 32 / P::kStrips;
     int strip = lane % P::kStrips, r = P::row_of(strip), x0 = P::column_of(strip);
     int valid = r < vh ? min(kStrip, max(0, vw - x0)) : 0;
     int y = corner.y + r, x = corner.x + x0, rows = window(y, a.oh);
-    for (int first = warp * together; first < c; first += kWarps * together) {
+    for (int first = warp * channels_at_once; first < c; first += kWarps * channels_at_once) {
       int ch = min(first + lane / P::kStrips, c - 1);
       const T* from = planes + ch * at.apart + (r + at.reach - 1) * kPlaneRow + x0;
       // columns kMargin - 2 .. kMargin + 9 of three rows
