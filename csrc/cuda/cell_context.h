@@ -64,10 +64,10 @@ struct CellContext {
   bool for_strips(const ImageView<T>& x, int h, int w) const {
     return aligned(x, 4) && int64_t(h) * x.row + int64_t(w) * x.pixel <= INT32_MAX;
   }
-  // as strip_group, or 0 where their weights or branch outputs are not ones for these kernels
+  // as SideBySide::group_of, or 0 where their weights or branch outputs are not ones for these kernels
   int strips_side_by_side() const {
     bool weights = reinterpret_cast<uintptr_t>(conv_weights) % 8 == 0;
-    return weights && cell.image_size() <= INT32_MAX ? strip_group(cm) : 0;
+    return weights && cell.image_size() <= INT32_MAX ? SideBySide::group_of(cm) : 0;
   }
   int reach(const Branch& b) const { return b.op == Op::Reduce ? 1 : (b.kernel - 1) * b.dilation / 2; }
   // the second half of a separable convolution lies behind the first one's weights
@@ -80,6 +80,8 @@ struct CellContext {
     p.norms = norms, p.op_weights = op_weights, p.edge_weights = edge_weights;
     p.incoming = cell.incoming(i);
     require(p.incoming <= kMaxIncoming, "edges of a node");
+    // offsets in an image are of 31 bits
+    require(cell.image_size() <= INT32_MAX, "pixels of an image");
     // f(j, branch, its term) for the branches of every incoming edge j
     auto each_branch = [&](auto&& f) {
       for (int j = 0; j < p.incoming; j++)

@@ -52,13 +52,11 @@ struct StripBackward {
 
   T *grad_ys = reinterpret_cast<T*>(shared), *planes = reinterpret_cast<T*>(shared + tile.planes);
   int c = a.c;
+  SideBySide beside{a.c, group};
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // from the first value on that is not finite: what a smaller kernel does not read may be one
   bool exact = false;
   float sums[kOwn][M][4] = {};
-
-  __device__ int branch_of(int j) const { return group == 1 ? 0 : j >> (c == 4 ? 2 : 3); }
-  __device__ int channel_of(int j) const { return group == 1 ? j : j & (c - 1); }
 
   // Before the first load: zeros where no branch may ever load.
   __device__ void clear(int reach) const {
@@ -156,8 +154,8 @@ struct StripBackward {
       int j = warp + k / of_strips * kWarps, m = k / 4 % M, r = k % 4, strip = 16 * m + g + r / 2 * 8;
       float value = 0;
       if (j < count * c && strip < P::kStrips) {
-        const BackwardBranch<T>& from = branch(branch_of(j));
-        int ch = channel_of(j);
+        const BackwardBranch<T>& from = branch(beside.branch(j));
+        int ch = beside.channel(j);
         value = depthwise_exact<T, true>(at, planes + j * at.apart, a.conv_weights + from.weight + ch, c, from.kernel,
                                          from.dilation, strip, 2 * t + r % 2);
       }
@@ -177,22 +175,22 @@ struct StripBackward {
       a.wide ? load<8>(branch(k), reach, k * c, seen) : load<4>(branch(k), reach, k * c, seen);
     exact = __syncthreads_or((seen & 0x7fff7fff) != 0) || exact;
     multiply(at, [&](int i, int o) {
-      int number = branch_of(i);
+      int number = beside.branch(i);
       // 2 and more neighbouring channels are one branch's
-      if (number != branch_of(o) || number >= count) return 0u;
+      if (number != beside.branch(o) || number >= count) return 0u;
       const BackwardBranch<T>& from = branch(number);
       float two[2];
       rfdarts::cuda::load<2>(a.conv_weights + from.weight +
-                                 (from.kernel * from.kernel + channel_of(i)) * c + channel_of(o), two);
+                                 (from.kernel * from.kernel + beside.channel(i)) * c + beside.channel(o), two);
       return pair<T>(two[0], two[1]);
     });
     __syncthreads();
-    if (exact) return spread_exactly(at, count, branch);
+    if (exact) [[unlikely]] return spread_exactly(at, count, branch);
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
-      int j = warp + i * kWarps, ch = channel_of(j);
+      int j = warp + i * kWarps, ch = beside.channel(j);
       if (j >= count * c) continue;
-      const BackwardBranch<T>& from = branch(branch_of(j));
+      const BackwardBranch<T>& from = branch(beside.branch(j));
       depthwise_warp<T, true>(at, planes + j * at.apart, a.conv_weights + from.weight + ch, c, from.kernel,
                               from.dilation, sums[i]);
     }

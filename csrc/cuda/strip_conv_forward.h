@@ -20,10 +20,6 @@ struct StripConvForward : ConvForward<T> {
   int convs;  // branches that convolve; pools come behind them
   bool one_source;
   int max_pool, avg_pool;  // branches, or -1
-
-  // channel j of a group is channel j % c of its branch j / c; with one branch a group, j itself
-  __device__ int branch_of(int j) const { return group == 1 ? 0 : j >> (this->c == 4 ? 2 : 3); }
-  __device__ int channel_of(int j) const { return group == 1 ? j : j & (this->c - 1); }
 };
 
 template <class T, int H, int W>
@@ -45,7 +41,7 @@ struct StripForwardTile {
   }
 };
 
-// Moments of a sample: how many, their mean, and the sum of squared deviations from it.
+// Of some values the mean, and the sum of squared deviations from it.
 struct Sample {
   float mean, square;
 };
@@ -55,7 +51,8 @@ __device__ __forceinline__ Sample sample_of(float about, float sum, float square
   float mean = sum * per_count;
   return {about + mean, square - sum * mean};
 }
-// The samples of all lanes that differ in `lanes` bits of their number: each gets it.
+// Chan's merge, to each of them, of the lanes whose numbers differ in the bits `from` to `to` / 2, each with `count`
+// values.
 __device__ __forceinline__ Sample merged(Sample one, float count, float per_total, int from, int to) {
   float sum = one.mean * count;
   for (int bit = from; bit < to; bit *= 2) sum += __shfl_sync(0xffffffffu, sum, (threadIdx.x % 32) ^ bit);
@@ -72,6 +69,7 @@ struct StripForwardBlock {
 
   using P = Planes<H, W>;
   P at{a.reach};
+  SideBySide beside{a.c, a.group};
   StripForwardTile<T, H, W> tile{a.reach, a.c, a.group, a.one_source};
   T *planes = reinterpret_cast<T*>(shared), *ds = reinterpret_cast<T*>(shared + tile.ds);
   Sample* samples = reinterpret_cast<Sample*>(shared + tile.moments);
@@ -212,12 +210,12 @@ struct StripForwardBlock {
 
   // ds of branches [b0, b0 + count); `exact`: tap by tap
   __device__ void depthwise(int b0, int count, bool exact) const {
-    auto plane_of = [&](int j) { return planes + (a.one_source ? a.channel_of(j) : j) * at.apart; };
-    auto taps_of = [&](int j) { return a.conv_weights + a.branch[b0 + a.branch_of(j)].weight + a.channel_of(j); };
-    if (exact) {
+    auto plane_of = [&](int j) { return planes + (a.one_source ? beside.channel(j) : j) * at.apart; };
+    auto taps_of = [&](int j) { return a.conv_weights + a.branch[b0 + beside.branch(j)].weight + beside.channel(j); };
+    if (exact) [[unlikely]] {
       for (int i = threadIdx.x; i < count * c * P::kStrips * kStrip; i += kThreads) {
         int n = i % kStrip, strip = i / kStrip % P::kStrips, j = i / (kStrip * P::kStrips);
-        const Branch& branch = a.branch[b0 + a.branch_of(j)];
+        const Branch& branch = a.branch[b0 + beside.branch(j)];
         ds[j * P::kChannel + strip * kStrip + n] = narrow<T>(depthwise_exact<T, false>(
             at, plane_of(j), taps_of(j), c, branch.kernel, branch.dilation, strip, n));
       }
@@ -226,7 +224,7 @@ struct StripForwardBlock {
     for (int j = warp; j < tile.channels; j += kWarps) {
       float sums[P::kSixteens][4] = {};
       if (j < count * c) {
-        const Branch& branch = a.branch[b0 + a.branch_of(j)];
+        const Branch& branch = a.branch[b0 + beside.branch(j)];
         depthwise_warp<T, false>(at, plane_of(j), taps_of(j), c, branch.kernel, branch.dilation, sums);
       }
       store_strips<H, W>(sums, ds + j * P::kChannel);
@@ -235,11 +233,11 @@ struct StripForwardBlock {
 
   // weight from channel i to channel o of a group of branches
   __device__ float weight(int b0, int count, int i, int o) const {
-    int number = a.branch_of(i);
-    if (number != a.branch_of(o) || number >= count) return 0;
+    int number = beside.branch(i);
+    if (number != beside.branch(o) || number >= count) return 0;
     const Branch& branch = a.branch[b0 + number];
     int taps = branch.kernel * branch.kernel;
-    return a.conv_weights[branch.weight + (taps + a.channel_of(i)) * c + a.channel_of(o)];
+    return a.conv_weights[branch.weight + (taps + beside.channel(i)) * c + beside.channel(o)];
   }
   // A lane's pixels in `multiply`, the same for all branches: how many are valid, of its warp too.
   struct Pixels {
@@ -296,7 +294,7 @@ struct StripForwardBlock {
         multiply_tile<T>(acc[i][1], d, b[1]);
       }
     }
-    int number = a.branch_of(o0 + 4 * t), ch = a.channel_of(o0 + 4 * t);
+    int number = beside.branch(o0 + 4 * t), ch = beside.channel(o0 + 4 * t);
     bool kept = number < count;
     T* y = kept ? a.branch[b0 + number].y + corner.n * a.image + ch : nullptr;
     float about[4], sum[4] = {}, square[4] = {};
@@ -342,7 +340,7 @@ struct StripForwardBlock {
         float off = one.mean - mean;
         square += one.square + counts[w] * off * off;
       }
-      write_moments(b0 + a.branch_of(j), a.channel_of(j), {mean, square});
+      write_moments(b0 + beside.branch(j), beside.channel(j), {mean, square});
     }
   }
 

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   float *coefficients = reinterpret_cast<float*>(shared + tile.bytes), *partial = coefficients + 3 * tile.channels;
   int b0 = int(blockIdx.y) * a.group, count = min(a.group, a.branches - b0), channels = tile.channels;
   for (int j = threadIdx.x; j < count * a.c; j += kThreads) {
-    int norm = a.branch[b0 + block.branch_of(j)].inner_norm, ch = block.channel_of(j);
+    int norm = a.branch[b0 + block.beside.branch(j)].inner_norm, ch = block.beside.channel(j);
     float scale = a.norms.scale(norm, ch), mean = a.norms.mean(norm, ch);
     coefficients[j] = scale;
     coefficients[channels + j] = a.norms.beta[norm * a.c + ch] - mean * scale;
@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
   // grad_z where z > 0, and its sums; a thread has 4 channels
   Corner corner = block.corner;
-  int quads = channels / 4, j = threadIdx.x % quads * 4, ch = block.channel_of(j);
+  int quads = channels / 4, j = threadIdx.x % quads * 4, ch = block.beside.channel(j);
   float sum[4] = {}, dot[4] = {};
   if (j < count * a.c) {
-    const auto& branch = a.branch[b0 + block.branch_of(j)];
+    const auto& branch = a.branch[b0 + block.beside.branch(j)];
     float scale[4], shift[4], mean[4];
     load<4>(coefficients + j, scale), load<4>(coefficients + channels + j, shift);
     load<4>(coefficients + 2 * channels + j, mean);
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     int which = i & 1, channel = i / 2;
     float total = 0;
     for (int w = 0; w < kWarps; w++) total += partial[(2 * w + which) * channels + channel];
-    double* out = a.partial + (int64_t(b0 + block.branch_of(channel)) * 2 + which) * a.tiling.count * a.c;
-    out[int64_t(blockIdx.x) * a.c + block.channel_of(channel)] = double(total);
+    double* out = a.partial + (int64_t(b0 + block.beside.branch(channel)) * 2 + which) * a.tiling.count * a.c;
+    out[int64_t(blockIdx.x) * a.c + block.beside.channel(channel)] = double(total);
   }
 }
 

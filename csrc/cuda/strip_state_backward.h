@@ -10,9 +10,9 @@ struct StripStateBackward : StateBackward<T> {
   int group, reach;
 };
 
-// Shared memory of the pools' part, behind the staged sums: xs [rows][columns][c], the input with two pixels around; of the
-// windows that reach the tile the gradients [2][rows - 2][columns - 2][c] of the maxima and averages, and where the
-// maxima are, a byte each, 255 beyond the image.
+// Shared memory of the pools' part, behind the staged sums: xs [rows][columns][c], the input with two pixels around; of
+// the windows that reach the tile the gradients [2][rows - 2][columns - 2][c] of the maxima and averages, and where
+// the maxima are, a byte each, 255 beyond the image.
 template <class T, int H, int W>
 struct StripPools {
   static constexpr int kRows = H + 4, kColumns = W + 4;
@@ -95,9 +95,9 @@ struct StripPoolsBackward {
 #pragma unroll
     for (int i = 0; i < 4; i++) to[i] += scale[i] * g[i];
   }
-  __device__ void gradient_of_window(int window, int y, int x, const Window& w, const Coefficients& of_max,
+  __device__ void gradient_of_window(int number, int y, int x, const Window& w, const Coefficients& of_max,
                                      const Coefficients& of_avg) const {
-    float size = float(pool_rows(y) * ::rfdarts::cuda::window(x, a.w)), grad_max[4], grad_avg[4];
+    float size = float(window(y, a.h) * window(x, a.w)), grad_max[4], grad_avg[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float avg = widen(narrow<T>(w.sum[i] / size));
@@ -115,11 +115,10 @@ struct StripPoolsBackward {
     uint32_t places = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) grad_avg[i] /= size, places |= uint32_t(w.place[i]) << 8 * i;
-    store<4>(grad(0, window), grad_max);
-    store<4>(grad(1, window), grad_avg);
-    *reinterpret_cast<uint32_t*>(where + window * c + ch) = places;
+    store<4>(grad(0, number), grad_max);
+    store<4>(grad(1, number), grad_avg);
+    *reinterpret_cast<uint32_t*>(where + number * c + ch) = places;
   }
-  __device__ int pool_rows(int y) const { return window(y, a.h); }
 
   // Columns of windows are cut into pieces; a thread walks down one.
   __device__ void gradients_of_windows() const {

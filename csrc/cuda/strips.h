@@ -7,8 +7,8 @@
 // Inputs are planes, one per channel: [row][column], columns from kMargin before the tile's first on. A zero of B times
 // an infinity would be a NaN, so tiles with such inputs are convolved one by one: `depthwise_exact`.
 #pragma once
-#include "cuda/depthwise.h"
 #include "cuda/mma.h"
+#include "cuda/pool_column.h"
 #include "cuda/tile.h"
 
 namespace rfdarts::cuda {
@@ -17,8 +17,16 @@ constexpr int kMargin = 4;
 // elements between the rows of a plane: eight neighbouring rows, 16 bytes of each, lie in different banks
 constexpr int kPlaneRow = 24;
 
-// Branches that stand side by side so that they have 16 channels or a multiple; 0: none do.
-__host__ __device__ inline int strip_group(int c) { return c % 16 == 0 ? 1 : c == 4 || c == 8 ? 16 / c : 0; }
+// Branches of c channels that stand side by side as one with 16 channels or a multiple: `group` of them, 0 where none do.
+// Channel j of theirs is channel j % c of branch j / c.
+struct SideBySide {
+  int c, group;
+
+  __host__ __device__ static int group_of(int c) { return c % 16 == 0 ? 1 : c == 4 || c == 8 ? 16 / c : 0; }
+  // without divisions
+  __device__ int branch(int j) const { return group == 1 ? 0 : j >> (c == 4 ? 2 : 3); }
+  __device__ int channel(int j) const { return group == 1 ? j : j & (c - 1); }
+};
 
 // How warps share pixels whose channels are in `parts`, one part a warp: the first part of the warp, and as what of how
 // many warps it takes it. One that is left over begins behind the last.
@@ -65,16 +73,21 @@ __device__ __forceinline__ float second_of(uint32_t pair) {
 __device__ __forceinline__ uint32_t firsts(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
 __device__ __forceinline__ uint32_t seconds(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000); }
 
+// NaNs pass
+template <class T>
+__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
+  Pack<T, 2> left, right;
+  memcpy(&left, &a, 4), memcpy(&right, &b, 4);
+  left = greater(left, right);
+  memcpy(&a, &left, 4);
+  return a;
+}
+template <class T>
+__device__ __forceinline__ uint32_t relu_pair(uint32_t x) {
+  return max_pair<T>(x, 0);
+}
+
 #ifdef RFDARTS_EMULATION
-template <class T>
-uint32_t relu_pair(uint32_t x) {
-  return pair<T>(relu(first_of<T>(x)), relu(second_of<T>(x)));
-}
-template <class T>
-uint32_t max_pair(uint32_t a, uint32_t b) {
-  auto most = [](float x, float y) { return x != x || x > y ? x : y; };
-  return pair<T>(most(first_of<T>(a), first_of<T>(b)), most(second_of<T>(a), second_of<T>(b)));
-}
 // seen stays 0 until a value is not finite
 template <class T>
 void look_at(uint32_t x, uint32_t& seen) {
@@ -95,23 +108,11 @@ template <class T>
 __device__ __forceinline__ typename Packed<T>::type packed(uint32_t x) {
   return reinterpret_cast<typename Packed<T>::type&>(x);
 }
-template <class P>
-__device__ __forceinline__ uint32_t bits_of(P x) {
-  return reinterpret_cast<uint32_t&>(x);
-}
-// NaNs pass
-template <class T>
-__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
-  return bits_of(__hmax2_nan(packed<T>(a), packed<T>(b)));
-}
-template <class T>
-__device__ __forceinline__ uint32_t relu_pair(uint32_t x) {
-  return max_pair<T>(x, 0);
-}
 // seen stays 0 until a value is not finite
 template <class T>
 __device__ __forceinline__ void look_at(uint32_t x, uint32_t& seen) {
-  seen = bits_of(__hfma2(packed<T>(x), packed<T>(0), packed<T>(seen)));
+  typename Packed<T>::type sum = __hfma2(packed<T>(x), packed<T>(0), packed<T>(seen));
+  memcpy(&seen, &sum, 4);
 }
 #endif
 template <class T>
@@ -153,7 +154,8 @@ __device__ __forceinline__ int tap_on(int diagonal, int kernel, int dilation) {
 // each of them would not fit into the instruction cache.
 template <class T, bool Transposed, int H, int W>
 __device__ __forceinline__ void depthwise_warp(const Planes<H, W>& at, const T* plane, const float* taps, int c,
-                                               int kernel, int dilation, float (&sums)[Planes<H, W>::kSixteens][4]) {
+                                               int kernel, int dilation,
+                                               float (&sums)[Planes<H, W>::kSixteens][4]) {
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, reach = (kernel - 1) * dilation / 2;
   // lane l has the diagonals l - 7 and l - 6
   int place = tap_on<Transposed>(lane - 7, kernel, dilation);

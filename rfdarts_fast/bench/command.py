@@ -64,9 +64,9 @@ class BenchOptions:
 def benchmark(options: BenchOptions) -> str:
     """Runs a benchmark; its table as text. Raises ConfigError for options that do not fit."""
     require_positive(options, "batch", "size", "channels", "layers", "rounds", "classes", most=65_536)
-    for name in ("partial_channels", "threads", "memory_limit"):
+    for name, most in (("partial_channels", 65_536), ("threads", 4096), ("memory_limit", 10**9)):
         if getattr(options, name) is not None:
-            require_positive(options, name, **({} if name == "memory_limit" else {"most": 65_536}))
+            require_positive(options, name, most=most)
     require(
         all(0 <= budget < 10**9 for budget in options.memory_budgets), options, "memory_budgets", "0 or more"
     )

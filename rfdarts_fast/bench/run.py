@@ -166,12 +166,8 @@ def table(report: dict) -> str:
         less = f"{smallest / r['memory']:.1f}" if smallest and r["memory"] else ""
         # eager operators move more
         kernels = r["variant"] not in PLAIN
-        moved = (
-            counts["bytes"]
-            * (0.5 if r["variant"] in ("bfloat16", "amp", "recompute-amp") else 1)
-            / r["seconds"]
-            / 1e9
-        )
+        half = r["variant"] == "bfloat16" or r["variant"].endswith("amp")
+        moved = counts["bytes"] * (0.5 if half else 1) / r["seconds"] / 1e9
         lines.append(
             f"{label(r['variant']):<48}{r['seconds']:>8.3f}{r['best']:>8.3f}{r['images_per_second']:>10.1f}"
             f"{speed:>7}{r['cpu_seconds']:>8.2f}{less_cpu:>7}{memory:>11}{less:>7}"

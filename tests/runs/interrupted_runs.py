@@ -3,8 +3,8 @@
 import json
 import shutil
 
-import pytest
 import torch
+from interrupted import interrupted_before
 
 from rfdarts_fast.ops import backends
 from rfdarts_fast.retrain import TrainConfig, train
@@ -31,10 +31,6 @@ COMMANDS = {
 }
 
 
-class Interrupt(Exception):
-    pass
-
-
 class Runs:
     """A command's run that was left alone, and one that was interrupted in its second epoch."""
 
@@ -44,17 +40,8 @@ class Runs:
         self.options = {**options, "data_root": npz}
         self.whole, self.interrupted = folder / "whole", folder / "interrupted"
         self.go_on(self.whole)
-        with pytest.MonkeyPatch.context() as patch:
-            step = run_class.train_step
-
-            def interrupted_step(run, *batch):
-                if (run.epoch, run.step) == (1, 1):
-                    raise Interrupt
-                step(run, *batch)
-
-            patch.setattr(run_class, "train_step", interrupted_step)
-            with pytest.raises(Interrupt):
-                self.go_on(self.interrupted)
+        with interrupted_before(run_class, 1, 1):
+            self.go_on(self.interrupted)
 
     def go_on(self, folder, **changes):
         # see tests/search/conftest.py

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interrupted import interrupted_before
 from same_run import assert_same_run
 
 from rfdarts_fast.retrain import train
@@ -112,12 +113,8 @@ def test_a_micro_batch_is_all_that_is_computed_at_a_time(tiny_search, tiny_train
         assert max(seen) == 3
 
 
-class Interrupt(Exception):
-    pass
-
-
 @pytest.mark.parametrize("command", ["search", "train"])
-def test_interrupted_and_resumed(command, tiny_search, tiny_train, tmp_path, monkeypatch):
+def test_interrupted_and_resumed(command, tiny_search, tiny_train, tmp_path):
     make, go = (tiny_search, search) if command == "search" else (tiny_train, train)
     run_class = SearchRun if command == "search" else TrainRun
     # noise and drop path draw a number for each micro-batch
@@ -125,15 +122,7 @@ def test_interrupted_and_resumed(command, tiny_search, tiny_train, tmp_path, mon
     changes |= {"space": "s4"} if command == "search" else {"drop_path": 0.5}
     whole, config = (make(**changes, out=tmp_path / name) for name in ("whole", "resumed"))
     go(whole)
-    step = run_class.train_step
-
-    def interrupted(run, *batch):
-        if (run.epoch, run.step) == (1, 1):
-            raise Interrupt
-        step(run, *batch)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr(run_class, "train_step", interrupted)
+    with interrupted_before(run_class, 1, 1):
         go(config)
     go(config)
     assert_same_run(config.out, whole.out)

@@ -95,7 +95,7 @@ MUTATIONS = {
     ),
     "missing barrier, strips": (
         "cuda/strip_backward.h",
-        "__syncthreads(); if (exact) return spread_exactly",
+        "__syncthreads(); if (exact) [[unlikely]] return spread_exactly",
         "if (exact) return spread_exactly",
         BF16, "bfloat16",
     ),
