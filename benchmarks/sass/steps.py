@@ -23,6 +23,15 @@ Results = tuple[list[Vector], Vector | None]
 SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
+def clears_a_flag(one: Instruction) -> bool:
+    """LOP3 R, R, mask of all bits but one: a register of flags, one for each thing a kernel must remember."""
+    if one.base != "LOP3" or len(one.operands) < 5 or one.operands[0].kind != "register":
+        return False
+    to, source, mask, _, table = one.operands[:5]
+    one_bit = ~int(mask.value) & 0xFFFFFFFF if mask.kind == "integer" else 0
+    return to.register == source.register is not None and table.value == 0xC0 and one_bit.bit_count() == 1
+
+
 def undecided_pair(mods: list[str], a: Vector, a_unknown: Vector, b: Vector, b_unknown: Vector) -> Vector:
     """Where a AND b, a OR b, a XOR b is unknown."""
     if "AND" in mods:
@@ -117,7 +126,7 @@ class Steps(Lanes):
             for i, operand in enumerate(one.operands)
             if i >= first
         ]
-        logical = one.base in ("ISETP", "UISETP", "PLOP3", "UPLOP3")
+        logical, flag = one.base in ("ISETP", "UISETP", "PLOP3", "UPLOP3"), clears_a_flag(one)
 
         def run() -> Results:
             values, unknowns = [], []
@@ -131,6 +140,9 @@ class Steps(Lanes):
                 raise self.fail(one, str(error)) from None
             if all(unknown is None for unknown in unknowns):
                 return results, None
+            if flag:
+                # its other flags are set before they are read
+                return compute(one, np.where(unknowns[0], self.zero, values[0]), *values[1:]), None
             if logical:
                 return results, self.undecided(one, compute, values, unknowns)
             return results, either(*unknowns)

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from benchmarks.sass import SassError, code, machine, memory, pipes, profile
+from benchmarks.sass import SassError, code, machine, memory, pipes, profile, steps
 from tests.kernels.emulation import find_nvcc, find_tool
 
 THREADS, BLOCKS = 96, 3
@@ -90,6 +90,7 @@ BODIES = {
     "shared": SHARED,
     "matrices": MATRICES,
     "copy": COPY,
+    "whole_block": "int any = __syncthreads_or(p.out[7] == 3), i = 0;\n  do p.out[1] = i; while (++i < (any ? 9 : 4));",
     "guarded": "if (threadIdx.x == 5) p.out[0] = 1;\n  p.out[1] = 2;",
     "loop_on_data": "int i = 0;\n  do p.out[0] = i; while (++i < p.out[1]);",
     "slow_path": "p.out[0] = 1 / sqrtf(float(p.out[1])) + 1.0 / p.out[2] + float(p.out[3]) / p.out[4];",
@@ -249,6 +250,27 @@ def test_slow_paths_are_not_taken(listing):
     found = run(listing, "slow_path", 1, 32)
     assert found.kernel.subroutines and by_opcode(found, "CALL") == (0, 0)
     assert by_opcode(found, "STG")[0] == 1
+
+
+def test_what_a_block_looks_for_together_is_not_there(listing):
+    assert by_opcode(run(listing, "whole_block", 1, 64), "STG")[0] == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("R51, R51, 0xffffffef, RZ, 0xc0, !PT", True),
+        ("R51, R50, 0xffffffef, RZ, 0xc0, !PT", False),
+        ("R51, R51, 0xffffffee, RZ, 0xc0, !PT", False),
+        ("R51, R51, 0x10, RZ, 0xfc, !PT", False),
+        ("R51, R51, R3, RZ, 0xc0, !PT", False),
+        ("P5, RZ, R51, 0xffffffef, RZ, 0xc0, !PT", False),
+    ],
+)
+def test_a_register_of_flags(text, expected):
+    operands = tuple(code.operand(part) for part in code.split_operands(text))
+    one = code.Instruction(0, None, "LOP3.LUT", operands, (), ("", 0), text)
+    assert steps.clears_a_flag(one) == expected
 
 
 def test_a_loop_on_data_is_an_error(listing):
