@@ -27,6 +27,7 @@ from rfdarts_fast.runs.environment import backend_status, environment, version_o
 from rfdarts_fast.runs.files import write_json
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
 from rfdarts_fast.search.architect import descend, gradients
+from rfdarts_fast.search.flat_sgd import FlatSGD
 from rfdarts_fast.spaces import get_space
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def make_step(
     parameters = [*network.arch_parameters(), *(p for p in network.parameters() if p.requires_grad)]
     if variant == "compile":
         compile_mixed_ops(network, mode)
-    optimizer = torch.optim.SGD(parameters, lr=torch.tensor(0.025, device=device), momentum=0.9, fused=True)
+    optimizer = FlatSGD(parameters, lr=torch.tensor(0.025, device=device), momentum=0.9, fused=True)
 
     def step(_: str, images: Tensor, labels: Tensor) -> None:
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):

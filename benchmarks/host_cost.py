@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.ops.contract import register_backend
 from rfdarts_fast.runs.files import write_json
+from rfdarts_fast.runs.watch import Watch
 from rfdarts_fast.search.architect import descend, gradients
+from rfdarts_fast.search.flat_sgd import FlatSGD
 from rfdarts_fast.spaces import get_space
 from tests.kernels import emulation
 
@@ -37,6 +38,8 @@ from tests.kernels import emulation
 NETWORKS = {"RF-DARTS": 1, "RF-PCDARTS": 4}
 # tensors that a launch of a multi-tensor operator takes, by its number of lists
 TENSORS = (0, 110, 64, 48, 36, 30)
+# tensors that a launch of cat takes (torch's Shape.cu)
+CAT = 128
 # lists of the operators of clipping and SGD with momentum and weight decay, by name
 LISTS = {"_foreach_norm": 1, "_foreach_mul_": 1, "_foreach_add": 3, "_foreach_add_": 2}
 
@@ -54,7 +57,9 @@ class Calls(TorchDispatchMode):
         self.count[name] = self.count.get(name, 0) + 1
         if name in LISTS:
             self.launches += -(-len(args[0]) // TENSORS[LISTS[name]])
-        elif name not in ("detach", "alias", "_unsafe_view", "view", "unbind"):
+        elif name in ("cat", "stack"):
+            self.launches += -(-len(args[0]) // CAT)
+        elif name not in ("detach", "alias", "_unsafe_view", "view", "unbind", "split", "split_with_sizes"):
             self.launches += 1
         return function(*args, **(kwargs or {}))
 
@@ -95,26 +100,33 @@ def half_step(kernels: emulation.EmulatedKernels, K: int) -> tuple[dict[str, Any
     return found, [weight.shape for weight in weights]
 
 
-def clip_and_descend(shapes: list[torch.Size]) -> dict[str, Any]:
+def clip_and_descend(shapes: list[torch.Size], kind: type[torch.optim.SGD]) -> dict[str, Any]:
     weights = [torch.empty(shape, device="meta").requires_grad_() for shape in shapes]
-    optimizer = torch.optim.SGD(weights, 0.1, momentum=0.9, weight_decay=3e-4, foreach=True)
-    grads: list[Tensor] = [torch.empty_like(weight) for weight in weights]
+    optimizer = kind(weights, lr=0.1, momentum=0.9, weight_decay=3e-4, foreach=True)
+    stepped = optimizer.stepped if isinstance(optimizer, FlatSGD) else weights
+    grads, clipped = ([torch.empty_like(tensor) for tensor in of] for of in (weights, stepped))
 
     def work() -> None:
-        # the step alone: meta tensors have no multi-tensor norm that clip_grad_norm_ would choose
-        norms = torch._foreach_norm(grads)
+        # meta tensors have no multi-tensor norm that clipping would choose
+        norms = torch._foreach_norm(clipped)
         scale = 5.0 / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)
-        torch._foreach_mul_(grads, scale.clamp(max=1.0))
+        torch._foreach_mul_(clipped, scale.clamp(max=1.0))
         descend(optimizer, weights, grads, 0)
 
     work()
+    return {"tensors": len(shapes), **counted(work)}
+
+
+def watched(shapes: list[torch.Size]) -> dict[str, Any]:
+    watch = Watch(torch.device("meta"), ["loss", *map(str, shapes)])
+    loss, *grads = (torch.empty(shape, device="meta") for shape in [torch.Size([]), *shapes])
+    return counted(lambda: watch.see(0, loss, grads))
+
+
+def counted(work: Callable[[], object]) -> dict[str, int]:
     with Calls() as calls:
         work()
-    return {
-        "tensors": len(shapes),
-        "launches on CUDA": calls.launches,
-        "calls of torch operators": sum(calls.count.values()),
-    }
+    return {"launches on CUDA": calls.launches, "calls of torch operators": sum(calls.count.values())}
 
 
 def main() -> None:
@@ -129,11 +141,11 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine, "threads": 1, "torch": torch.__version__}
     for name, K in NETWORKS.items():
         of_network, shapes = half_step(kernels, K)
-        total = torch.Size([sum(shape.numel() for shape in shapes)])
         found[name] = {
             "forward and backward": of_network,
-            "clipping and SGD": clip_and_descend(shapes),
-            "clipping and SGD of one flat tensor": clip_and_descend([total]),
+            "looking for NaN": watched(shapes),
+            "clipping and torch.optim.SGD": clip_and_descend(shapes, torch.optim.SGD),
+            "clipping and FlatSGD": clip_and_descend(shapes, FlatSGD),
         }
     print(json.dumps(found, indent=2))
     if path is not None:

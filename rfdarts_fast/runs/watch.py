@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,7 +28,9 @@ class Watch:
     def __init__(self, device: torch.device, *names: Sequence[str]) -> None:
         self._names = names
         self._device = device
-        # steps done, and of the first bad tensor those before its step (or -1), and its place in `names`
+        # of each loss, the numbers in it and in its gradients up to each of them
+        self._ends: dict[int, list[int]] = {}
+        # steps done; of the first bad number those before its step (or -1), which loss's, its place
         self._steps = torch.zeros((), dtype=torch.int64, device=device)
         self._first = torch.full((3,), -1, dtype=torch.int64, device=device)
         self._copies: deque[tuple[Tensor, torch.cuda.Event]] = deque()
@@ -34,8 +38,10 @@ class Watch:
     @torch.no_grad()
     def see(self, which: int, loss: Tensor, grads: Sequence[Tensor]) -> None:
         """Looks at a loss, the one of the names `which`, and at its gradients."""
-        norms = torch.stack([loss.detach(), *torch._foreach_norm(list(grads))])  # type: ignore[arg-type]
-        bad = ~torch.isfinite(norms)
+        tensors = [loss.detach(), *grads]
+        if which not in self._ends:
+            self._ends[which] = [*accumulate(tensor.numel() for tensor in tensors)]
+        bad = ~torch.isfinite(torch.cat([x if x.dim() == 1 else x.reshape(-1) for x in tensors]))
         place = bad.int().argmax()
         first = torch.stack([self._steps, torch.full_like(place, which), place])
         self._first.copy_(torch.where(bad.any() & (self._first[0] < 0), first, self._first))
@@ -55,4 +61,6 @@ class Watch:
             copy, done = self._copies.popleft()
             done.synchronize()
             steps, which, place = copy.tolist()
-        return None if steps < 0 else (steps, self._names[which][place])
+        if steps < 0:
+            return None
+        return steps, self._names[which][bisect_right(self._ends[which], place)]

@@ -7,6 +7,7 @@ sums of losses and hits, and requests to stop: all processes leave after the sam
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -149,12 +150,16 @@ class World:
         return values
 
     def from_leader(self, value: Value) -> Value:
-        """The value that process 0 has, tensors included. Raises PeerLost."""
-        values = [value]
-        if not self.alone:
-            with _reaching_others():
-                dist.broadcast_object_list(values)
-        return values[0]
+        """The plain value that process 0 has, tensors included. Raises PeerLost."""
+        if self.alone:
+            return value
+        # torch's own form, in which tensors that share memory are sent once
+        sent = io.BytesIO()
+        torch.save(value if self.leads else None, sent)
+        values = [sent.getvalue()]
+        with _reaching_others():
+            dist.broadcast_object_list(values)
+        return torch.load(io.BytesIO(values[0]), map_location="cpu", weights_only=True)
 
     @torch.no_grad()
     def take_from_leader(self, network: nn.Module) -> None:

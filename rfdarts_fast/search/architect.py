@@ -5,7 +5,7 @@ DARTS, arXiv 1806.09055, section 2.3; quark0/darts cnn/architect.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from rfdarts_fast.nn import Supernet
 from rfdarts_fast.runs.meters import batch_sums
 from rfdarts_fast.runs.micro_batches import micro_batches, weighed
 from rfdarts_fast.runs.world import ALONE, World
+from rfdarts_fast.search.flat_sgd import FlatSGD
 
 Batch = Sequence[Tensor]
 
@@ -38,23 +39,37 @@ WHOLE = Portion()
 # radius of the finite difference, over the norm of the direction (DARTS, footnote 2)
 FINITE_DIFFERENCE = 0.01
 
+# numbers that torch adds up on one thread, and so in one order
+_PIECE = 1 << 14
+
 
 def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """d loss / d parameters; zeros for a parameter that the loss does not depend on."""
     return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
 
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm of all numbers in some tensors."""
+    pieces = [piece for tensor in tensors for piece in tensor.flatten().split(_PIECE)]
+    return nn.utils.get_total_norm(pieces)
+
+
 def descend(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor], clip: float
 ) -> None:
-    """One optimiser step along these gradients, clipped to a norm of `clip` unless it is 0.
+    """One step of an optimiser of these parameters along these gradients, clipped to a norm of `clip` unless
+    it is 0.
 
     Only these parameters ever get a `.grad`: those of frozen tensors stay None.
     """
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
+    if isinstance(optimizer, FlatSGD):
+        optimizer.set_gradients(grads)
+        parameters = optimizer.stepped
+    else:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
     if clip:
-        nn.utils.clip_grad_norm_(parameters, clip)
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm(p.grad for p in parameters))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

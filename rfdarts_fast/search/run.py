@@ -55,6 +55,7 @@ from rfdarts_fast.search.diagnostics import (
     architecture_diagnostics,
     gamma_diagnostics,
 )
+from rfdarts_fast.search.flat_sgd import FlatSGD
 from rfdarts_fast.search.probes import diagnose, kendall_tau
 from rfdarts_fast.spaces import AnyGenotype, to_json
 from rfdarts_fast.tables import Table, open_table
@@ -135,7 +136,7 @@ class SearchRun(Run):
         if config.sync_batch_norm:
             synchronise_batch_norms(self.network)
         graphed = uses_graph(config, device, world)
-        self.weight_optimizer = torch.optim.SGD(
+        self.weight_optimizer = FlatSGD(
             weight_groups(self.network, config),
             lr=torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate,
             momentum=config.momentum,
