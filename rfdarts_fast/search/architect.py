@@ -69,7 +69,9 @@ def descend(
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
     if clip:
-        nn.utils.clip_grads_with_norm_(parameters, clip, norm(p.grad for p in parameters))
+        nn.utils.clip_grads_with_norm_(
+            parameters, clip, norm(p.grad for p in parameters if p.grad is not None)
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
