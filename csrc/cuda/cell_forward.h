@@ -1,5 +1,5 @@
-// A cell forward as a sequence of launches: per state its first and second convolutions, each with the merge of their
-// statistics; per node one pass.
+// A cell forward as a sequence of launches: for the inputs, and then per state, first and second convolutions, each with
+// the merge of their statistics; per node one pass.
 #pragma once
 #include "cuda/cell_context.h"
 #include "cuda/node_forward.h"
@@ -17,6 +17,7 @@ struct ForwardPass : CellContext<T> {
   // The branches of one launch, and the BatchNorms that take the statistics of each.
   struct Convs {
     ConvForward<T> p{};
+    int states = 0;
     std::vector<std::vector<int>> norms;
 
     void add(const typename ConvForward<T>::Branch& branch, int reach, std::vector<int> norms_behind) {
@@ -24,6 +25,10 @@ struct ForwardPass : CellContext<T> {
       p.branch[p.branches++] = branch;
       p.reach = std::max(p.reach, reach);
       norms.push_back(std::move(norms_behind));
+    }
+    // all since `begin` are a state's, the last of them pools
+    void end_state(int begin, int pools) {
+      if (p.branches > begin) p.state[states++] = {begin, pools, p.branches};
     }
   };
 
@@ -35,13 +40,13 @@ struct ForwardPass : CellContext<T> {
     p.wide = true;
     for (int b = 0; b < p.branches; b++) p.wide = p.wide && this->wide(p.branch[b].x);
     bool launched = false;
-    if constexpr (sizeof(T) == 2) launched = stride == 1 && launch_strips(p);
+    if constexpr (sizeof(T) == 2) launched = stride == 1 && launch_strips(p, convs.states);
     if (!launched) {
       p.tiling = forward_tiling<T>(queue, n, oh, ow, cm, p.reach, stride);
       take_partial(p);
       int shared = ForwardTile<T>(p.tiling, cm, p.reach, stride).bytes;
       auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
-      launch(kernel, dim3(p.tiling.count), shared, queue, p);
+      launch(kernel, dim3(p.tiling.count, convs.states), shared, queue, p);
     }
     if (cell.training) merge_moments(convs);
   }
@@ -49,18 +54,15 @@ struct ForwardPass : CellContext<T> {
     if (cell.training) p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
   }
   // Whether the branches are ones for strip_conv_forward_kernel; if so, it is launched and p has its tiling.
-  bool launch_strips(ConvForward<T>& p) {
+  bool launch_strips(ConvForward<T>& p, int states) {
     int group = this->strips_side_by_side();
     if (!group) return false;
-    StripConvForward<T> s{p, group, 0, true, -1, -1};
-    for (int b = 0; b < p.branches; b++) {
-      const auto& branch = p.branch[b];
-      if (!this->for_strips(branch.x, p.h, p.w)) return false;
-      if (branch.op == int(Op::MaxPool)) s.max_pool = b;
-      if (branch.op == int(Op::AvgPool)) s.avg_pool = b;
-      s.convs += !branch.pools();
-      s.one_source = s.one_source && branch.x.data == p.branch[0].x.data;
-    }
+    StripConvForward<T> s{p, group, true};
+    for (int k = 0; k < states; k++)
+      for (int b = p.state[k].begin; b < p.state[k].end; b++) {
+        if (!this->for_strips(p.branch[b].x, p.h, p.w)) return false;
+        s.one_source = s.one_source && p.branch[b].x.data == p.branch[p.state[k].begin].x.data;
+      }
     auto bytes_of = [&](const Tiling& t) {
       return with_strip_tile(t, [&]<int H, int W>() {
         StripForwardTile<T, H, W> tile(p.reach, cm, group, s.one_source);
@@ -73,7 +75,7 @@ struct ForwardPass : CellContext<T> {
     take_partial(p);
     s.partial = p.partial;
     with_strip_tile(s.tiling, [&]<int H, int W>() {
-      launch(strip_conv_forward_kernel<T, H, W>, dim3(s.tiling.count), bytes_of(s.tiling), queue, s);
+      launch(strip_conv_forward_kernel<T, H, W>, dim3(s.tiling.count, states), bytes_of(s.tiling), queue, s);
     });
     return true;
   }
@@ -87,11 +89,10 @@ struct ForwardPass : CellContext<T> {
     launch(merge_moments_kernel<kSumChannels>, dim3(m.count, ceil_div(cm, kSumChannels)), room_for(3), queue, m);
   }
 
-  void first_convs(int s) {
-    const Source& source = cell.sources[s];
-    Convs convs;
+  void add_first_convs(Convs& convs, int s) {
     std::vector<int> max_norms, avg_norms;
-    for (int e : source.edges)
+    int begin = convs.p.branches;
+    for (int e : cell.sources[s].edges)
       for (const Branch& b : cell.edges[e].branches) {
         if (b.pools()) (b.op == Op::MaxPool ? max_norms : avg_norms).push_back(b.norm);
         if (!b.convolves()) continue;
@@ -100,6 +101,7 @@ struct ForwardPass : CellContext<T> {
                    int8_t(b.kernel), int8_t(b.dilation)},
                   this->reach(b), {sep ? b.inner_norm : b.norm});
       }
+    int pools = convs.p.branches;
     // pools are computed for their statistics alone
     auto add_pool = [&](Op op, const std::vector<int>& norms) {
       if (cell.training && !norms.empty())
@@ -107,22 +109,40 @@ struct ForwardPass : CellContext<T> {
     };
     add_pool(Op::MaxPool, max_norms);
     add_pool(Op::AvgPool, avg_norms);
-    launch_convs(convs, int(source.h), int(source.w), source.stride);
+    convs.end_state(begin, pools);
   }
-  void second_convs(int s) {
-    Convs convs;
+  void add_second_convs(Convs& convs, int s) {
+    int begin = convs.p.branches;
     for (int e : cell.sources[s].edges)
       for (const Branch& b : cell.edges[e].branches)
         if (b.op == Op::SepConv)
           convs.add({this->mixed(this->branch_output(b.inner_output)), this->branch_output(b.output),
                      this->second_weight(b), b.inner_norm, int16_t(b.op), int8_t(b.kernel), int8_t(b.dilation)},
                     this->reach(b), {b.norm});
-    launch_convs(convs, oh, ow, 1);
+    convs.end_state(begin, convs.p.branches);
   }
-  void convs(int s) {
-    if (cell.sources[s].edges.empty()) return;
-    first_convs(s);
-    second_convs(s);
+  // of states [first, last), which are alike
+  void convs(int first, int last) {
+    const Source& source = cell.sources[first];
+    Convs halves[2];
+    for (int s = first; s < last; s++) add_first_convs(halves[0], s), add_second_convs(halves[1], s);
+    launch_convs(halves[0], int(source.h), int(source.w), source.stride);
+    launch_convs(halves[1], oh, ow, 1);
+  }
+  // of all inputs, in one launch if there is room
+  void input_convs() {
+    int branches = 0;
+    bool alike = cell.inputs <= kMaxStates;
+    for (int s = 0; s < cell.inputs; s++) {
+      const Source &one = cell.sources[s], &other = cell.sources[0];
+      alike = alike && one.h == other.h && one.w == other.w && one.stride == other.stride;
+      // each may have both pools
+      branches += 2;
+      for (int e : one.edges)
+        for (const Branch& b : cell.edges[e].branches) branches += b.convolves();
+    }
+    if (alike && branches <= kMaxBranches) return convs(0, cell.inputs);
+    for (int s = 0; s < cell.inputs; s++) convs(s, s + 1);
   }
 
   template <int K, int V>
@@ -145,16 +165,18 @@ struct ForwardPass : CellContext<T> {
 template <class T>
 void CellRun<T>::forward(const Cell& cell, const CellForward& data, const Queue& queue, const Allocate& allocate) {
   ForwardPass<T> pass(cell, data, queue, allocate);
-  for (int s = 0; s < cell.states(); s++) {
-    if (s >= cell.inputs) pass.node(s - cell.inputs);
-    pass.convs(s);
+  pass.input_convs();
+  for (int s = cell.inputs; s < cell.states(); s++) {
+    pass.node(s - cell.inputs);
+    pass.convs(s, s + 1);
   }
 }
 template <class T>
 void CellRun<T>::branch_outputs(const Cell& cell, const CellForward& data, const Queue& queue,
                                 const Allocate& allocate) {
   ForwardPass<T> pass(cell, data, queue, allocate);
-  for (int s = 0; s < cell.states(); s++) pass.convs(s);
+  pass.input_convs();
+  for (int s = cell.inputs; s < cell.states(); s++) pass.convs(s, s + 1);
 }
 
 }  // namespace rfdarts::cuda

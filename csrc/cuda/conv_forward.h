@@ -1,5 +1,5 @@
 // The first convolutions of all branches that read a tile, or the second ones of separable convolutions, from one load
-// of it: y = pointwise(depthwise(relu(x))) per branch, and its statistics.
+// of it: y = pointwise(depthwise(relu(x))) per branch, and its statistics. States that are there at once share a launch.
 #pragma once
 #include "cuda/batch_norm.h"
 #include "cuda/depthwise.h"
@@ -31,6 +31,10 @@ struct ConvForward {
     __device__ bool pools() const { return op == int(Op::MaxPool) || op == int(Op::AvgPool); }
     __device__ bool reduces() const { return op == int(Op::Reduce); }
   } branch[kMaxBranches];
+  // A state's branches, a row of the grid: [begin, pools) convolve, [pools, end) are pools.
+  struct State {
+    int begin, pools, end;
+  } state[kMaxStates];
 };
 
 // A block's shared memory: xs, the input with its halo; ds, depthwise outputs; ys, branch outputs; sums for statistics.
@@ -195,19 +199,21 @@ struct ForwardBlock {
   }
 };
 
+// Blocks: tiles x states.
 template <class T, int S>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     conv_forward_kernel(const __grid_constant__ ConvForward<T> a) {
   RFDARTS_SHARED(shared);
   ForwardBlock<T, S> block{a, shared};
-  for (int b = 0; b < a.branches; b++) {
+  const auto& state = a.state[blockIdx.y];
+  for (int b = state.begin; b < state.end; b++) {
     const auto& branch = a.branch[b];
-    block.compute(branch, b > 0 && branch.x.data == a.branch[b - 1].x.data);
+    block.compute(branch, b > state.begin && branch.x.data == a.branch[b - 1].x.data);
     if (branch.y) block.store_outputs(branch.y);
     if (!a.partial) continue;
     block.moments(a.partial + int64_t(b) * 2 * a.tiling.count * a.c);
     // convolutions overwrite ys and sums only after the barrier that follows their depthwise part; pools have none
-    if (b + 1 < a.branches && a.branch[b + 1].pools()) __syncthreads();
+    if (b + 1 < state.end && a.branch[b + 1].pools()) __syncthreads();
   }
 }
 

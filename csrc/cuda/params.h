@@ -14,6 +14,8 @@ constexpr int kStrip = 8;
 // a launch's parameters must stay below 4 KiB
 constexpr int kMaxBranches = 48;
 constexpr int kMaxIncoming = 8;
+// whose branches share a launch
+constexpr int kMaxStates = 2;
 
 // NHWC with any image, row and pixel stride; null where there is none
 template <class T>

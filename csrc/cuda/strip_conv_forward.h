@@ -16,10 +16,8 @@ constexpr int kPixelTiles = 4;
 
 template <class T>
 struct StripConvForward : ConvForward<T> {
-  int group;  // branches side by side
-  int convs;  // branches that convolve; pools come behind them
-  bool one_source;
-  int max_pool, avg_pool;  // branches, or -1
+  int group;        // branches side by side
+  bool one_source;  // the branches of a state read it itself
 };
 
 template <class T, int H, int W>
@@ -67,6 +65,9 @@ struct StripForwardBlock {
   const StripConvForward<T>& a;
   unsigned char* shared;
 
+  typename ConvForward<T>::State state = a.state[blockIdx.y];
+  // or -1
+  int max_pool = pool_of(Op::MaxPool), avg_pool = pool_of(Op::AvgPool);
   using P = Planes<H, W>;
   P at{a.reach};
   SideBySide beside{a.c, a.group};
@@ -78,6 +79,12 @@ struct StripForwardBlock {
   int c = a.c, vh = min(H, a.oh - corner.y), vw = min(W, a.ow - corner.x);
   float per_pixel = 1 / float(vh * vw);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+
+  __device__ int pool_of(Op op) const {
+    for (int b = state.pools; b < state.end; b++)
+      if (a.branch[b].op == int(op)) return b;
+    return -1;
+  }
 
   // planes [first, first + c) = x, or relu of its BatchNorm `norm`. Outside the image 0, or, for pools, the lowest
   // value. `seen`: see look_at.
@@ -188,22 +195,22 @@ struct StripForwardBlock {
       for (int k = 0; k < 12; k++) sums[k] = unsigned(x + k - 2) < unsigned(a.ow) ? sums[k] : 0.f;
       float value[kStrip];
       bool writes = lane % P::kStrips == 0 && first + lane / P::kStrips < c;
-      if (a.max_pool >= 0) {
+      if (max_pool >= 0) {
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           uint32_t left = most[k] >> 16 | most[k + 1] << 16, right = most[k + 1] >> 16 | most[k + 2] << 16;
           uint32_t both = max_pair<T>(max_pair<T>(left, most[k + 1]), right);
           value[2 * k] = first_of<T>(both), value[2 * k + 1] = second_of<T>(both);
         }
-        strip_moments(a.max_pool, ch, value, valid, writes);
+        strip_moments(max_pool, ch, value, valid, writes);
       }
-      if (a.avg_pool >= 0) {
+      if (avg_pool >= 0) {
 #pragma unroll
         for (int n = 0; n < kStrip; n++) {
           float sum = sums[n + 1] + sums[n + 2] + sums[n + 3];
           value[n] = widen(narrow<T>(sum / float(rows * window(x + n, a.ow))));
         }
-        strip_moments(a.avg_pool, ch, value, valid, writes);
+        strip_moments(avg_pool, ch, value, valid, writes);
       }
     }
   }
@@ -345,10 +352,10 @@ struct StripForwardBlock {
   }
 
   __device__ void run() const {
-    bool has_pools = a.max_pool >= 0 || a.avg_pool >= 0, exact = false;
+    bool has_pools = max_pool >= 0 || avg_pool >= 0, exact = false;
     if (a.one_source) {
       uint32_t seen = 0;
-      load(a.branch[0], 0, has_pools, seen);
+      load(a.branch[state.begin], 0, has_pools, seen);
       if (has_pools) {
         __syncthreads();
         pools();
@@ -358,8 +365,8 @@ struct StripForwardBlock {
       exact = __syncthreads_or((seen & 0x7fff7fff) != 0);
     }
     Pixels pixels = pixels_of_lane();
-    for (int b0 = 0; b0 < a.convs; b0 += a.group) {
-      int count = min(a.group, a.convs - b0);
+    for (int b0 = state.begin; b0 < state.pools; b0 += a.group) {
+      int count = min(a.group, state.pools - b0);
       if (!a.one_source) {
         uint32_t seen = 0;
         for (int k = 0; k < count; k++) load(a.branch[b0 + k], k * c, false, seen);
@@ -375,7 +382,7 @@ struct StripForwardBlock {
   }
 };
 
-// One block per tile of H x W.
+// Blocks: tiles of H x W x states.
 template <class T, int H, int W>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     strip_conv_forward_kernel(const __grid_constant__ StripConvForward<T> a) {
