@@ -143,6 +143,12 @@ class Launch(NamedTuple):
         return self.bytes / BANDWIDTH, max(self.adds / MULTIPLY_ADDS, self.tensor_adds / TENSOR_MULTIPLY_ADDS)
 
 
+def both(one: Launch, other: Launch) -> Launch:
+    """Two launches as one, whose blocks are those of either."""
+    sums = (one.bytes + other.bytes, one.adds + other.adds, one.tensor_adds + other.tensor_adds)
+    return Launch(*sums, max(one.left, other.left))
+
+
 # kernel -> its launches, in order
 Needs = dict[str, list[Launch]]
 
@@ -214,12 +220,12 @@ def cell_needs(K: int, channels: int, side: int, stride: int, batch: int, item: 
         return streams[s] + 3 * s + 1 + (s if K > 1 else 0)
 
     backwards = [s for s in (*reversed(nodes), *inputs) if leaving[s]]
+    first = [first_convs(s, leaving[s], outputs[s]) for s in range(5)]
+    second = [second_convs(leaving[s]) for s in range(5)]
+    # both inputs share their launches
+    halves = zip(*([both(*half[:2]), *half[2:]] for half in (first, second)), strict=True)
     needs = {
-        "conv_forward_kernel": [
-            one
-            for s in range(5)
-            for one in (first_convs(s, leaving[s], outputs[s]), second_convs(leaving[s]))
-        ],
+        "conv_forward_kernel": [one for of_state in halves for one in of_state],
         "node_forward_kernel": [node(s) for s in nodes],
         "update_running_stats_kernel": [Launch()],
         "node_backward_kernel": [node(s, y if K > 1 else 0, rows(s)) for s in reversed(nodes)],
