@@ -83,6 +83,9 @@ COPY = """extern __shared__ __align__(16) float s[];
   auto from = (char*)p.out + threadIdx.x * p.u * 16;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
   asm volatile("cp.async.wait_all;");"""
+WHOLE_BLOCK = """int any = __syncthreads_or(p.out[7] == 3), i = 0;
+  do p.out[1] = i; while (++i < (any ? 9 : 4));"""
+
 BODIES = {
     **{f"round{i}": ROUND.format(trips=trips) for i, trips in enumerate(TRIPS)},
     "divergence": DIVERGENCE,
@@ -90,7 +93,7 @@ BODIES = {
     "shared": SHARED,
     "matrices": MATRICES,
     "copy": COPY,
-    "whole_block": "int any = __syncthreads_or(p.out[7] == 3), i = 0;\n  do p.out[1] = i; while (++i < (any ? 9 : 4));",
+    "whole_block": WHOLE_BLOCK,
     "guarded": "if (threadIdx.x == 5) p.out[0] = 1;\n  p.out[1] = 2;",
     "loop_on_data": "int i = 0;\n  do p.out[0] = i; while (++i < p.out[1]);",
     "slow_path": "p.out[0] = 1 / sqrtf(float(p.out[1])) + 1.0 / p.out[2] + float(p.out[3]) / p.out[4];",
