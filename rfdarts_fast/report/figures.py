@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.config import require_package
 from rfdarts_fast.runs.files import write_atomic
 
 if TYPE_CHECKING:
@@ -49,16 +49,8 @@ def colour(primitive: str) -> str:
 
 def matplotlib() -> Any:
     """The package; ConfigError that names the extra if it is not installed."""
-    try:
-        import matplotlib
-        import matplotlib.figure
-        import matplotlib.patches
-    except ImportError:
-        raise ConfigError(
-            "figures: expected the package matplotlib, which is not installed "
-            "(pip install 'rfdarts_fast[report]')"
-        ) from None
-    return matplotlib
+    modules = "matplotlib.figure", "matplotlib.patches"
+    return require_package("figures", "matplotlib", "report", *modules)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
