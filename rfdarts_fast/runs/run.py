@@ -209,10 +209,10 @@ class Run(ABC):
         batches: Batches,
         epochs: int,
         label: str,
-        world: World | None = None,
+        world: World,
     ) -> None:
         self.folder: Any = folder
-        self.world = world = world or World()
+        self.world = world
         minutes = config.time_limit_minutes
         world.stop = StopRequest(None if minutes is None else 60 * minutes)
         self.batches = batches
