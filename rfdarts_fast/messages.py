@@ -30,10 +30,10 @@ def reason(error: Exception) -> str:
     return words or type(error).__name__
 
 
-def first_few(names: list[str], count: int = 5, separator: str = ", ") -> str:
-    """The first `count` of `names`, and how many more there are."""
-    more = f"{separator}and {len(names) - count} more" if len(names) > count else ""
-    return separator.join(names[:count]) + more
+def first_few(names: list[str], separator: str = ", ") -> str:
+    """The first five of `names`, and how many more there are."""
+    more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
+    return separator.join([*names[:5], *more])
 
 
 _TYPES = {

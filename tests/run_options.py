@@ -128,6 +128,12 @@ def check_memory_format(lab):
             )
 
 
+def check_epochs(lab):
+    """Of both commands."""
+    for n in (1, 3):
+        assert len((lab.finish(epochs=n) / "metrics.jsonl").read_text().splitlines()) == n
+
+
 def check_checkpoint_minutes(lab):
     saved = []
     lab.monkeypatch.setattr(RunFolder, "save", lambda self, state, name="": saved.append(state["step"]))

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import sys
 import threading
 import time
 import zlib
@@ -19,10 +18,10 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from rfdarts_fast.cache.photos import FolderPhotos, Photos, ShardPhotos
 from rfdarts_fast.data import DataError, split_per_class
+from rfdarts_fast.data.bar import terminal_bar
 from rfdarts_fast.data.checks import unusable
 from rfdarts_fast.data.photo import centre_square
 from rfdarts_fast.data.store import (
@@ -180,13 +179,7 @@ class _Builder:
         self._header = header
         self._journal = JsonLines(options.out / CHUNKS)
         self._lock = threading.Lock()
-        self._bar = tqdm(
-            total=header.number,
-            desc="decoding",
-            unit="image",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )
+        self._bar = terminal_bar(header.number, "decoding", "image", leave=True)
 
     def run(self) -> str:
         path = self._options.out / IMAGES

@@ -15,6 +15,7 @@ from rfdarts_fast.data import DataError, ImageFolderSet
 from rfdarts_fast.data.photo import decode_rgb, read_rgb
 from rfdarts_fast.data.sources.folder import training_images
 from rfdarts_fast.messages import first_few, reason
+from rfdarts_fast.runs.config import require_package
 
 # of a sample in a shard: its image under one of these, its class under one of those
 _IMAGES, _CLASSES = ("jpg", "jpeg", "png", "webp"), ("cls", "cls.txt")
@@ -100,14 +101,7 @@ class ShardPhotos:
 
 
 def _webdataset() -> Any:
-    try:
-        import webdataset
-    except ImportError:
-        raise DataError(
-            "shards: expected the package webdataset, which is not installed "
-            "(pip install 'rfdarts_fast[webdataset]')"
-        ) from None
-    return webdataset
+    return require_package("shards", "webdataset", "webdataset", error=DataError)
 
 
 def _urls(shards: str) -> list[str]:

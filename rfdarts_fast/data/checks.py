@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
 from rfdarts_fast.messages import first_few
 
+from .bar import terminal_bar
 from .errors import DataError
 from .photo import check_photo
 
@@ -31,14 +29,7 @@ def check_photos(paths: Sequence[str | os.PathLike[str]], decode: bool) -> dict[
     """
     problems: dict[int, str] = {}
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    bar = tqdm(
-        total=len(paths),
-        desc="checking images",
-        unit="file",
-        dynamic_ncols=True,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
+    bar = terminal_bar(len(paths), "checking images", "file")
     # filters are the process's, not the thread's
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore")

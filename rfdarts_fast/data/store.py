@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rfdarts_fast.messages import reason, shown, thing_at
 
+from .bar import terminal_bar
 from .errors import DataError, require, require_int
 from .fingerprint import of_tensor
 from .memory import available_memory, gigabytes
@@ -163,13 +162,7 @@ def open_images(root: Path, header: Header) -> np.ndarray[Any, Any]:
 
 def damaged_chunks(images: np.ndarray[Any, Any], header: Header, chunks: dict[int, Chunk]) -> list[int]:
     """The chunks whose bytes are not those of their checksums; all are read, in a thread for each CPU."""
-    bar = tqdm(
-        total=len(chunks),
-        desc="checking the store",
-        unit="chunk",
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
+    bar = terminal_bar(len(chunks), "checking the store", "chunk")
 
     def is_damaged(chunk: Chunk) -> bool:
         rows = header.rows(chunk.chunk)

@@ -138,13 +138,10 @@ class Replacements:
         elif call.missing:
             self.problems[path] = f"{described} needs more than x and weights"
         else:
-            self._try(path, module, lambda: self._mixed_op_form(module, *lists[0], edges[0]))
-
-    def _try(self, path: str, module: nn.Module, form: Any) -> None:
-        try:
-            self.forms[path] = form()
-        except Unrecognised as error:
-            self.problems[path] = str(error)
+            try:
+                self.forms[path] = self._mixed_op_form(module, *lists[0], edges[0])
+            except Unrecognised as error:
+                self.problems[path] = str(error)
 
     def _mixed_op_form(
         self, module: nn.Module, name: str, candidates: nn.ModuleList, edge: Edge

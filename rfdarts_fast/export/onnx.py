@@ -8,13 +8,12 @@ import logging
 import warnings
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rfdarts_fast.ops import use_backend
-from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.config import ConfigError, require_package
 from rfdarts_fast.runs.files import write_atomic
 
 TOLERANCE = 1e-4
@@ -41,7 +40,7 @@ def export_onnx(network: nn.Module, image_size: int, path: Path) -> float:
     file cannot be written.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        _import(package)
+        require_package("onnx", package, "export")
     logits = _Logits(deepcopy(network).cpu().float().eval())
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     # the exporter reports its progress on stdout
@@ -78,7 +77,7 @@ def parity_error(network: nn.Module, model: bytes, image_size: int) -> float:
         model: the ONNX file's bytes.
         image_size: side of the images in pixels; batches of one and of three random images are tried.
     """
-    runtime = _import("onnxruntime")
+    runtime = require_package("onnx", "onnxruntime", "export")
     session = runtime.InferenceSession(model, providers=["CPUExecutionProvider"])
     exact, worst = _Logits(deepcopy(network).double().eval()), 0.0
     for count in (1, 3):
@@ -88,13 +87,3 @@ def parity_error(network: nn.Module, model: bytes, image_size: int) -> float:
         got = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]).double()
         worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
     return worst
-
-
-def _import(package: str) -> Any:
-    try:
-        return __import__(package)
-    except ImportError:
-        raise ConfigError(
-            f"onnx: expected the package {package}, which is not installed "
-            "(pip install 'rfdarts_fast[export]')"
-        ) from None

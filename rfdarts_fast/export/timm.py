@@ -83,23 +83,19 @@ class TimmNetwork(Network):
         return set()
 
 
-def _cfg(**values: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stem0.0",
-        "classifier": "classifier",
-        **values,
-    }
-
-
-default_cfgs = generate_default_cfgs({"rfdarts_imagenet.untrained": _cfg()})
+_CFG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bilinear",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "first_conv": "stem0.0",
+    "classifier": "classifier",
+}
+default_cfgs = generate_default_cfgs({"rfdarts_imagenet.untrained": _CFG})
 
 
 @register_model

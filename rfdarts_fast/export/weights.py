@@ -11,7 +11,7 @@ from torch import nn
 from rfdarts_fast.messages import one_line, reason, shown, thing_at
 from rfdarts_fast.retrain import TrainConfig
 from rfdarts_fast.retrain.run import build_network, read_genotype
-from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.config import ConfigError, require_package
 from rfdarts_fast.runs.files import write_atomic
 
 # the options of a training that its network is built from
@@ -31,7 +31,8 @@ def save_weights(network: nn.Module, config: TrainConfig, path: Path) -> None:
     }
     facts = {name: str(getattr(config, name)) for name in ("genotype", "dataset", "image_size", *_SHAPE)}
     facts["num_classes"] = str(len(state["classifier.bias"]))
-    write_atomic(path, _safetensors("torch").save(state, {"format": "pt", **facts}))
+    library = require_package("safetensors", "safetensors", "export", "safetensors.torch")
+    write_atomic(path, library.torch.save(state, {"format": "pt", **facts}))
 
 
 def load_weights(path: Path) -> nn.Module:
@@ -42,7 +43,7 @@ def load_weights(path: Path) -> nn.Module:
     there = thing_at(path)
     if there != "a file":
         raise ConfigError(f"weights: expected a safetensors file, got {there} at {path}")
-    library = _safetensors()
+    library = require_package("safetensors", "safetensors", "export")
     try:
         with library.safe_open(str(path), "pt") as file:
             facts: dict[str, Any] = file.metadata() or {}
@@ -61,15 +62,3 @@ def load_weights(path: Path) -> nn.Module:
     except (KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"weights: {path} is of another kind: {shown(reason(error), 300)}") from None
     return network.eval()
-
-
-def _safetensors(part: str = "") -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise ConfigError(
-            "safetensors: expected the package safetensors, which is not installed "
-            "(pip install 'rfdarts_fast[export]')"
-        ) from None
-    return getattr(safetensors, part) if part else safetensors

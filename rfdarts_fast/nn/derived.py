@@ -51,15 +51,14 @@ class Cell(nn.Module):
     def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for first in range(0, len(self._ops), 2):
-            total = None
+            terms = []
             for k in (first, first + 1):
                 op = self._ops[k]
                 h = op(states[self.indices[k]])
                 if self.training and drop_path_prob > 0.0 and not isinstance(op, nn.Identity):
                     h = drop_path(h, drop_path_prob)
-                total = h if total is None else total + h
-            assert total is not None
-            states.append(total)
+                terms.append(h)
+            states.append(terms[0] + terms[1])
         return torch.cat([states[i] for i in self.concat], dim=1)
 
 

@@ -51,10 +51,7 @@ class NasBench201Cell(nn.Module):
         states, edges = [x], iter(self._ops)
         for _ in range(3):
             terms = [op(state) for state, op in zip(states, edges, strict=False)]
-            total = terms[0]
-            for term in terms[1:]:
-                total = total + term
-            states.append(total)
+            states.append(sum(terms[1:], terms[0]))
         return states[-1]
 
 

@@ -71,6 +71,19 @@ class ReLUConvBN(nn.Module):
         return ops.relu_conv_bn(x, *self.layer())
 
 
+def _separable(
+    c: int, kernel: int, stride: int, dilation: int, affine: bool, track: bool
+) -> tuple[nn.Module, ...]:
+    """ReLU, depthwise, pointwise, BatchNorm."""
+    padding = dilation * (kernel - 1) // 2
+    return (
+        nn.ReLU(),
+        nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False),
+        nn.Conv2d(c, c, 1, bias=False),
+        nn.BatchNorm2d(c, affine=affine, track_running_stats=track),
+    )
+
+
 class DilConv(nn.Module):
     """ReLU, dilated depthwise, pointwise, BatchNorm."""
 
@@ -78,13 +91,7 @@ class DilConv(nn.Module):
         self, c: int, kernel: int, stride: int, dilation: int, affine: bool = True, track: bool = True
     ) -> None:
         super().__init__()
-        padding = dilation * (kernel - 1) // 2
-        self.op = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False),
-            nn.Conv2d(c, c, 1, bias=False),
-            nn.BatchNorm2d(c, affine=affine, track_running_stats=track),
-        )
+        self.op = nn.Sequential(*_separable(c, kernel, stride, dilation, affine, track))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -95,17 +102,8 @@ class SepConv(nn.Module):
 
     def __init__(self, c: int, kernel: int, stride: int, affine: bool = True, track: bool = True) -> None:
         super().__init__()
-        padding = kernel // 2
-        self.op = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(c, c, kernel, stride, padding, groups=c, bias=False),
-            nn.Conv2d(c, c, 1, bias=False),
-            nn.BatchNorm2d(c, affine=affine, track_running_stats=track),
-            nn.ReLU(),
-            nn.Conv2d(c, c, kernel, 1, padding, groups=c, bias=False),
-            nn.Conv2d(c, c, 1, bias=False),
-            nn.BatchNorm2d(c, affine=affine, track_running_stats=track),
-        )
+        halves = [_separable(c, kernel, s, 1, affine, track) for s in (stride, 1)]
+        self.op = nn.Sequential(*halves[0], *halves[1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)

@@ -59,24 +59,6 @@ def mixed_op(edge: EdgeModule, x: Tensor, op_weights: Tensor) -> Tensor:
     return channel_shuffle(torch.cat([total, bypass], dim=1), edge.K)
 
 
-def mixed_node(
-    edges: Sequence[EdgeModule],
-    inputs: Sequence[Tensor],
-    op_weights: Tensor,
-    edge_weights: Tensor | None = None,
-    mixed_op: MixedOp = mixed_op,
-) -> Tensor:
-    """The sum of the edges that enter a node; op_weights [edges, primitives], edge_weights [edges]."""
-    total = None
-    for i, (edge, x) in enumerate(zip(edges, inputs, strict=True)):
-        term = mixed_op(edge, x, op_weights[i])
-        if edge_weights is not None:
-            term = edge_weights[i] * term
-        total = term if total is None else total + term
-    assert total is not None
-    return total
-
-
 def mixed_cell(
     edges: Sequence[EdgeModule],
     inputs: Sequence[Tensor],
@@ -84,12 +66,21 @@ def mixed_cell(
     edge_weights: Tensor | None = None,
     mixed_op: MixedOp = mixed_op,
 ) -> list[Tensor]:
-    """All nodes of a cell, each fed by the inputs and every earlier node; see `ops.mixed_cell`."""
+    """All nodes of a cell, each the sum of its edges from the inputs and every earlier node.
+
+    Arguments as of `ops.mixed_cell`: op_weights [edges, primitives], edge_weights [edges].
+    """
     states = list(inputs)
     start = 0
     while start < len(edges):
-        node = slice(start, start + len(states))
-        node_edge_weights = None if edge_weights is None else edge_weights[node]
-        states.append(mixed_node(edges[node], states, op_weights[node], node_edge_weights, mixed_op))
-        start = node.stop
+        total = None
+        entering = zip(edges[start : start + len(states)], states, strict=True)
+        for e, (edge, x) in enumerate(entering, start):
+            term = mixed_op(edge, x, op_weights[e])
+            if edge_weights is not None:
+                term = edge_weights[e] * term
+            total = term if total is None else total + term
+        start += len(states)
+        assert total is not None
+        states.append(total)
     return states[len(inputs) :]

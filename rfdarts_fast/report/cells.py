@@ -17,7 +17,7 @@ Edge = tuple[int, int, str]
 _RADIUS = 0.17
 
 
-def draw_genotype(genotype: AnyGenotype, title: str = "") -> Figure:
+def draw_genotype(genotype: AnyGenotype) -> Figure:
     """A figure of the cell, or of the normal and the reduction cell one below the other.
 
     Arcs are the primitives on edges from state to state; an edge of `none` is left out.
@@ -27,14 +27,13 @@ def draw_genotype(genotype: AnyGenotype, title: str = "") -> Figure:
         edges = [(*pair, op) for pair, op in zip(pairs, genotype.edges, strict=True)]
         figure, axes = new_figure(6.4, 3.2)
         _draw(axes[0, 0], ["input", "1", "2", "output"], edges, set())
-        axes[0, 0].set_title(title)
         return figure
     figure, axes = new_figure(9.6, 7.6, rows=2)
     for axis, cell in zip(axes[:, 0], ("normal", "reduce"), strict=True):
         genes, concat = getattr(genotype, cell), set(getattr(genotype, f"{cell}_concat"))
         names = ["c(k-2)", "c(k-1)", *map(str, range(len(genes) // 2))]
         _draw(axis, names, [(j, k // 2 + 2, op) for k, (op, j) in enumerate(genes)], concat)
-        axis.set_title(f"{title} {cell} cell (shaded states make its output)".strip())
+        axis.set_title(f"{cell} cell (shaded states make its output)")
     return figure
 
 

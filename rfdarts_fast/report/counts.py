@@ -35,15 +35,14 @@ def counted(network: nn.Module, image_size: int, words: str) -> Counts:
     return Counts(words, sum(p.numel() for p in network.parameters()), multiply_adds(network, image_size))
 
 
-def count_genotype(genotype: AnyGenotype, classes: int = 10) -> list[Counts]:
+def count_genotype(genotype: AnyGenotype) -> list[Counts]:
     """The counts of the networks that papers report: for CIFAR and ImageNet, or the benchmark's."""
     with torch.device("meta"):
         if isinstance(genotype, CellGenotype):
-            words = f"NAS-Bench-201, C=16, N=5, 32x32, {classes} classes"
-            return [counted(NasBench201Network(genotype, num_classes=classes), 32, words)]
-        cifar = Network(genotype, 36, classes, 20)
+            return [counted(NasBench201Network(genotype), 32, "NAS-Bench-201, C=16, N=5, 32x32, 10 classes")]
+        cifar = Network(genotype, 36, 10, 20)
         imagenet = Network(genotype, 48, 1000, 14, stem="imagenet")
     return [
-        counted(cifar, 32, f"CIFAR, C=36, 20 cells, 32x32, {classes} classes"),
+        counted(cifar, 32, "CIFAR, C=36, 20 cells, 32x32, 10 classes"),
         counted(imagenet, 224, "ImageNet, C=48, 14 cells, 224x224, 1000 classes"),
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rfdarts_fast.report.figures import colour, new_figure
+from rfdarts_fast.report.figures import colour, legend_outside, new_figure
 from rfdarts_fast.results import RunResults
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def mean_weights(run: RunResults) -> Figure:
             f"mean weight of each primitive, {cell}" if len(cells) > 1 else "mean weight of each primitive"
         )
         _panel(axis, title, {n: (np.mean(v, axis=0), colour(n)) for n, v in by_name.items()}, legend=False)
-    _legend_beside(figure, axes[0])
+    legend_outside(figure, axes[0], "outside right center")
     return figure
 
 
@@ -67,7 +67,7 @@ def edge_weights(run: RunResults, cell: str) -> Figure:
         series = {name: (weights[:, edge, k], colour(name)) for k, name in enumerate(edges[edge])}
         _panel(axis, f"state {pairs[edge][1]} to {pairs[edge][0]}", series, legend=False, label=False)
         axis.set_ylim(0, float(weights.max()) * 1.05)
-    _legend_beside(figure, axes.flat)
+    legend_outside(figure, axes.flat, "outside right center")
     return figure
 
 
@@ -132,14 +132,3 @@ def _panel(
         axis.set_xlabel("epoch")
     if legend and list(series) != [""]:
         axis.legend(fontsize=7, frameon=False)
-
-
-def _legend_beside(figure: Figure, axes: Any) -> None:
-    """One legend of all primitives to the right of the panels."""
-    handles = {}
-    for axis in axes:
-        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles[name] = handle
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside right center", fontsize=8, frameon=False
-    )

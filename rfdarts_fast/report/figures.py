@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.config import require_package
 from rfdarts_fast.runs.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Outside = Literal["outside lower center", "outside right center"]
+"""Places of a legend."""
 # by primitive: one colour in cells and curves; what has no parameters is warm (skip) or grey to green
 _COLOURS = {
     "none": "#9aa0a6",
@@ -49,16 +51,8 @@ def colour(primitive: str) -> str:
 
 def matplotlib() -> Any:
     """The package; ConfigError that names the extra if it is not installed."""
-    try:
-        import matplotlib
-        import matplotlib.figure
-        import matplotlib.patches
-    except ImportError:
-        raise ConfigError(
-            "figures: expected the package matplotlib, which is not installed "
-            "(pip install 'rfdarts_fast[report]')"
-        ) from None
-    return matplotlib
+    modules = "matplotlib.figure", "matplotlib.patches"
+    return require_package("figures", "matplotlib", "report", *modules)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
@@ -68,10 +62,14 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
         return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def legend_below(figure: Figure, handles: dict[str, Any]) -> None:
-    """One legend for all axes, below them."""
-    options = {"ncols": 4, "fontsize": 8, "frameon": False}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", **options)
+def legend_outside(figure: Figure, axes: Any, loc: Outside, columns: int = 1) -> None:
+    """One legend for these axes, each name once, outside them."""
+    handles = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles[name] = handle
+    options = {"ncols": columns, "fontsize": 8, "frameon": False}
+    figure.legend(list(handles.values()), list(handles), loc=loc, **options)
 
 
 def rendered(figure: Figure, file_format: str) -> bytes:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from rfdarts_fast.report.figures import rendered
-from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.config import require_package
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,12 +43,7 @@ class Section:
 
 def page(title: str, note: str, sections: Sequence[Section]) -> str:
     """The HTML text; whatever the values, they are text in it. Needs the extra `report`."""
-    try:
-        from jinja2 import Environment
-    except ImportError:
-        raise ConfigError(
-            "html: expected the package jinja2, which is not installed (pip install 'rfdarts_fast[report]')"
-        ) from None
+    jinja2 = require_package("html", "jinja2", "report")
     template = files("rfdarts_fast.report").joinpath("page.html").read_text()
-    environment = Environment(autoescape=True, trim_blocks=True)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     return environment.from_string(template).render(title=title, note=note, sections=sections)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rfdarts_fast.messages import reason
-from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.config import require_package
 from rfdarts_fast.runs.files import JsonLines
 from rfdarts_fast.runs.progress import numbers
 from rfdarts_fast.runs.run_folder import RunFolderError, read_json
@@ -98,13 +98,7 @@ class RunResults:
 
 
 def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError:
-        raise ConfigError(
-            "pandas: expected the package pandas, which is not installed (pip install 'rfdarts_fast[report]')"
-        ) from None
-    return pandas
+    return require_package("pandas", "pandas", "report")
 
 
 def load(run: str | os.PathLike[str]) -> RunResults:

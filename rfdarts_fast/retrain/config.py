@@ -8,7 +8,6 @@ from typing import Any, Literal
 from rfdarts_fast.runs.config import (
     MOST_SIDE,
     RunConfig,
-    check_choices,
     require,
     require_not_negative,
     require_positive,
@@ -95,7 +94,6 @@ class TrainConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        check_choices(self)
         require_positive(self, "layers", "cells_per_stage", most=1000)
         require_positive(self, "channels", most=65_536)
         require_positive(self, "epochs", "batch_size", "base_batch_size", most=10**6)

@@ -62,7 +62,7 @@ from rfdarts_fast.runs.run_folder import (
     refuse_other_data,
     to_plain,
 )
-from rfdarts_fast.runs.schedule import batch_scale, learning_rate, set_learning_rate
+from rfdarts_fast.runs.schedule import scheduled_rate, set_learning_rate
 from rfdarts_fast.runs.watch import Watch
 from rfdarts_fast.runs.world import ALONE, World, launched
 from rfdarts_fast.spaces import AnyGenotype, CellGenotype, GenotypeError, parse, to_json
@@ -214,16 +214,7 @@ class TrainRun(Run):
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         config = self.config
-        scale = batch_scale(config.learning_rate_scaling, config.batch_size, config.base_batch_size)
-        rate = learning_rate(
-            config.schedule,
-            self.epoch,
-            config.epochs,
-            scale * config.learning_rate,
-            scale * config.learning_rate_min,
-            config.learning_rate_warmup_epochs,
-            config.learning_rate_decay,
-        )
+        rate = scheduled_rate(config, config.schedule, self.epoch, config.learning_rate_decay)
         set_learning_rate(self.optimizer, rate)
         # linear from 0 (quark0/darts train.py)
         if isinstance(self.network, Network):

@@ -122,6 +122,27 @@ def require(condition: bool, config: Any, field: str, expected: str) -> None:
         raise ConfigError(f"{field}: expected {expected}, got {shown(getattr(config, field))}")
 
 
+def require_package(
+    name: str, package: str, extra: str, *modules: str, error: type[ValueError] = ConfigError
+) -> Any:
+    """An optional package, imported with these modules of it.
+
+    Args:
+        name: the option or thing that needs it, with which the error begins.
+        extra: the extra of this package that installs it.
+        error: raised if it is not installed.
+    """
+    try:
+        for module in modules:
+            importlib.import_module(module)
+        return importlib.import_module(package)
+    except ImportError:
+        raise error(
+            f"{name}: expected the package {package}, which is not installed "
+            f"(pip install 'rfdarts_fast[{extra}]')"
+        ) from None
+
+
 # far beyond what anybody means; greater numbers overflow somewhere on the way
 MOST = 10**9
 MOST_SIDE = 16_384

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rfdarts_fast.messages import reason
-from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.config import require_package
 from rfdarts_fast.runs.output import say
 
 
@@ -58,13 +58,9 @@ class EventWriter:
     def __init__(self, folder: Path, enabled: bool) -> None:
         self._writer = None
         if enabled:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ConfigError(
-                    "tensorboard: expected the package tensorboard, which is not installed "
-                    "(pip install 'rfdarts_fast[log]')"
-                ) from None
+            require_package("tensorboard", "tensorboard", "log", "torch.utils.tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def add(self, record: dict) -> None:

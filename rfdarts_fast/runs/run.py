@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 import math
 import random
 import time
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rfdarts_fast.data import Batches, DataSource, StoredSet, load
+from rfdarts_fast.data.fingerprint import of_tensor
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.checkpoint import restoring, rng_state, set_rng_state
@@ -130,38 +130,27 @@ def check_network(
         for n in batch_sizes(batch_size, set_sizes)
     )
     with use_backend("reference"):
-        _try_network(build, batch_size, set_sizes, image_size, one_image)
+        try:
+            network = build()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        try:
+            network(torch.zeros(2, 3, image_size, image_size))
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"image_size: expected a size that fits the network's reductions, got {image_size}: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+        try:
+            if one_image:
+                network(torch.zeros(1, 3, image_size, image_size))
+        except ValueError:
+            raise ConfigError(
+                "batch_size: expected no batch of 1 in an epoch, too few pixels for BatchNorm, but "
+                f"{batch_size} leaves one of {' and '.join(map(str, set_sizes))} images"
+            ) from None
     if use_backend.name not in ("auto", "reference"):
         build().to(device)(torch.zeros(2, 3, image_size, image_size, device=device))
-
-
-def _try_network(
-    build: Callable[[], nn.Module],
-    batch_size: int,
-    set_sizes: Sequence[int],
-    image_size: int,
-    one_image: bool,
-) -> None:
-    try:
-        network = build()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    try:
-        network(torch.zeros(2, 3, image_size, image_size))
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"image_size: expected a size that fits the network's reductions, got {image_size}: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    if not one_image:
-        return
-    try:
-        network(torch.zeros(1, 3, image_size, image_size))
-    except ValueError:
-        raise ConfigError(
-            f"batch_size: expected no batch of 1 in an epoch, too few pixels for BatchNorm, but {batch_size} "
-            f"leaves one of {' and '.join(map(str, set_sizes))} images"
-        ) from None
 
 
 @torch.no_grad()
@@ -220,10 +209,10 @@ class Run(ABC):
         batches: Batches,
         epochs: int,
         label: str,
-        world: World | None = None,
+        world: World,
     ) -> None:
         self.folder: Any = folder
-        self.world = world = world or World()
+        self.world = world
         minutes = config.time_limit_minutes
         world.stop = StopRequest(None if minutes is None else 60 * minutes)
         self.batches = batches
@@ -447,10 +436,7 @@ class Run(ABC):
         """
         if self.world.alone:
             return
-        digest = hashlib.sha256()
-        for tensor in self.agreed():
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        digests = self.world.gathered(digest.hexdigest())
+        digests = self.world.gathered([of_tensor(tensor) for tensor in self.agreed()])
         other = next((k for k, there in enumerate(digests) if there != digests[0]), None)
         if other is not None:
             raise Disagreement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -60,6 +60,20 @@ def learning_rate(
         case "constant":
             return initial
     raise ValueError(f"schedule: expected cosine, linear, step or constant, got {schedule!r}")
+
+
+def scheduled_rate(config: Any, schedule: Schedule, epoch: float, decay: float = 0.97) -> float:
+    """The rate of SGD at `epoch` by the options of a search or training, scaled with the batch."""
+    scale = batch_scale(config.learning_rate_scaling, config.batch_size, config.base_batch_size)
+    return learning_rate(
+        schedule,
+        epoch,
+        config.epochs,
+        scale * config.learning_rate,
+        scale * config.learning_rate_min,
+        config.learning_rate_warmup_epochs,
+        decay,
+    )
 
 
 def set_learning_rate(optimizer, rate: float) -> None:

@@ -11,7 +11,6 @@ from rfdarts_fast.ops import Memory, backend_names
 from rfdarts_fast.runs.config import (
     MOST_SIDE,
     RunConfig,
-    check_choices,
     one_of,
     require,
     require_not_negative,
@@ -176,7 +175,6 @@ class SearchConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        check_choices(self)
         require_positive(self, "layers", "cells_per_stage", most=1000)
         require_positive(self, "channels", "partial_channels", most=65_536)
         require_positive(self, "epochs", "batch_size", "base_batch_size", most=10**6)

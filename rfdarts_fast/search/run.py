@@ -43,7 +43,7 @@ from rfdarts_fast.runs.run import (
     seed_everything,
 )
 from rfdarts_fast.runs.run_folder import RunFolder
-from rfdarts_fast.runs.schedule import batch_scale, learning_rate, set_learning_rate
+from rfdarts_fast.runs.schedule import batch_scale, scheduled_rate, set_learning_rate
 from rfdarts_fast.runs.watch import Watch
 from rfdarts_fast.runs.world import ALONE, World, launched
 from rfdarts_fast.search.architect import Architect, Batch, Portion, descend
@@ -213,7 +213,8 @@ class SearchRun(Run):
             state["step"] = state["step"].to(device if device.type == "cuda" else "cpu")
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        set_learning_rate(self.weight_optimizer, self._learning_rate())
+        within = self.step / len(self.batches) if self.config.schedule_per_step else 0.0
+        set_learning_rate(self.weight_optimizer, scheduled_rate(self.config, "cosine", self.epoch + within))
         batches = [images, labels]
         searching = self.epoch >= self.config.arch_warmup_epochs
         bilevel = searching and self.config.levels == 2
@@ -238,19 +239,6 @@ class SearchRun(Run):
         self._weight_step(train)
         if val and self.config.step_order == "weights-first":
             self._arch_step(train, val)
-
-    def _learning_rate(self) -> float:
-        config = self.config
-        within = self.step / len(self.batches) if config.schedule_per_step else 0.0
-        scale = batch_scale(config.learning_rate_scaling, config.batch_size, config.base_batch_size)
-        return learning_rate(
-            "cosine",
-            self.epoch + within,
-            config.epochs,
-            scale * config.learning_rate,
-            scale * config.learning_rate_min,
-            config.learning_rate_warmup_epochs,
-        )
 
     def _portion(self, batches: Batches) -> Portion:
         return Portion(batches.share, self.micro_batches_of(batches))

@@ -152,16 +152,20 @@ def uniform_space(name: str, primitives: tuple[str, ...], nodes: int = 4) -> Spa
     return Space(name, nodes, {"normal": edges, "reduce": edges})
 
 
+SHORT_NAMES = {
+    "skip": "skip_connect",
+    "max": "max_pool_3x3",
+    "avg": "avg_pool_3x3",
+    "sep3": "sep_conv_3x3",
+    "sep5": "sep_conv_5x5",
+    "dil3": "dil_conv_3x3",
+    "dil5": "dil_conv_5x5",
+}
+"""Primitives by the words for them in the tables of spaces and published genotypes."""
+
+
 def _edges(table: str) -> EdgePrimitives:
-    names = {
-        "skip": "skip_connect",
-        "max": "max_pool_3x3",
-        "avg": "avg_pool_3x3",
-        "sep3": "sep_conv_3x3",
-        "dil3": "dil_conv_3x3",
-        "dil5": "dil_conv_5x5",
-    }
-    return tuple(tuple(names[word] for word in edge.split()) for edge in table.split(","))
+    return tuple(tuple(SHORT_NAMES[word] for word in edge.split()) for edge in table.split(","))
 
 
 DARTS_PRIMITIVES = (

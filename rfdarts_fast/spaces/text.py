@@ -10,7 +10,7 @@ from typing import Any
 from rfdarts_fast.messages import shown
 from rfdarts_fast.spaces.derive import GenotypeRule
 from rfdarts_fast.spaces.genotype import AnyGenotype, CellGenotype, Gene, Genotype, GenotypeError
-from rfdarts_fast.spaces.space import SPACES
+from rfdarts_fast.spaces.space import SHORT_NAMES, SPACES
 
 # more than any cell has; a range in a text is not expanded beyond it
 _MOST_STATES = 1000
@@ -135,18 +135,8 @@ def _literal(text: str, field: str, node: ast.expr) -> Any:
 
 
 def _published(normal: str, reduce: str) -> Genotype:
-    short = {
-        "sep3": "sep_conv_3x3",
-        "sep5": "sep_conv_5x5",
-        "dil3": "dil_conv_3x3",
-        "dil5": "dil_conv_5x5",
-        "max": "max_pool_3x3",
-        "avg": "avg_pool_3x3",
-        "skip": "skip_connect",
-    }
-
     def genes(text: str) -> tuple[Gene, ...]:
-        return tuple((short[word[:-1]], int(word[-1])) for word in text.split())
+        return tuple((SHORT_NAMES[word[:-1]], int(word[-1])) for word in text.split())
 
     return Genotype(genes(normal), (2, 3, 4, 5), genes(reduce), (2, 3, 4, 5))
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rfdarts_fast.messages import one_line, reason
 from rfdarts_fast.results import load
 from rfdarts_fast.retrain import TrainConfig, train
-from rfdarts_fast.runs.config import ConfigError
+from rfdarts_fast.runs.config import ConfigError, require_package
 from rfdarts_fast.runs.output import say
 from rfdarts_fast.runs.run_folder import RunFolderError, differences_of, read_config, to_plain
 from rfdarts_fast.search import SearchConfig, search
@@ -131,13 +131,7 @@ def run_all(
 
 
 def _executor(folder: Path, resources: Resources) -> Any:
-    try:
-        import submitit
-    except ImportError:
-        raise ConfigError(
-            "study: expected the package submitit, which is not installed "
-            "(pip install 'rfdarts_fast[cluster]')"
-        ) from None
+    submitit = require_package("study", "submitit", "cluster")
     try:
         executor = submitit.AutoExecutor(
             folder, cluster=resources.cluster, slurm_max_num_timeout=_MOST_TIMEOUTS

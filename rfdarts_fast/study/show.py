@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rfdarts_fast.report.figures import legend_below, new_figure, write_figures
+from rfdarts_fast.report.figures import legend_outside, new_figure, write_figures
 from rfdarts_fast.report.page import Section, page
 from rfdarts_fast.report.show import Shown
 from rfdarts_fast.runs.config import ConfigError
@@ -104,8 +104,7 @@ class ShownStudy(Shown):
                 axis.set_title(title, loc="left", fontsize=9.5)
                 axis.set_xlabel("epoch")
                 axis.xaxis.get_major_locator().set_params(integer=True)
-            handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
-            legend_below(figure, handles)
+            legend_outside(figure, axes[0, :1], "outside lower center", columns=4)
             figures["courses"] = figure
         return figures
 

@@ -14,7 +14,7 @@ from rfdarts_fast.runs.files import JsonLines
 from rfdarts_fast.runs.run_folder import read_config, to_plain
 from rfdarts_fast.search.config import SearchConfig
 
-from .case import NO_FILES, Case, damaged
+from .case import NO_FILES, Case, Payload, damaged
 
 CONFIG = {"command": "search", **to_plain(SearchConfig(out="x"))}
 
@@ -67,11 +67,6 @@ def folder_cases():
             return load_checkpoint(folder / "checkpoint.pt")
 
         yield Case("checkpoints", name, load, False, "checkpoint.pt")
-
-
-class Payload:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('a payload ran')",)
 
 
 def saved(value):

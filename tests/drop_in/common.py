@@ -1,6 +1,7 @@
 """Pairs of a foreign supernet and the drop-in for it, with equal weights."""
 
 import copy
+import pickle
 
 import torch
 from torch import nn
@@ -92,6 +93,13 @@ def assert_as_accurate(draws):
     for error, theirs, norm in torch.tensor(rows).median(dim=0).values.tolist():
         allowed = 10 * theirs + 1e-5 * (1 + norm)
         assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e} at a norm of {norm:.2e}"
+
+
+def copies(module, folder):
+    """The module as it is copied, pickled, and saved to a file."""
+    torch.save(module, folder / "module.pt")
+    saved = torch.load(folder / "module.pt", weights_only=False)
+    return copy.deepcopy(module), pickle.loads(pickle.dumps(module)), saved
 
 
 def in_double(network):

@@ -1,7 +1,6 @@
 """`accelerate` on supernets of other projects."""
 
 import copy
-import pickle
 import re
 
 import pytest
@@ -14,7 +13,7 @@ from rfdarts_fast.drop_in.fused import UnderstoodCell, UnderstoodMixedOp
 from rfdarts_fast.spaces import PUBLISHED, get_space
 
 from . import forks
-from .common import batch, copy_arch, drop_in_network, foreign_network, gradients
+from .common import batch, copies, copy_arch, drop_in_network, foreign_network, gradients
 
 F64 = torch.float64
 
@@ -154,13 +153,7 @@ def test_copies_and_pickles(name, tmp_path):
     rfdarts_fast.accelerate(network)
     network.eval()
     x = images(name)[0].float()
-    torch.save(network, tmp_path / "network.pt")
-    others = [
-        copy.deepcopy(network),
-        pickle.loads(pickle.dumps(network)),
-        torch.load(tmp_path / "network.pt", weights_only=False),
-    ]
-    for other in others:
+    for other in copies(network, tmp_path):
         assert [type(m) for m in other.modules()] == [type(m) for m in network.modules()]
         assert torch.equal(other(x), network(x))
 

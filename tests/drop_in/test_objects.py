@@ -1,15 +1,12 @@
 """What people do with a model besides training it."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .common import MODULES, batch
+from .common import MODULES, batch, copies
 
 
 def network(name="pc_darts", **options):
@@ -29,13 +26,7 @@ def step(model, dtype=torch.float32):
 def test_copies(name, tmp_path):
     ours = network(name)
     x, _ = batch(name, torch.float32)
-    torch.save(ours, tmp_path / "model.pt")
-    others = [
-        copy.deepcopy(ours),
-        pickle.loads(pickle.dumps(ours)),
-        torch.load(tmp_path / "model.pt", weights_only=False),
-    ]
-    for other in others:
+    for other in copies(ours, tmp_path):
         torch.testing.assert_close(other(x), ours(x), rtol=0, atol=0)
         assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in ours.parameters()]
         mine, its = ours.arch_parameters(), other.arch_parameters()

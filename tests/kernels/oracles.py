@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rfdarts_fast.ops import CellCall, Memory, reference, use_backend
@@ -143,6 +143,12 @@ class RecordedOps:
             return op(*arguments, **options)
 
         return call
+
+    def opcheck(self, *names: str) -> None:
+        """Checks that just these were called, the aliases of each, and its fake's shapes, strides, dtypes."""
+        assert self.calls.keys() == {*names}
+        for op, arguments, options in self.calls.values():
+            library.opcheck(op, arguments, options, test_utils=("test_schema", "test_faketensor"))
 
 
 def over(*rows: tuple[str, Sequence[torch.dtype], dict[str, dict[str, Any]]]):

@@ -17,16 +17,12 @@ from rfdarts_fast.ops.compiled.packing import cell_weights, layer_weights
 from rfdarts_fast.ops.contract import ReLUConvBNLayer
 from rfdarts_fast.ops.dispatch import cell_call
 from rfdarts_fast.spaces import DARTS_PRIMITIVES, get_space
+from tests.kernels.views import channels_last
 
 README = Path(__file__).resolve().parents[2] / "csrc" / "README.md"
 
 if not backends()["cpu"].status()["built"]:
     pytest.skip("the kernels were not built", allow_module_level=True)
-
-
-def last(x):
-    """x in channels_last order."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def noisy_plan(space="s4"):
@@ -41,8 +37,8 @@ def cell_arguments(space="s4"):
     """Arguments of cell_forward, and the plan."""
     plan = noisy_plan(space)
     arguments = dict(
-        inputs=[last(torch.randn(2, 8, 6, 6)) for _ in range(2)],
-        noise=[last(torch.randn(2, 4, 6, 6)) for _ in range(plan.noises)],
+        inputs=[channels_last(torch.randn(2, 8, 6, 6)) for _ in range(2)],
+        noise=[channels_last(torch.randn(2, 4, 6, 6)) for _ in range(plan.noises)],
         conv_weights=cell_weights(plan, torch.float32),
         gamma=torch.rand(len(plan.norms), 4),
         beta=torch.rand(len(plan.norms), 4),
@@ -63,7 +59,7 @@ def layer_arguments():
     layers = [ReLUConvBNLayer((conv,), torch.nn.BatchNorm2d(4)) for conv in convs]
     with torch.no_grad():
         return dict(
-            x=last(torch.randn(2, 8, 6, 6)),
+            x=channels_last(torch.randn(2, 8, 6, 6)),
             conv_weights=[layer_weights(layer) for layer in layers],
             gammas=[torch.rand(4) for _ in layers],
             betas=[torch.rand(4) for _ in layers],

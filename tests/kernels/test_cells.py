@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from torch import library, nn
+from torch import nn
 
 from rfdarts_fast.spaces import DARTS_PRIMITIVES, SPACES
 from tests.kernels.oracles import EVERYWHERE, Kernels, Oracle, RecordedOps, on, over
@@ -513,11 +513,4 @@ def test_opcheck(backend, concat):
     recorded = RecordedOps(backend.backend)
     problem = small(backend, F32, channels=8, K=2, stride=2)
     problem.run(Kernels(recorded.backend, backend.device), memory="recompute", concat=concat)
-    assert recorded.calls.keys() == {
-        "cell_forward",
-        "cell_branch_outputs",
-        "cell_backward",
-        "update_running_stats",
-    }
-    for op, arguments, options in recorded.calls.values():
-        library.opcheck(op, arguments, options, test_utils=("test_schema", "test_faketensor"))
+    recorded.opcheck("cell_forward", "cell_branch_outputs", "cell_backward", "update_running_stats")

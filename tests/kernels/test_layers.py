@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import library, nn
+from torch import nn
 
 from rfdarts_fast.ops.contract import ReLUConvBNLayer
 from tests.kernels.oracles import Kernels, RecordedOps, grid, on, over
@@ -225,10 +225,4 @@ def test_opcheck(backend, reduce):
     problem = LayerProblem(dtype=F32, channels=(8, 4, 6), reduce=reduce)
     for view in (torch.clone, torch.Tensor.detach):
         problem.run(kernels, view=view)
-        assert recorded.calls.keys() == {
-            "relu_conv_bn_forward",
-            "relu_conv_bn_backward",
-            "update_running_stats",
-        }
-        for op, arguments, options in recorded.calls.values():
-            library.opcheck(op, arguments, options, test_utils=("test_schema", "test_faketensor"))
+        recorded.opcheck("relu_conv_bn_forward", "relu_conv_bn_backward", "update_running_stats")

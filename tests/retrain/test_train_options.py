@@ -134,11 +134,6 @@ def check_drop_path(lab):
     assert probabilities == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
-def check_epochs(lab):
-    for n in (1, 3):
-        assert len((lab.finish(epochs=n) / "metrics.jsonl").read_text().splitlines()) == n
-
-
 def check_batch_size(lab):
     run = lab.start(batch_size=8)
     assert (len(run.batches), len(run.test_batches)) == (3, 2)

@@ -1,13 +1,9 @@
 """Fixtures of the tests of run folders."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from forked import asking
 from interrupted_runs import COMMANDS, Runs
-from killed import ENVIRONMENT, OPTIONS, arguments
+from killed import OPTIONS, arguments
 
 
 @pytest.fixture(scope="session")
@@ -24,25 +20,18 @@ def runs(request, all_runs):
 @pytest.fixture(scope="session")
 def run_all(tmp_path_factory):
     """Runs cases (arguments, when, signal[, stdout]) one by one; returns their exit codes and output."""
-    program = [sys.executable, str(Path(__file__).with_name("killed_runs.py"))]
     log = tmp_path_factory.mktemp("log") / "log.txt"
-    with subprocess.Popen(
-        program, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
+    with asking("killed_runs.py") as ask:
 
         def run_all(cases):
             log.write_text("")
             codes = []
-            for case in cases:
-                arguments, when, number, *stdout = case
-                server.stdin.write(json.dumps([arguments, when, number, str(log), *stdout]) + "\n")
-                server.stdin.flush()
-                code, run_all.calls = map(int, server.stdout.readline().split())
+            for arguments, when, number, *stdout in cases:
+                code, run_all.calls = ask(arguments, when, number, str(log), *stdout)
                 codes.append(code)
             return codes, log.read_text()
 
         yield run_all
-        server.stdin.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,24 @@
 """Runs `rfdarts` in forked children, each of which may get a signal at a chosen system call on its folder.
 
-A program of its own, so that a child inherits no threads and no state of pytest, and one that stays, so that
-torch is imported once. Each line of stdin is JSON, [arguments, when, signal, log file]; the answer is a line
-with the exit code (negative: died of that signal) and the number of calls. `when` is null, the number of the
-call, or the call in words: "fsync metrics.jsonl 2" is the second such. With -n in place of a signal, that
-call and all later ones of its kind fail with error n. A fifth value may name a stdout: full, gone, closed or
-ascii.
+A question, see `forked`, is [arguments, when, signal, log file], the answer the exit code (negative: died of
+that signal) and the number of calls. `when` is null, the number of the call, or the call in words: "fsync
+metrics.jsonl 2" is the second such. With -n in place of a signal, that call and all later ones of its kind
+fail with error n. A fifth value may name a stdout: full, gone, closed or ascii.
 """
 
 import builtins
 import collections
 import io
-import json
 import os
 import signal
 import stat
 import sys
 from pathlib import Path
 
-import torch
+from forked import answer, leave
 
 import rfdarts_fast.retrain
 import rfdarts_fast.search  # noqa: F401
-from rfdarts_fast import cli
 
 
 class Written:
@@ -129,32 +125,19 @@ def run(arguments, when, number, log, stdout=None):
     if child:
         os.close(writes)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        with open(reads) as answer:  # noqa: PTH123
-            return code, int(answer.read() or 0)
-    code = 1
+        with open(reads) as count:  # noqa: PTH123
+            return code, int(count.read() or 0)
     calls = None
-    try:
-        torch.set_num_threads(1)
+
+    def prepare():
+        nonlocal calls
         lead_stdout(stdout, log)
         out = arguments[arguments.index("--out") + 1] if "--out" in arguments else arguments[-1]
         calls = Calls(out, when, number)
-        sys.argv = ["rfdarts", *arguments]
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.write(writes, str(calls.done if calls else 0).encode())
-        os._exit(code if isinstance(code, int) else 1)
+        return arguments
+
+    leave(prepare, lambda: os.write(writes, str(calls.done if calls else 0).encode()))
 
 
 if __name__ == "__main__":
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        # see tests/search/conftest.py
-        torch.backends.mkldnn.enabled = False
-    # torch puts off some of its imports to the first optimiser
-    torch.optim.SGD([torch.zeros(1)])
-    for line in sys.stdin:
-        print(*run(*json.loads(line)), flush=True)
+    answer(run)

@@ -1,20 +1,17 @@
-"""Runs `rfdarts` in several forked processes as torchrun would start them; torch is imported once.
+"""Runs `rfdarts` in several forked processes as torchrun would start them.
 
-Each line of stdin is JSON: arguments, number of processes, folder of logs, and null or [rank, epoch, step,
+A question, see `forked`, is arguments, number of processes, folder of logs, and null or [rank, epoch, step,
 signal]: at that position this process sends itself the signal, or for 0 changes a weight. At epoch -1 it is
 when it loads its data. RANK in an argument is each process's own number; the argument COMMIT makes each
-process say that its package is of a commit of its own. The answer is a line with the exit codes.
+process say that its package is of a commit of its own. The answer is the list of exit codes.
 """
 
-import json
 import os
 import socket
-import sys
 from pathlib import Path
 
-import torch
+from forked import answer, leave
 
-from rfdarts_fast import cli
 from rfdarts_fast.retrain.run import TrainRun
 from rfdarts_fast.runs import agreement
 from rfdarts_fast.search.run import SearchRun
@@ -39,34 +36,25 @@ def signal_self(run_class, epoch, step, number):
     run_class.train_step = signalling
 
 
-def process(rank, size, port, arguments, logs, signalled):
-    code = 1
-    try:
-        log = os.open(f"{logs}/{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        if size > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if signalled and signalled[0] == rank and signalled[1] < 0:
-            from rfdarts_fast.runs import run as run_module
+def prepare(rank, size, port, arguments, logs, signalled):
+    """Makes this process the one of a rank; its arguments."""
+    log = os.open(f"{logs}/{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if signalled and signalled[0] == rank and signalled[1] < 0:
+        from rfdarts_fast.runs import run as run_module
 
-            run_module.load = lambda *_, **__: os.kill(os.getpid(), signalled[3])
-        elif signalled and signalled[0] == rank:
-            for run_class in (SearchRun, TrainRun):
-                signal_self(run_class, *signalled[1:])
-        if "COMMIT" in arguments:
-            agreement.commit = lambda: f"commit {rank}"
-            arguments[arguments.index("COMMIT")] = "contiguous"
-        sys.argv = ["rfdarts", *(word.replace("RANK", str(rank)) for word in arguments)]
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        run_module.load = lambda *_, **__: os.kill(os.getpid(), signalled[3])
+    elif signalled and signalled[0] == rank:
+        for run_class in (SearchRun, TrainRun):
+            signal_self(run_class, *signalled[1:])
+    if "COMMIT" in arguments:
+        agreement.commit = lambda: f"commit {rank}"
+        arguments[arguments.index("COMMIT")] = "contiguous"
+    return [word.replace("RANK", str(rank)) for word in arguments]
 
 
 def run(arguments, size, logs, signalled=None):
@@ -75,15 +63,10 @@ def run(arguments, size, logs, signalled=None):
     for rank in range(size):
         child = os.fork()
         if not child:
-            process(rank, size, port, arguments, logs, signalled)
+            leave(lambda rank=rank: prepare(rank, size, port, arguments, logs, signalled))
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    # see tests/search/conftest.py
-    torch.backends.mkldnn.enabled = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    torch.optim.SGD([torch.zeros(1)])
-    for line in sys.stdin:
-        print(json.dumps(run(*json.loads(line))), flush=True)
+    answer(run)

@@ -5,6 +5,11 @@ import json
 import torch
 
 
+def contents(folder):
+    """The bytes of each file by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def records(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]

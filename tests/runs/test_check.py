@@ -1,7 +1,8 @@
 """`rfdarts check`: a folder's state, and what can be resumed, without a change."""
 
 import pytest
-from test_damage import DAMAGE, MISFITS, contents
+from same_run import contents
+from test_damage import DAMAGE, MISFITS
 
 from rfdarts_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from rfdarts_fast.runs.lock import FolderLock

@@ -9,17 +9,13 @@ import numpy as np
 import pytest
 import torch
 from interrupted_runs import COMMANDS
-from same_run import assert_same_run
+from same_run import assert_same_run, contents
 
 from rfdarts_fast.retrain import evaluate_run
 from rfdarts_fast.runs.checkpoint import CheckpointError, DamagedError, load_checkpoint, save_checkpoint
 from rfdarts_fast.runs.run_folder import RunFolderError
 
 LAST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def refused(runs, folder, error, *parts):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted_runs import COMMANDS
-from same_run import assert_same_run
+from same_run import assert_same_run, contents
 
 from rfdarts_fast.ops import backends
 from rfdarts_fast.retrain import evaluate_run
@@ -19,10 +19,6 @@ from rfdarts_fast.runs.schema import LATER_PARTS
 from rfdarts_fast.search import SearchConfig
 
 WAY_OUT = "go on with the version of rfdarts_fast that wrote it (its environment.json names it), or start"
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def message(start, part, end=WAY_OUT):

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import asking
 from killed import ENVIRONMENT
 from same_run import assert_same_run, records
 
@@ -34,25 +34,20 @@ NUDGE = 0
 
 
 @pytest.fixture(scope="module")
-def server():
-    program = [sys.executable, str(Path(__file__).with_name("processes.py"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(program, env=ENVIRONMENT, **pipes) as process:
-        yield process
-        process.stdin.close()
+def ask():
+    with asking("processes.py") as ask:
+        yield ask
 
 
 @pytest.fixture
-def run(server, tiny_npz, tmp_path):
+def run(ask, tiny_npz, tmp_path):
     """Runs a command in several processes; their exit codes and logs."""
 
     def run(command, out, size, signalled=None):
         always = ["--dataset", "npz", "--data-root", str(tiny_npz), "--device", "cpu", "--out", str(out)]
         logs = tmp_path / "logs"
         name, *options = command.split()
-        server.stdin.write(json.dumps([[name, *always, *options], size, str(logs), signalled]) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
+        codes = ask([name, *always, *options], size, str(logs), signalled)
         return codes, [(logs / f"{rank}.txt").read_text() for rank in range(size)]
 
     return run
@@ -209,7 +204,7 @@ def test_other_options_are_refused(run, tmp_path, command, option, values):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_version_is_refused(run, tmp_path, monkeypatch):
+def test_another_version_is_refused(run, tmp_path):
     codes, logs = run(f"{SEARCH} --memory-format COMMIT", tmp_path / "run", 2)
     assert codes == [2, 2]
     assert "but in process 1 commit is 'commit 1' and in process 0 'commit 0'\n" in logs[0]

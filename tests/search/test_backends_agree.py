@@ -6,9 +6,6 @@ import pytest
 import torch
 
 from rfdarts_fast.ops import backends, use_backend
-from rfdarts_fast.runs.run import load_data
-from rfdarts_fast.runs.run_folder import RunFolder
-from rfdarts_fast.search.run import SearchRun
 
 STEPS = 20
 METHODS = {
@@ -19,23 +16,21 @@ METHODS = {
 
 @pytest.mark.skipif(not backends()["cpu"].status()["built"], reason="needs the compiled CPU kernels")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_twenty_steps(tiny_search, tmp_path, method):
+def test_twenty_steps(start, tmp_path, method):
     def losses_and_genotype(backend, dtype):
-        config = tiny_search(
-            **method,
-            space="darts",
-            dataset="digits",
-            data_root=None,
-            layers=3,
-            batch_size=8,
-            epochs=1,
-            arch_warmup_epochs=0,
-            out=tmp_path / f"{backend}-{dtype}",
-        )
-        config.check()
         losses = []
         with use_backend(backend):
-            run = SearchRun(config, load_data(config), RunFolder(config.out, "search", config))
+            run = start(
+                **method,
+                space="darts",
+                dataset="digits",
+                data_root=None,
+                layers=3,
+                batch_size=8,
+                epochs=1,
+                arch_warmup_epochs=0,
+                out=tmp_path / f"{backend}-{dtype}",
+            )
             run.network.to(dtype)
             run._val_stream = ((images.to(dtype), labels) for images, labels in run._val_stream)
             step_gradients = run.architect.step_gradients

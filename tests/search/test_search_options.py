@@ -13,8 +13,6 @@ from rfdarts_fast.cli import parse_config
 from rfdarts_fast.nn import MixedOp
 from rfdarts_fast.ops import use_backend
 from rfdarts_fast.runs.config import ConfigError
-from rfdarts_fast.runs.run import load_data
-from rfdarts_fast.runs.run_folder import RunFolder
 from rfdarts_fast.search import PRESETS, SearchConfig, search
 from rfdarts_fast.search import run as search_module
 from rfdarts_fast.search.config import preset_values
@@ -25,19 +23,14 @@ PARTIAL = {**CELL_SPACE, "method": "rf-pcdarts"}
 
 
 @pytest.fixture
-def lab(tiny_search, tmp_path, monkeypatch):
+def lab(start, tiny_search, tmp_path, monkeypatch):
     counter = iter(range(1000))
 
-    def config(**changes):
-        return tiny_search(**{"out": tmp_path / str(next(counter)), **changes})
-
-    def start(**changes):
-        wanted = config(**changes)
-        wanted.check()
-        return SearchRun(wanted, load_data(wanted), RunFolder(wanted.out, "search", wanted))
+    def elsewhere(changes):
+        return {"out": tmp_path / str(next(counter)), **changes}
 
     def finish(**changes):
-        wanted = config(**changes)
+        wanted = tiny_search(**elsewhere(changes))
         search(wanted)
         return wanted.out
 
@@ -45,7 +38,11 @@ def lab(tiny_search, tmp_path, monkeypatch):
         return parse_config(SearchConfig, preset_values, [*args, "--out", "x"], "rfdarts search")
 
     return SimpleNamespace(
-        start=start, finish=finish, parse=parse, tmp_path=tmp_path, monkeypatch=monkeypatch
+        start=lambda **changes: start(**elsewhere(changes)),
+        finish=finish,
+        parse=parse,
+        tmp_path=tmp_path,
+        monkeypatch=monkeypatch,
     )
 
 
@@ -145,11 +142,6 @@ def check_gamma_init(lab):
 def check_train_classifier(lab):
     for train in (False, True):
         assert lab.start(train_classifier=train).network.classifier.weight.requires_grad == train
-
-
-def check_epochs(lab):
-    for n in (1, 3):
-        assert len((lab.finish(epochs=n) / "metrics.jsonl").read_text().splitlines()) == n
 
 
 def check_batch_size(lab):
@@ -253,12 +245,16 @@ def check_arch_warmup_epochs(lab):
         assert run.val_position == 3 * (2 - warm_up)
 
 
+def passes(lab, **changes):
+    """The number of forward passes in a step."""
+    run, seen = lab.start(**changes), []
+    run.network.register_forward_hook(lambda *_: seen.append(1))
+    run.train_step(*next(run.batches.epoch(0)))
+    return len(seen)
+
+
 def check_order(lab):
-    for order, passes in (("first", 2), ("second", 5)):
-        run, seen = lab.start(order=order), []
-        run.network.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        run.train_step(*next(run.batches.epoch(0)))
-        assert len(seen) == passes
+    assert [passes(lab, order=order) for order in ("first", "second")] == [2, 5]
 
 
 def check_step_order(lab):
@@ -271,11 +267,7 @@ def check_step_order(lab):
 
 
 def check_levels(lab):
-    for levels, passes in ((1, 1), (2, 2)):
-        run, seen = lab.start(levels=levels), []
-        run.network.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        run.train_step(*next(run.batches.epoch(0)))
-        assert len(seen) == passes
+    assert [passes(lab, levels=levels) for levels in (1, 2)] == [1, 2]
 
 
 def check_split(lab):
@@ -317,14 +309,14 @@ def check_cutout(lab):
     assert [b.augment.cutout for b in (run.batches, run.val_batches, run.held_out)] == [3, 3, 0]
 
 
-def check_validate_every(lab):
-    for every, expected in ((0, [False] * 3), (1, [True] * 3), (2, [False, True, False])):
-        lines = (lab.finish(validate_every=every, epochs=3) / "metrics.jsonl").read_text().splitlines()
-        assert ["val" in json.loads(line) for line in lines] == expected
-
-
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_validate_every(lab):
+    for every, expected in ((0, [False] * 3), (1, [True] * 3), (2, [False, True, False])):
+        folder = lab.finish(validate_every=every, epochs=3)
+        assert ["val" in record for record in records(folder)] == expected
 
 
 def check_genotype_rule(lab):
