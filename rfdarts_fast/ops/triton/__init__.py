@@ -122,8 +122,6 @@ def unsupported_anywhere(call: CellCall) -> str | None:
     reason = plan.unsupported_reason(inputs, parameter_dtype(storage))
     if reason is not None:
         return reason
-    if plan.nasbench201:
-        return "no GPU kernels for the cells of NAS-Bench-201"
     if plan.K not in (1, 2, 4, 8):
         return f"no kernels for K={plan.K}"
     # offsets inside one state, or inside the concatenated nodes, are 32 bits wide

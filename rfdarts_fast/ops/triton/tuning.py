@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from rfdarts_fast.ops.triton.arguments import Parts
+from rfdarts_fast.ops.triton.arguments import SIDE, Parts
 
 # elements of a tile, warps: at most eight elements a thread, more would not fit into its registers
 TILE, WARPS = 1024, 4
@@ -19,6 +19,11 @@ CHUNK = 256
 PARTS = 256
 # channels of a tile
 WIDEST = 64
+# the same of sums over the outputs of a product, which a program makes for one part
+PRODUCT_CHUNK = 128
+PRODUCT_PARTS = 1024
+# inputs that a product adds up at once
+DEEPEST = 32
 
 
 def interpreted() -> bool:
@@ -68,10 +73,29 @@ def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], **arg
 
 def parts(rows: int) -> Parts:
     """The parts of a sum over so many pixels."""
-    size = CHUNK * triton.cdiv(rows, CHUNK * PARTS)
+    return _parts(rows, CHUNK, PARTS)
+
+
+def product_parts(rows: int) -> Parts:
+    """The parts of a sum over so many pixels that products make."""
+    return _parts(rows, PRODUCT_CHUNK, PRODUCT_PARTS)
+
+
+def _parts(rows: int, chunk: int, most: int) -> Parts:
+    size = chunk * triton.cdiv(rows, chunk * most)
     return Parts(size, triton.cdiv(rows, size))
 
 
 def channel_block(channels: int) -> int:
     """Channels of a tile: a power of two."""
     return min(triton.next_power_of_2(channels), WIDEST)
+
+
+def product_block(outputs: int) -> int:
+    """Outputs of a product's tile."""
+    return max(channel_block(outputs), SIDE.value)
+
+
+def depth_block(inputs: int) -> int:
+    """Inputs that a product adds up at once."""
+    return max(min(triton.next_power_of_2(inputs), DEEPEST), SIDE.value)
