@@ -1,10 +1,11 @@
 # mypy: ignore-errors
-"""Kernels of NOR_CONV, the ordinary convolutions of NAS-Bench-201; for what the arguments mean see arguments.py.
+"""Kernels of NOR_CONV, the ordinary convolutions of NAS-Bench-201; for what the arguments mean see
+arguments.py.
 
-They are products of matrices on tensor cores: a row per pixel, and for every tap and input channel a column of
-the one and a row of the other matrix, which is never made (implicit GEMM). The outputs of all convolutions of
-one kernel size that leave a state lie side by side, so that they share its reads.
-    BM, BN, BK: pixels and outputs of a tile, and inputs that are added up at once.
+A convolution is a product of matrices on tensor cores: of pixels times (taps, inputs), which is read from
+the image tap by tap and never made, and the weights. The outputs of all convolutions of one kernel size that
+leave a state lie side by side, so that they share its reads.
+    BM, BN: pixels and outputs of a tile; BK: inputs that are added up at once.
 """
 
 import triton
@@ -38,7 +39,8 @@ def add_convolution(
     total, x, x_row, weights, columns, rows, exist, cols, sizes,
     KERNEL: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """`total` [rows, cols] plus the convolution of x, or with RELU of relu(x); weights [KERNEL^2, C, columns]."""
+    """`total` [rows, cols] plus the convolution of x, or with RELU of relu(x); weights [KERNEL^2, C,
+    columns]."""
     _, C, OH, OW = sizes
     PAD: tl.constexpr = KERNEL // 2
     _, oy, ox = pixel_of(rows, OH, OW)
@@ -68,10 +70,10 @@ def nor_conv_kernel(
     KERNEL: tl.constexpr, STATISTICS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ACC: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """y [branches, M, C]: convolutions of relu(x), of one part's rows. With STATISTICS their means and squared
-    distances, partial [branches, parts, 2, C], as `statistics_kernel` makes them.
+    """y [branches, M, C]: convolutions of relu(x); with STATISTICS their means and squared distances,
+    partial [branches, parts, 2, C], as `statistics_kernel` makes them. weights [KERNEL^2, C, branches * C].
 
-    weights [KERNEL^2, C, branches * C].
+    A program has one part's rows: the number of sums does not depend on the tile.
     """
     M, C, _, _ = sizes
     BM: tl.constexpr = TILE // SIDE
@@ -108,11 +110,8 @@ def nor_conv_backward_kernel(
     BC: tl.constexpr,
 ):  # fmt: skip
     """out [M, C]: the sum of what all convolutions' output gradients grads [convolutions, M, C] send to
-    relu(x).
-
-    weights of each group [convolutions, KERNEL^2, C out, C in], their taps turned round; KERNELS: kernel size
-    of each group.
-    """
+    relu(x). weights: of each group [convolutions, KERNEL^2, out, in], taps turned round; KERNELS: its kernel
+    size."""
     M, C, _, _ = sizes
     BM: tl.constexpr = TILE // SIDE
     rows, cols = block_of(0, BM), block_of(1, BN)
@@ -120,11 +119,12 @@ def nor_conv_backward_kernel(
     total = tl.zeros((BM, BN), ACC)
     for k in tl.static_range(len(KERNELS)):
         group = group_at(groups.table, groups.first + k)
-        size = KERNELS[k] * KERNELS[k] * C * C
+        taps = weights + group.weight
         for branch in range(group.first, group.last):
             total = add_convolution(
-                total, grads + branch * slot_size(sizes), C, weights + group.weight + (branch - group.first) * size,
-                C, rows, exist, cols, sizes, KERNELS[k], False, ACC, BK,
+                total, grads + branch * slot_size(sizes), C, taps, C, rows, exist, cols, sizes,
+                KERNELS[k], False, ACC, BK,
             )  # fmt: skip
+            taps += KERNELS[k] * KERNELS[k] * C * C
     mask = exist[:, None] & (cols < C)[None, :]
     tl.store(out + rows[:, None] * C + cols[None, :], total.to(out.dtype.element_ty), mask=mask)

@@ -19,9 +19,9 @@ CHUNK = 256
 PARTS = 256
 # channels of a tile
 WIDEST = 64
-# the same of sums over the outputs of a product, which a program makes for one part
-PRODUCT_CHUNK = 128
-PRODUCT_PARTS = 1024
+# the same of products, which sum over their outputs: a program for each part, short enough for many programs
+PRODUCT_CHUNK = 64
+PRODUCT_PARTS = 512
 # inputs that a product adds up at once
 DEEPEST = 32
 
@@ -77,7 +77,7 @@ def parts(rows: int) -> Parts:
 
 
 def product_parts(rows: int) -> Parts:
-    """The parts of a sum over so many pixels that products make."""
+    """The parts of so many pixels in products that sum over their outputs."""
     return _parts(rows, PRODUCT_CHUNK, PRODUCT_PARTS)
 
 
