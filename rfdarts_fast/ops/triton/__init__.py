@@ -97,6 +97,11 @@ class TritonBackend:
             raise RuntimeError(kernels)
         return kernels.mixed_cell(call)
 
+    def kept_outputs(self, plan: CellPlan) -> int:
+        """See `Backend.kept_outputs`: pools and 1x1 convolutions too."""
+        kernels = _kernels()
+        return 0 if isinstance(kernels, str) else kernels.layout_of(plan).slots
+
     def unsupported_layer(self, x: Tensor, layer: ReLUConvBNLayer) -> str | None:
         """The reason why Triton cannot run on this machine or device, or None."""
         return _unsupported_device([x])

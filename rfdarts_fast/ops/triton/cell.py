@@ -205,16 +205,16 @@ class Cell:
 
     def nor_convs(self, x: State, source: Source, weights: Tensor, statistics: bool) -> None:
         """NOR_CONVs of x, a launch for each kernel size, and with `statistics` their BatchNorms' moments."""
-        parts = tuning.product_parts(self.M)
+        y, parts = self.branch_outputs, tuning.product_parts(self.M)
         partial = self.partial(len(source.nor_convs) * statistics, parts.count, 2, self.C)
         for group in source.nor_groups:
-            block = tuning.product_block(group.size * self.C)
-            programs = triton.cdiv(group.size * self.C, block), parts.count
+            outputs = group.size * self.C
             self.launch(
-                nor_conv.nor_conv_kernel, lambda meta, programs=programs: programs,
-                x=x, weights=weights[group.weight :], y=self.branch_outputs[source.nor_slot + group.first :],
+                nor_conv.nor_conv_kernel,
+                lambda meta, outputs=outputs: (triton.cdiv(outputs, meta["BN"]), parts.count),
+                x=x, weights=weights[group.weight :], y=y[source.nor_slot + group.first :],
                 partial=partial[group.first :], branches=group.size, parts=parts, KERNEL=group.kernel,
-                STATISTICS=statistics, BN=block, BK=tuning.depth_block(self.C),
+                STATISTICS=statistics, **tuning.product_blocks(self.C, outputs, y.element_size()),
             )  # fmt: skip
         if statistics:
             self.merge_moments(partial, source.nor_slot, source.nor_terms, parts)
@@ -387,13 +387,15 @@ class Cell:
         if not source.nor_convs:
             return grads
         out = self.empty(self.M, self.C)
-        block = tuning.product_block(self.C)
         self.launch(
             nor_conv.nor_conv_backward_kernel,
-            lambda meta: (triton.cdiv(self.M, meta["TILE"] // SIDE.value), triton.cdiv(self.C, block)),
+            lambda meta: (
+                triton.cdiv(self.M, meta["TILE"] // SIDE.value),
+                triton.cdiv(self.C, meta["BN"]),
+            ),
             grads=grads, weights=weights, out=out, groups=Rows(self.constants.groups, *source.nor_group_rows),
-            KERNELS=tuple(group.kernel for group in source.nor_groups), BN=block,
-            BK=tuning.depth_block(self.C),
+            KERNELS=tuple(group.kernel for group in source.nor_groups),
+            **tuning.product_blocks(self.C, self.C, out.element_size()),
         )  # fmt: skip
         return out
 

@@ -22,8 +22,9 @@ WIDEST = 64
 # the same of products, which sum over their outputs: a program for each part, short enough for many programs
 PRODUCT_CHUNK = 64
 PRODUCT_PARTS = 512
-# inputs that a product adds up at once
-DEEPEST = 32
+# bytes of outputs of a pixel in a product's tile, and of inputs that are added up at once: more, and values
+# would not fit into the registers
+OUTPUTS, INPUTS = 256, 64
 
 
 def interpreted() -> bool:
@@ -91,11 +92,8 @@ def channel_block(channels: int) -> int:
     return min(triton.next_power_of_2(channels), WIDEST)
 
 
-def product_block(outputs: int) -> int:
-    """Outputs of a product's tile."""
-    return max(channel_block(outputs), SIDE.value)
-
-
-def depth_block(inputs: int) -> int:
-    """Inputs that a product adds up at once."""
-    return max(min(triton.next_power_of_2(inputs), DEEPEST), SIDE.value)
+def product_blocks(inputs: int, outputs: int, item: int) -> dict[str, int]:
+    """Outputs of a product's tile, and inputs that are added up at once, for numbers of `item` bytes."""
+    outputs = min(channel_block(outputs), OUTPUTS // item)
+    inputs = min(triton.next_power_of_2(inputs), INPUTS // item)
+    return {"BN": max(outputs, SIDE.value), "BK": max(inputs, SIDE.value)}
