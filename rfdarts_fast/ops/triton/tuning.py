@@ -24,7 +24,7 @@ PRODUCT_CHUNK = 64
 PRODUCT_PARTS = 512
 # bytes of outputs of a pixel in a product's tile, and of inputs that are added up at once: more, and values
 # would not fit into the registers
-OUTPUTS, INPUTS = 256, 64
+OUTPUTS, INPUTS = 128, 64
 
 
 def interpreted() -> bool:
@@ -51,10 +51,13 @@ def untuned(function: Callable) -> Any:
 def registers(arguments: dict[str, Any]) -> dict[str, Any]:
     """Options of ptxas about registers. Left alone, it spills a few so that one more block fits on a
     multiprocessor: not where it is to use few in the first place, nor where a limit is given; a limit has it
-    use more of them, so that only float64 gets one."""
+    use more of them, so that only float64 gets one, and products of float32, which would spill without."""
     if torch.version.hip is not None:
         return {}
-    return {"maxnreg": 255} if arguments["ACC"] == tl.float64 else {"ptx_options": "--register-usage-level=0"}
+    product = "BN" in arguments and arguments["weights"].dtype == torch.float32
+    if product or arguments["ACC"] == tl.float64:
+        return {"maxnreg": 255}
+    return {"ptx_options": "--register-usage-level=0"}
 
 
 def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], **arguments: Any) -> None:
