@@ -208,13 +208,13 @@ class Cell:
         y, parts = self.branch_outputs, tuning.product_parts(self.M)
         partial = self.partial(len(source.nor_convs) * statistics, parts.count, 2, self.C)
         for group in source.nor_groups:
-            outputs = group.size * self.C
             self.launch(
                 nor_conv.nor_conv_kernel,
-                lambda meta, outputs=outputs: (triton.cdiv(outputs, meta["BN"]), parts.count),
+                lambda meta: (triton.cdiv(meta["branches"] * self.C, meta["BN"]), parts.count),
                 x=x, weights=weights[group.weight :], y=y[source.nor_slot + group.first :],
                 partial=partial[group.first :], branches=group.size, parts=parts, KERNEL=group.kernel,
-                STATISTICS=statistics, **tuning.product_blocks(self.C, outputs, y.element_size()),
+                STATISTICS=statistics,
+                **tuning.product_blocks(self.C, group.size * self.C, y.element_size()),
             )  # fmt: skip
         if statistics:
             self.merge_moments(partial, source.nor_slot, source.nor_terms, parts)

@@ -44,23 +44,25 @@ def add_convolution(
     _, C, OH, OW = sizes
     PAD: tl.constexpr = KERNEL // 2
     _, oy, ox = pixel_of(rows, OH, OW)
-    for first in range(0, C, BK):
-        inputs = first + tl.arange(0, BK)
-        for tap in range(KERNEL * KERNEL):
-            i = tap // KERNEL - PAD
-            j = tap % KERNEL - PAD
-            inside = exist & (oy + i >= 0) & (oy + i < OH) & (ox + j >= 0) & (ox + j < OW)
-            at = ((rows + i * OW + j) * x_row)[:, None] + inputs[None, :]
-            value = tl.load(x + at, mask=inside[:, None] & (inputs < C)[None, :], other=0.0)
-            value = operand(value, ACC)
-            if RELU:
-                # not tl.maximum: a NaN has to come through
-                value = tl.where(value < 0, 0.0, value)
-            at = ((tap * C + inputs) * columns)[:, None] + cols[None, :]
-            mask = (inputs < C)[:, None] & (cols < columns)[None, :]
-            weight = operand(tl.load(weights + at, mask=mask, other=0.0), ACC)
-            # in float32 no TF32
-            total = tl.dot(value, weight, total, input_precision="ieee")
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    # one loop of a length that is not known: unrolled, values would not fit into the registers
+    for step in range(TAPS * tl.cdiv(C, BK)):
+        inputs = step // TAPS * BK + tl.arange(0, BK)
+        tap = step % TAPS
+        i = tap // KERNEL - PAD
+        j = tap % KERNEL - PAD
+        inside = exist & (oy + i >= 0) & (oy + i < OH) & (ox + j >= 0) & (ox + j < OW)
+        at = ((rows + i * OW + j) * x_row)[:, None] + inputs[None, :]
+        value = tl.load(x + at, mask=inside[:, None] & (inputs < C)[None, :], other=0.0)
+        value = operand(value, ACC)
+        if RELU:
+            # not tl.maximum: a NaN has to come through
+            value = tl.where(value < 0, 0.0, value)
+        at = ((tap * C + inputs) * columns)[:, None] + cols[None, :]
+        mask = (inputs < C)[:, None] & (cols < columns)[None, :]
+        weight = operand(tl.load(weights + at, mask=mask, other=0.0), ACC)
+        # in float32 no TF32
+        total = tl.dot(value, weight, total, input_precision="ieee")
     return total
 
 

@@ -51,11 +51,10 @@ def untuned(function: Callable) -> Any:
 def registers(arguments: dict[str, Any]) -> dict[str, Any]:
     """Options of ptxas about registers. Left alone, it spills a few so that one more block fits on a
     multiprocessor: not where it is to use few in the first place, nor where a limit is given; a limit has it
-    use more of them, so that only float64 gets one, and products of float32, which would spill without."""
+    use more of them, so that only float64 gets one, and products, some of which would spill without."""
     if torch.version.hip is not None:
         return {}
-    product = "BN" in arguments and arguments["weights"].dtype == torch.float32
-    if product or arguments["ACC"] == tl.float64:
+    if "BN" in arguments or arguments["ACC"] == tl.float64:
         return {"maxnreg": 255}
     return {"ptx_options": "--register-usage-level=0"}
 
