@@ -103,8 +103,8 @@ class Branch:
 
     @property
     def outputs(self) -> int:
-        """Outputs that a cell keeps for its backward: one for each BatchNorm behind a convolution, but none
-        of a 1x1 NOR_CONV, which are made again."""
+        """Outputs that compiled cells keep for their backward: one for each BatchNorm behind a convolution,
+        but none of a 1x1 NOR_CONV, which are made again."""
         return 0 if self.op is Op.NOR_CONV and self.kernel == 1 else _OUTPUTS.get(self.op, 0)
 
     def packed_size(self, channels: int) -> int:
@@ -373,6 +373,10 @@ class Backend(Protocol):
 
         Requires `unsupported_cell(call) is None`. Updates running statistics as BatchNorm2d does.
         """
+
+    def kept_outputs(self, plan: CellPlan) -> int:
+        """Outputs [N, C/K, H', W'] of branches that a cell keeps for its backward, as a memory budget counts
+        them."""
 
     def unsupported_layer(self, x: Tensor, layer: ReLUConvBNLayer) -> str | None:
         """The reason why `relu_conv_bns` cannot take the layer, or None."""

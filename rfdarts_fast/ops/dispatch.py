@@ -131,18 +131,18 @@ def _cell(
         backend = _choose(candidates, reasons, lambda: _trains_convolutions(edges))
         if backend is not None:
             assert isinstance(call, CellCall)
-            return backend.mixed_cell(call if _keeps_cell(call) else replace(call, recompute=True))
+            return backend.mixed_cell(call if _keeps_cell(call, backend) else replace(call, recompute=True))
     else:
         _check_weights(edges, op_weights, edge_weights)
     nodes = reference.mixed_cell(edges, inputs, op_weights, edge_weights, _mixed_op(edges))
     return [torch.cat(nodes, dim=1)] if concat else nodes
 
 
-def _keeps_cell(call: CellCall) -> bool:
+def _keeps_cell(call: CellCall, backend: Backend) -> bool:
     if use_backend.budget is None:
         return True
     x, (n, h, w) = call.inputs[0], call.output_size
-    outputs = sum(branch.outputs for branch in call.plan.branches())
+    outputs = backend.kept_outputs(call.plan)
     half = call.memory == "bfloat16" or torch.is_autocast_enabled(x.device.type)
     size = outputs * n * h * w * call.plan.mixed_channels * (2 if half else x.element_size())
     return use_backend.budget.keeps(call.plan, size)

@@ -132,7 +132,7 @@ class CellProblem(Problem):
     Args:
         shape: N, H and W of the inputs.
         primitives: names, of every edge or edge by edge.
-        batch_norm: pools have a BatchNorm behind them.
+        batch_norm: pools have a BatchNorm behind them; of every edge or edge by edge.
         place: changes an input in place.
     """
 
@@ -151,15 +151,16 @@ class CellProblem(Problem):
         affine: bool = True,
         track: bool = True,
         edge_weights: bool | None = None,
-        batch_norm: bool = True,
+        batch_norm: bool | Sequence[bool] = True,
         place: Callable[[Tensor], object] | None = None,
     ) -> None:
         sources = [j for node in range(nodes) for j in range(inputs + node)]
         same = isinstance(primitives[0], str)
         names = [primitives] * len(sources) if same else primitives
         strides = [stride if source < inputs else 1 for source in sources]
+        norms = [batch_norm] * len(sources) if isinstance(batch_norm, bool) else batch_norm
         edges = [
-            MixedOp(names[edge], channels, strides[edge], K, affine, track, batch_norm)
+            MixedOp(names[edge], channels, strides[edge], K, affine, track, norms[edge])
             for edge in range(len(sources))
         ]
         super().__init__(edges, dtype, train)

@@ -17,7 +17,7 @@ from rfdarts_fast.ops.compiled.autograd import (
     channels_last,
 )
 from rfdarts_fast.ops.compiled.packing import cell_weights, layer_weights
-from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer
+from rfdarts_fast.ops.contract import CellCall, CellPlan, Memory, ReLUConvBNLayer
 from rfdarts_fast.ops.dtypes import parameter_dtype
 
 
@@ -89,6 +89,10 @@ class CompiledBackend:
         if call.training:
             self._update_running_stats(*plan.running_stats(), moments, plan.momentum, pixels)
         return nodes
+
+    def kept_outputs(self, plan: CellPlan) -> int:
+        """See `Backend.kept_outputs`."""
+        return sum(branch.outputs for branch in plan.branches())
 
     def relu_conv_bns(self, x: Tensor, layers: Sequence[ReLUConvBNLayer], memory: Memory) -> list[Tensor]:
         """See `Backend.relu_conv_bns`. `memory` "recompute" keeps nothing but x for the backward.

@@ -1,10 +1,11 @@
 """The Triton backend for mixed ops with frozen convolutions: for GPUs where the CUDA C++ one was not built.
 
-Depthwise convolutions, pools, statistics, the weighted sum of a node's branches and all of their gradients
-are Triton kernels, each for all edges that leave a state or enter a node; pointwise convolutions are
-torch.bmm. States are float32, bfloat16, float16 or float64, in any layout; arithmetic, statistics,
-parameters and their gradients float32 (float64 for float64). Nothing waits for the GPU and nothing depends
-on data, so that a step can be captured in a CUDA graph, once its kernels are tuned by the first eager calls.
+Depthwise convolutions, the ordinary ones of NAS-Bench-201, pools, statistics, the weighted sum of a node's
+branches and all of their gradients are Triton kernels, each for all edges that leave a state or enter a node;
+pointwise convolutions are torch.bmm. States are float32, bfloat16, float16 or float64, in any layout;
+arithmetic, statistics, parameters and their gradients float32 (float64 for float64). Nothing waits for the
+GPU and nothing depends on data, so that a step can be captured in a CUDA graph, once its kernels are tuned by
+the first eager calls.
 
 With TRITON_INTERPRET=1 in the environment, the kernels run on the CPU, slowly: for tests.
 """
@@ -22,7 +23,15 @@ import torch
 from torch import Tensor
 
 from rfdarts_fast.ops import reference
-from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer, cuda_status, register_backend
+from rfdarts_fast.ops.contract import (
+    CellCall,
+    CellPlan,
+    Memory,
+    Op,
+    ReLUConvBNLayer,
+    cuda_status,
+    register_backend,
+)
 from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
 
 STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -88,6 +97,11 @@ class TritonBackend:
             raise RuntimeError(kernels)
         return kernels.mixed_cell(call)
 
+    def kept_outputs(self, plan: CellPlan) -> int:
+        """See `Backend.kept_outputs`: pools and 1x1 convolutions too."""
+        kernels = _kernels()
+        return 0 if isinstance(kernels, str) else kernels.layout_of(plan).slots
+
     def unsupported_layer(self, x: Tensor, layer: ReLUConvBNLayer) -> str | None:
         """The reason why Triton cannot run on this machine or device, or None."""
         return _unsupported_device([x])
@@ -122,18 +136,27 @@ def unsupported_anywhere(call: CellCall) -> str | None:
     reason = plan.unsupported_reason(inputs, parameter_dtype(storage))
     if reason is not None:
         return reason
-    if plan.nasbench201:
-        return "no GPU kernels for the cells of NAS-Bench-201"
     if plan.K not in (1, 2, 4, 8):
         return f"no kernels for K={plan.K}"
     # offsets inside one state, or inside the concatenated nodes, are 32 bits wide
     size = inputs[0].numel()
     if max(size, size // plan.stride**2 * plan.nodes) >= 2**31:
         return f"no kernels for inputs of {size} numbers"
+    # and so are those in the weights of all NOR_CONVs that leave a state
+    if plan.nasbench201 and (weights := _nor_conv_weights(plan)) >= 2**31:
+        return f"no kernels for {weights} weights of convolutions that leave one state"
     # kernels take all edges that leave a state together
     if any(edge.stride != (plan.stride if edge.source < plan.inputs else 1) for edge in plan.edges):
         return "edges of different strides from one state"
     return None
+
+
+def _nor_conv_weights(plan: CellPlan) -> int:
+    """The weights of NOR_CONVs that leave the state with most of them."""
+    taps = [0] * (plan.inputs + plan.nodes)
+    for edge in plan.edges:
+        taps[edge.source] += sum(b.kernel**2 for b in edge.branches if b.op is Op.NOR_CONV)
+    return max(taps) * plan.mixed_channels**2
 
 
 register_backend(TritonBackend())

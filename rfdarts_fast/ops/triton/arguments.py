@@ -7,7 +7,7 @@ A tensor of N images is a matrix: a row per pixel, its channels side by side. Na
         output, n, iy, ix in a state of the cell's input size.
     cols: mixed channels of a tile.
     ACC: the dtype of all arithmetic; values are stored as whatever the pointer says.
-    TILE: elements of a tile, BM rows of BC channels, or of BC times some lanes.
+    TILE: elements of a tile, BM rows of BC channels, or of BC times some lanes; in products, of SIDE inputs.
 """
 
 from typing import NamedTuple
@@ -83,6 +83,8 @@ class Weights(NamedTuple):
     primitives: int
 
 
+# the shortest side of matrices that tensor cores multiply
+SIDE = tl.constexpr(16)
 # numbers in a row of a table: a power of two, so that addresses are shifts
 ROW = tl.constexpr(8)
 
@@ -126,9 +128,9 @@ class Span(NamedTuple):
         return self.last - self.first
 
 
-class DepthwiseGroup(NamedTuple):
-    """First depthwise convolutions of one kernel size and dilation, `first` to `last` of a state's branches;
-    `weight`: offset of their weights."""
+class ConvGroup(NamedTuple):
+    """Convolutions of one kernel size and dilation, first depthwise ones or NOR_CONVs: `first` to `last` of
+    a state's branches of that sort; `weight`: offset of their weights."""
 
     kernel: int
     dilation: int
@@ -178,7 +180,7 @@ def span_at(table, row):
 @triton.jit
 def group_at(table, row):
     at = table + ROW * row
-    return DepthwiseGroup(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4))
+    return ConvGroup(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4))
 
 
 @triton.jit
@@ -232,11 +234,12 @@ def load_norm(norms, norm, C, cols, ACC: tl.constexpr):
 
 @triton.jit
 def load_norm_backward(norm_backward, norm, C, cols, ACC: tl.constexpr):
-    """scale, slope and shift."""
+    """scale, slope and shift; 0 where `norm` is -1."""
     rows, norms = norm_backward
     scale = load_row(rows, norm, C, cols, 0.0, ACC)
-    slope = load_row(rows, norms + norm, C, cols, 0.0, ACC)
-    return scale, slope, load_row(rows, 2 * norms + norm, C, cols, 0.0, ACC)
+    slope = load_row(rows, tl.where(norm >= 0, norms + norm, norm), C, cols, 0.0, ACC)
+    shift = load_row(rows, tl.where(norm >= 0, 2 * norms + norm, norm), C, cols, 0.0, ACC)
+    return scale, slope, shift
 
 
 @triton.jit
@@ -247,6 +250,22 @@ def divide(a, b, ACC: tl.constexpr):
     else:
         a, b = tl.broadcast(a, b)
         return tl.div_rn(a, b)
+
+
+@triton.jit
+def add_to_moments(mean, squares, value, mask, row, start, stop):
+    """Mean, and sum of squared distances from it, of rows from `start` to `row`, merged with those of a tile
+    (0 outside of `mask`) from `row` on by the rule of Chan, Golub and LeVeque (1983)."""
+    count = tl.cast(tl.minimum(stop - row, value.shape[0]), value.dtype)
+    before = tl.cast(row - start, value.dtype)
+    own_mean = tl.sum(value, 0) / count
+    # a sum of values far from zero is rounded by more than their spread: add what it missed
+    own_mean += tl.sum(tl.where(mask, value - own_mean[None, :], 0.0), 0) / count
+    distance = tl.where(mask, value - own_mean[None, :], 0.0)
+    delta = own_mean - mean
+    mean += delta * (count / (before + count))
+    squares += tl.sum(distance * distance, 0) + delta * delta * (before * count / (before + count))
+    return mean, squares
 
 
 @triton.jit

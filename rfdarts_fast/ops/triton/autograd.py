@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfdarts_fast.ops.contract import CellCall, CellPlan
+from rfdarts_fast.ops.contract import CellCall, CellPlan, Op
 from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
 from rfdarts_fast.ops.functional import is_transformed
 from rfdarts_fast.ops.outputs import Outputs
@@ -144,9 +144,10 @@ class CellFunction(torch.autograd.Function):
 
 
 def empty_branch_outputs(options: Options, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for branch outputs [slots, M, C/K], and for argmax uint8 [sources, M, C/K] of the max pools."""
+    """Room for branch outputs [slots, M, C/K], and for argmax uint8 [sources, M, C/K] of max pools."""
     layout, rows = layout_of(options.plan), (options.pixels, options.plan.mixed_channels)
-    argmax = states.new_empty((len(layout.sources), *rows), dtype=torch.uint8)
+    maxima = len(layout.sources) if any(Op.MAX_POOL in source.pools for source in layout.sources) else 0
+    argmax = states.new_empty((maxima, *rows), dtype=torch.uint8)
     return states.new_empty(layout.slots, *rows), argmax
 
 

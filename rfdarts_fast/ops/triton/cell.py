@@ -14,11 +14,14 @@ from torch import Tensor
 from rfdarts_fast.ops.contract import CellPlan, Op
 from rfdarts_fast.ops.triton import kernels_backward as backward
 from rfdarts_fast.ops.triton import kernels_forward as forward
+from rfdarts_fast.ops.triton import kernels_nor_conv as nor_conv
 from rfdarts_fast.ops.triton import tuning
 from rfdarts_fast.ops.triton.arguments import (
+    SIDE,
     Depthwise,
     NormBackward,
     Norms,
+    Parts,
     Pools,
     Rows,
     Sizes,
@@ -77,7 +80,7 @@ class Cell:
         states: inputs [inputs, M * stride^2, C * K], then the nodes: one after the other, or with `concat`
             side by side.
         branch_outputs: [slots, M, C].
-        argmax: of the max pools, uint8 [sources, M, C].
+        argmax: of the max pools, uint8 [sources, M, C]; of none where the cell has none.
         moments: mean and biased variance [2, norms, C], in the dtype of all arithmetic.
         rstd, gamma, beta: [norms, C].
         op_weights: [edges, primitives].
@@ -177,11 +180,13 @@ class Cell:
         if source.pools:
             self.launch(
                 forward.pools_kernel, self.tiles(self.M),
-                x=x, y=y[source.pool_slot :], argmax=self.argmax[index], STRIDE=source.stride,
+                x=x, y=y[source.pool_slot :], argmax=self.argmax[index:], STRIDE=source.stride,
                 MAX=Op.MAX_POOL in source.pools, AVERAGE=Op.AVG_POOL in source.pools,
             )  # fmt: skip
+        if source.nor_convs:
+            self.nor_convs(x, source, weights.nor_convs, statistics)
         if statistics:
-            self.statistics(source.slot, source.outer_slot, source.early)
+            self.statistics(source.early_slots, source.early)
         if not source.separable:
             return
         depthwise = depthwise[: len(source.separable)]
@@ -193,10 +198,26 @@ class Cell:
                 out=depthwise[group.first :], terms=self.terms(source.inner_of(group)), norms=self.norms,
                 branches=1, KERNEL=group.kernel, DILATION=group.dilation, STRIDE=1, NORM=True, NB=1,
             )  # fmt: skip
-        last = source.outer_slot + len(source.separable)
-        torch.bmm(depthwise, weights.outer_pointwise.mT, out=y[source.outer_slot : last])
+        slots = Span(source.outer_slot, source.nor_slot)
+        torch.bmm(depthwise, weights.outer_pointwise.mT, out=y[slots.first : slots.last])
         if statistics:
-            self.statistics(source.outer_slot, last, source.late)
+            self.statistics(slots, source.late)
+
+    def nor_convs(self, x: State, source: Source, weights: Tensor, statistics: bool) -> None:
+        """NOR_CONVs of x, a launch for each kernel size, and with `statistics` their BatchNorms' moments."""
+        y, parts = self.branch_outputs, tuning.product_parts(self.M)
+        partial = self.partial(len(source.nor_convs) * statistics, parts.count, 2, self.C)
+        for group in source.nor_groups:
+            self.launch(
+                nor_conv.nor_conv_kernel,
+                lambda meta: (triton.cdiv(meta["branches"] * self.C, meta["BN"]), parts.count),
+                x=x, weights=weights[group.weight :], y=y[source.nor_slot + group.first :],
+                partial=partial[group.first :], branches=group.size, parts=parts, KERNEL=group.kernel,
+                STATISTICS=statistics,
+                **tuning.product_blocks(self.C, group.size * self.C, y.element_size()),
+            )  # fmt: skip
+        if statistics:
+            self.merge_moments(partial, source.nor_slot, source.nor_terms, parts)
 
     def reduce(self, x: State, weights: Tensor, out: Tensor) -> None:
         """FactorizedReduce's convolutions: of the first and of the last pixel of each 2x2 window."""
@@ -215,20 +236,24 @@ class Cell:
                 torch.bmm(grads[..., half], weights[:, half], out=out[:, :, place])
         return out
 
-    def statistics(self, first: int, last: int, terms: Span) -> None:
-        """The moments of the terms' BatchNorms, which are behind the slots from `first` to `last`."""
-        if terms.first == terms.last:
+    def statistics(self, slots: Span, terms: Span) -> None:
+        """The moments of the terms' BatchNorms, which are behind the slots."""
+        if not terms.size:
             return
-        partial = self.partial(last - first, self.parts.count, 2, self.C)
+        partial = self.partial(slots.size, self.parts.count, 2, self.C)
         self.launch(
-            forward.statistics_kernel, self.over_parts(last - first),
-            y=self.branch_outputs[first:], partial=partial, parts=self.parts,
+            forward.statistics_kernel, self.over_parts(slots.size),
+            y=self.branch_outputs[slots.first :], partial=partial, parts=self.parts,
         )  # fmt: skip
+        self.merge_moments(partial, slots.first, terms, self.parts)
+
+    def merge_moments(self, partial: Tensor, first_slot: int, terms: Span, parts: Parts) -> None:
+        """The moments of the terms' BatchNorms, from those of the parts of the slots from `first_slot` on."""
         mean, variance = self.moments
         self.launch(
             forward.moments_kernel, lambda meta: (terms.size, self.blocks),
             partial=partial, mean=mean, variance=variance, rstd=self.rstd, terms=self.terms(terms),
-            first_slot=first, parts=self.parts, EPS=self.plan.eps,
+            first_slot=first_slot, parts=parts, EPS=self.plan.eps,
         )  # fmt: skip
 
     def node_forward(self, index: int) -> None:
@@ -308,7 +333,8 @@ class Cell:
         self.launch(
             backward.branch_gradient_kernel, self.tiles(self.M, spans.size),
             g=g, y=self.branch_outputs, out=out, terms=self.constants.terms,
-            spans=Rows(self.constants.spans, *spans), norm_backward=self.norm_backward, norms=self.norms,
+            spans=Rows(self.constants.spans, *spans), weights=self.weights,
+            norm_backward=self.norm_backward, norms=self.norms,
         )  # fmt: skip
 
     def source_backward(self, index: int, outside: Tensor, out: Tensor | None, made: Gradients) -> None:
@@ -325,7 +351,9 @@ class Cell:
                 self.branch_gradients(inner, grad_y, source.inner_gradients)
         if out is None:
             return
-        of_depthwise, of_reduces, of_pools = grad_y.split([source.depthwise, reduces, len(source.pools)])
+        of_depthwise, of_reduces, of_pools, of_nor_convs = grad_y.split(
+            [source.depthwise, reduces, len(source.pools), len(source.nor_convs)]
+        )
         depthwise = Depthwise(
             self.product(of_depthwise, weights.pointwise),
             weights.depthwise,
@@ -339,8 +367,10 @@ class Cell:
         self.launch(
             backward.input_gradient_kernel, self.tiles(rows),
             depthwise=depthwise, reduce_grads=self.reduce_backward(of_reduces, weights.reduces),
-            pools=Pools(of_pools, self.argmax[index]), g=self.mixed_grads,
+            nor_conv_grads=self.nor_convs_backward(source, of_nor_convs, weights.nor_convs_backward),
+            pools=Pools(of_pools, self.argmax[index:]), g=self.mixed_grads,
             KERNELS=tuple((group.kernel, group.dilation) for group in source.groups), REDUCES=reduces,
+            NOR_CONVS=len(source.nor_convs) > 0,
             MAX=Op.MAX_POOL in source.pools, AVERAGE=Op.AVG_POOL in source.pools, **shared,
         )  # fmt: skip
         if self.K > 1:
@@ -351,6 +381,23 @@ class Cell:
         """a [branches, M, out] by b [branches, out, in]."""
         # an `out` keeps autocast away
         return torch.bmm(a, b, out=self.empty(len(a), self.M, b.shape[2])) if len(a) else a
+
+    def nor_convs_backward(self, source: Source, grads: Tensor, weights: Tensor) -> Tensor:
+        """The gradient [M, C] of relu(x) from those of all NOR_CONVs that read it, [convolutions, M, C]."""
+        if not source.nor_convs:
+            return grads
+        out = self.empty(self.M, self.C)
+        self.launch(
+            nor_conv.nor_conv_backward_kernel,
+            lambda meta: (
+                triton.cdiv(self.M, meta["TILE"] // SIDE.value),
+                triton.cdiv(self.C, meta["BN"]),
+            ),
+            grads=grads, weights=weights, out=out, groups=Rows(self.constants.groups, *source.nor_group_rows),
+            KERNELS=tuple(group.kernel for group in source.nor_groups),
+            **tuning.product_blocks(self.C, self.C, out.element_size()),
+        )  # fmt: skip
+        return out
 
     def inner_backward(self, source: Source, grads: Tensor, weights: Tensor, made: Gradients) -> Tensor:
         """Gradients [separable, M, C] behind the BatchNorms inside separable branches, from those behind the

@@ -146,11 +146,11 @@ def norm_backward_kernel(
 
 @untuned
 def branch_gradient_kernel(
-    g, y, out, terms, spans, norm_backward, norms, sizes,
+    g, y, out, terms, spans, weights, norm_backward, norms, sizes,
     ACC: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """out [spans, M, C]: grad_y = scale g + slope (y - mean) + shift, summed over the terms in a span: the
-    BatchNorms that share a branch output. g [.., M, C]."""
+    """out [spans, M, C]: grad_y = scale g + slope (y - mean) + shift, summed over the terms in a span, which
+    share a branch output; without a BatchNorm the scale is the term weight. g [.., M, C]."""
     M, C, _, _ = sizes
     BM: tl.constexpr = TILE // BC
     rows, cols = block_of(0, BM), block_of(1, BC)
@@ -163,6 +163,7 @@ def branch_gradient_kernel(
         term = term_at(terms, place)
         grad = tl.load(g + term.grad * size + at, mask=mask, other=0.0).to(ACC)
         scale, slope, shift = load_norm_backward(norm_backward, term.norm, C, cols, ACC)
+        scale = tl.where(term.norm >= 0, scale, term_weight(weights, term.edge, term.primitive, ACC))
         # with running statistics slope is 0, whatever y is: an infinity or NaN too
         needed = mask & (slope != 0)[None, :]
         value = tl.load(y + term.slot * size + at, mask=needed, other=0.0).to(ACC)
@@ -299,15 +300,17 @@ def identities_backward(total, g, edges, weights, rows, cols, sizes, ACC: tl.con
 
 @tuned("STRIDE", "KERNELS", "REDUCES")
 def input_gradient_kernel(
-    x, out, outside, depthwise, reduce_grads, pools, g, edges, weights, sizes,
-    KERNELS: tl.constexpr, REDUCES: tl.constexpr, MAX: tl.constexpr, AVERAGE: tl.constexpr,
+    x, out, outside, depthwise, reduce_grads, nor_conv_grads, pools, g, edges, weights, sizes,
+    KERNELS: tl.constexpr, REDUCES: tl.constexpr, NOR_CONVS: tl.constexpr, MAX: tl.constexpr,
+    AVERAGE: tl.constexpr,
     STRIDE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a state's mixed channels, from all edges that leave it, in one write.
 
     x, out: the state and its gradient [M * STRIDE^2, C * K]; outside: the gradient that the cell is given for
     it; g [nodes, M, C]: gradients of nodes; edges: those that leave the state; KERNELS: kernel size and
-    dilation of each group of depthwise convolutions; reduce_grads: see `reduces_backward`.
+    dilation of each group of depthwise convolutions; reduce_grads: see `reduces_backward`; nor_conv_grads
+    [M, C]: what `nor_conv_backward_kernel` makes, with NOR_CONVS.
     """
     M, C, OH, OW = sizes
     BM: tl.constexpr = TILE // BC
@@ -329,6 +332,9 @@ def input_gradient_kernel(
             )  # fmt: skip
     if REDUCES > 0:
         total = reduces_backward(total, reduce_grads, exist, n, iy, ix, cols, sizes, REDUCES, ACC)
+    if NOR_CONVS:
+        at = rows[:, None] * C + cols[None, :]
+        total += tl.load(nor_conv_grads + at, mask=mask, other=0.0).to(ACC)
     # the ReLU before all convolutions
     value = tl.load(x.data + rows[:, None] * x.row + cols[None, :], mask=mask, other=0.0)
     total = tl.where(value.to(ACC) <= 0, 0.0, total)

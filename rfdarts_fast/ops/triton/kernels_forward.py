@@ -4,6 +4,7 @@
 import triton.language as tl
 
 from rfdarts_fast.ops.triton.arguments import (
+    add_to_moments,
     block_of,
     divide,
     edge_at,
@@ -123,7 +124,7 @@ def pools_kernel(
 @untuned
 def statistics_kernel(y, partial, sizes, parts, ACC: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr):
     """partial [slots, parts, 2, C]: mean, and sum of squared distances from it, of each part's rows of each
-    slot of y; blocks merged by the rule of Chan, Golub and LeVeque (1983)."""
+    slot of y."""
     M, C, _, _ = sizes
     BM: tl.constexpr = TILE // BC
     slot, part, cols = tl.program_id(0), tl.program_id(1), block_of(2, BC)
@@ -135,15 +136,7 @@ def statistics_kernel(y, partial, sizes, parts, ACC: tl.constexpr, TILE: tl.cons
         rows = row + tl.arange(0, BM)
         mask = (rows < stop)[:, None] & (cols < C)[None, :]
         value = tl.load(y + rows[:, None] * C + cols[None, :], mask=mask, other=0.0).to(ACC)
-        count = tl.cast(tl.minimum(stop - row, BM), ACC)
-        before = tl.cast(row - start, ACC)
-        own_mean = tl.sum(value, 0) / count
-        # a sum of values far from zero is rounded by more than their spread: add what it missed
-        own_mean += tl.sum(tl.where(mask, value - own_mean[None, :], 0.0), 0) / count
-        distance = tl.where(mask, value - own_mean[None, :], 0.0)
-        delta = own_mean - mean
-        mean += delta * (count / (before + count))
-        squares += tl.sum(distance * distance, 0) + delta * delta * (before * count / (before + count))
+        mean, squares = add_to_moments(mean, squares, value, mask, row, start, stop)
     target = partial + ((slot * parts.count + part) * 2) * C + cols
     tl.store(target, mean, mask=cols < C)
     tl.store(target + C, squares, mask=cols < C)

@@ -1,15 +1,16 @@
 """The layout of a cell's branches for the kernels, made once for each plan.
 
 All branch outputs lie in one tensor y [slots, M, C]; a slot is the output of a pointwise convolution, of a
-FactorizedReduce's, of a pool, or noise. Pools read one state whatever the edge, so that a state has each
-once. The slots of a state: first halves of separable convolutions, dilated ones, reductions, max pool,
-average pool, second halves; all separable ones sorted by kernel size, and so the dilated ones.
+FactorizedReduce's, of a NOR_CONV, of a pool, or noise. Pools read one state whatever the edge, so that a
+state has each once. The slots of a state: first halves of separable convolutions, dilated ones, reductions,
+max pool, average pool, second halves, NOR_CONVs; all separable ones sorted by kernel size, so the dilated
+ones, and the NOR_CONVs, 3x3 first. 1x1 ones have slots too: made again, they would read as many bytes.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple, TypeVar
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rfdarts_fast.ops.contract import Branch, CellPlan, Edge, Op
-from rfdarts_fast.ops.triton.arguments import ROW, DepthwiseGroup, EdgeRow, Span, TermRow
+from rfdarts_fast.ops.triton.arguments import ROW, ConvGroup, EdgeRow, Span, TermRow
 
 Row = TypeVar("Row", bound=tuple)
 
@@ -49,13 +50,17 @@ class Source:
 
     Attributes:
         slot: the first one of the state.
-        separable, dilated, reduces: branches of each operation.
+        separable, dilated, reduces, nor_convs: branches of each operation.
         pools: operations of the pools, each once.
         groups: first depthwise convolutions of the separable branches, then of the dilated ones.
-        group_rows, edges: rows of the tables of groups and of edges.
+        nor_groups: NOR_CONVs of each kernel size.
+        group_rows, nor_group_rows, edges: rows of the tables of groups and of edges.
         inner: terms of the BatchNorms inside separable branches.
-        early: `inner`, and the terms of all other branches; late: those of the separable ones.
-        gradients: spans of the terms that share a branch output: separable, dilated, reduces, pools.
+        early: `inner`, and the terms of dilated branches, reductions and pools that have a BatchNorm; late:
+            those of the separable ones; nor_terms: of NOR_CONVs.
+        early_slots: the slots of `early`.
+        gradients: spans of the terms that share a branch output: separable, dilated, reduces, pools,
+            NOR_CONVs.
         inner_gradients: spans of each of `inner`.
     """
 
@@ -64,18 +69,23 @@ class Source:
     separable: list[Branch]
     dilated: list[Branch]
     reduces: list[Branch]
+    nor_convs: list[Branch]
     pools: list[Op]
-    groups: list[DepthwiseGroup]
+    groups: list[ConvGroup]
+    nor_groups: list[ConvGroup]
     group_rows: Span
+    nor_group_rows: Span
     edges: Span
     inner: Span
     early: Span
     late: Span
+    nor_terms: Span
+    early_slots: Span
     gradients: Span
     inner_gradients: Span
 
     @property
-    def separable_groups(self) -> list[DepthwiseGroup]:
+    def separable_groups(self) -> list[ConvGroup]:
         return [group for group in self.groups if group.first < len(self.separable)]
 
     @property
@@ -88,7 +98,7 @@ class Source:
         """Branch outputs that nodes read."""
         return self.gradients.size
 
-    def inner_of(self, group: DepthwiseGroup) -> Span:
+    def inner_of(self, group: ConvGroup) -> Span:
         """The terms inside a group of separable branches."""
         return Span(self.inner.first + group.first, self.inner.first + group.last)
 
@@ -104,6 +114,10 @@ class Source:
     def outer_slot(self) -> int:
         return self.pool_slot + len(self.pools)
 
+    @property
+    def nor_slot(self) -> int:
+        return self.outer_slot + len(self.separable)
+
 
 class Node(NamedTuple):
     """Rows of a node's terms and of its incoming edges; `passes`: some have an identity or a bypass."""
@@ -116,13 +130,17 @@ class Node(NamedTuple):
 @dataclass
 class SourceWeights:
     """Frozen convolutions of a state's branches: depthwise ones flat, [branch, kernel^2, C]; pointwise ones
-    [branch, out, in]; FactorizedReduce's two as one matrix, one below the other."""
+    [branch, out, in]; FactorizedReduce's two as one matrix, one below the other; NOR_CONVs flat, those of one
+    kernel size [kernel^2, in, branch * out], and for the backward [branch, kernel^2, out, in] with their taps
+    turned round."""
 
     depthwise: Tensor
     pointwise: Tensor
     outer_depthwise: Tensor
     outer_pointwise: Tensor
     reduces: Tensor
+    nor_convs: Tensor
+    nor_convs_backward: Tensor
 
 
 @dataclass
@@ -144,7 +162,7 @@ class Layout:
         self.slots = 0
         self.terms: list[TermRow] = []
         self.spans: list[Span] = []
-        self.groups: list[DepthwiseGroup] = []
+        self.groups: list[ConvGroup] = []
         identity = [_identity(edge) for edge in plan.edges]
         # all edges in their order, then those that leave each state
         self.edges = [EdgeRow(i, e.source, e.node, identity[i]) for i, e in enumerate(plan.edges)]
@@ -176,11 +194,16 @@ class Layout:
 
     def _source(self, plan: CellPlan, state: int, branches: list[Placed]) -> Source:
         def of(op: Op) -> list[Placed]:
-            # a stable sort: edges stay in order
-            return sorted((b for b in leaving if b.branch.op is op), key=lambda b: b.kernel_and_dilation)
+            # a stable sort: edges stay in order; what no BatchNorm reads is last
+            return sorted(
+                (b for b in leaving if b.branch.op is op),
+                key=lambda b: (*b.kernel_and_dilation, b.branch.norm < 0),
+            )
 
         leaving = [b for b in branches if b.edge.source == state]
         separable, dilated, reduces = of(Op.SEP_CONV), of(Op.DIL_CONV), of(Op.REDUCE)
+        # the longest work first
+        nor_convs = sorted(of(Op.NOR_CONV), key=lambda b: -b.branch.kernel)
         pools = {op: own for op in (Op.MAX_POOL, Op.AVG_POOL) if (own := of(op))}
         slot = self.slots
         self.slots += len(separable)
@@ -189,23 +212,30 @@ class Layout:
             [TermRow(slot + i, b.branch.inner_norm, *b.key, i) for i, b in enumerate(separable)],
         )
         early = [self._terms(own) for own in [*([b] for b in dilated + reduces), *pools.values()]]
-        late = [self._terms([b]) for b in separable]
-        middle, last = len(self.terms) - len(separable), len(self.terms)
+        read = [term for term in self.terms[inner.first :] if term.norm >= 0]
+        late, last = self._each(separable)
+        ordinary, nor_terms = self._each(nor_convs)
         groups = _groups([separable, dilated], plan.mixed_channels)
+        nor_groups = _groups([nor_convs], plan.mixed_channels**2)
         return Source(
             stride=plan.stride if state < plan.inputs else 1,
             slot=slot,
             separable=[b.branch for b in separable],
             dilated=[b.branch for b in dilated],
             reduces=[b.branch for b in reduces],
+            nor_convs=[b.branch for b in nor_convs],
             pools=[*pools],
             groups=groups,
+            nor_groups=nor_groups,
             group_rows=_add(self.groups, groups),
+            nor_group_rows=_add(self.groups, nor_groups),
             edges=_add(self.edges, [row for row in self.edges[: len(plan.edges)] if row.source == state]),
             inner=inner,
-            early=Span(inner.first, middle),
-            late=Span(middle, last),
-            gradients=_add(self.spans, late + early),
+            early=Span(inner.first, inner.first + len(read)),
+            late=last,
+            nor_terms=nor_terms,
+            early_slots=Span(slot, read[-1].slot + 1 if read else slot),
+            gradients=_add(self.spans, late + early + ordinary),
             inner_gradients=_add(self.spans, [Span(i, i + 1) for i in range(*inner)]),
         )
 
@@ -219,6 +249,12 @@ class Layout:
         """The terms of branches that share a new slot."""
         slot = self._slot(branches)
         return _add(self.terms, [b.term(slot) for b in branches])
+
+    def _each(self, branches: list[Placed]) -> tuple[list[Span], Span]:
+        """The term of each of the branches, and all of them, with a new slot each."""
+        first = len(self.terms)
+        spans = [self._terms([b]) for b in branches]
+        return spans, Span(first, len(self.terms))
 
     def _node(self, plan: CellPlan, node: int, branches: list[Placed]) -> Node:
         entering = [b for b in branches if b.edge.node == node and b.key in self._slot_of]
@@ -239,15 +275,16 @@ def _identity(edge: Edge) -> int:
     return next((i for i, branch in enumerate(edge.branches) if branch.op is Op.IDENTITY), -1)
 
 
-def _groups(halves: Sequence[list[Placed]], channels: int) -> list[DepthwiseGroup]:
-    """Neighbours of one kernel size and dilation; separable and dilated branches apart even then."""
+def _groups(halves: Sequence[list[Placed]], size: int) -> list[ConvGroup]:
+    """Neighbours of one kernel size and dilation; separable and dilated branches apart even then. `size`:
+    weights of a tap."""
     groups = []
     first = weight = 0
     for branches in halves:
         for (kernel, dilation), members in groupby(branches, lambda b: b.kernel_and_dilation):
             last = first + len([*members])
-            groups.append(DepthwiseGroup(kernel, dilation, first, last, weight))
-            weight += (last - first) * kernel**2 * channels
+            groups.append(ConvGroup(kernel, dilation, first, last, weight))
+            weight += (last - first) * kernel**2 * size
             first = last
     return groups
 
@@ -284,6 +321,12 @@ def _pack(plan: CellPlan, source: Source, dtype: torch.dtype) -> SourceWeights:
     def stacked(matrices: list[Tensor]) -> Tensor:
         return torch.stack(matrices).to(dtype) if matrices else like.new_empty(0, dtype=dtype)
 
+    def in_groups(pack: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """NOR_CONVs, each [out, in, kernel^2]."""
+        convs = [branch.convs[0].weight.flatten(2) for branch in source.nor_convs]
+        parts = [pack(convs[group.first : group.last]).reshape(-1) for group in source.nor_groups]
+        return torch.cat(parts).to(dtype) if parts else like.new_empty(0, dtype=dtype)
+
     first = source.separable + source.dilated
     return SourceWeights(
         flat([b.convs[0] for b in first]),
@@ -291,4 +334,6 @@ def _pack(plan: CellPlan, source: Source, dtype: torch.dtype) -> SourceWeights:
         flat([b.convs[2] for b in source.separable]),
         stacked([b.convs[3].weight.flatten(1) for b in source.separable]),
         stacked([torch.cat([conv.weight.flatten(1) for conv in b.convs]) for b in source.reduces]),
+        in_groups(lambda convs: torch.cat(convs).permute(2, 1, 0)),
+        in_groups(lambda convs: torch.stack(convs).flip(3).permute(0, 3, 1, 2)),
     )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from rfdarts_fast.ops.triton.arguments import Parts
+from rfdarts_fast.ops.triton.arguments import SIDE, Parts
 
 # elements of a tile, warps: at most eight elements a thread, more would not fit into its registers
 TILE, WARPS = 1024, 4
@@ -19,6 +19,12 @@ CHUNK = 256
 PARTS = 256
 # channels of a tile
 WIDEST = 64
+# the same of products, which sum over their outputs: a program for each part, short enough for many programs
+PRODUCT_CHUNK = 64
+PRODUCT_PARTS = 512
+# bytes of outputs of a pixel in a product's tile, and of inputs that are added up at once: more, and values
+# would not fit into the registers
+OUTPUTS, INPUTS = 128, 64
 
 
 def interpreted() -> bool:
@@ -45,10 +51,12 @@ def untuned(function: Callable) -> Any:
 def registers(arguments: dict[str, Any]) -> dict[str, Any]:
     """Options of ptxas about registers. Left alone, it spills a few so that one more block fits on a
     multiprocessor: not where it is to use few in the first place, nor where a limit is given; a limit has it
-    use more of them, so that only float64 gets one."""
+    use more of them, so that only float64 gets one, and products, some of which would spill without."""
     if torch.version.hip is not None:
         return {}
-    return {"maxnreg": 255} if arguments["ACC"] == tl.float64 else {"ptx_options": "--register-usage-level=0"}
+    if "BN" in arguments or arguments["ACC"] == tl.float64:
+        return {"maxnreg": 255}
+    return {"ptx_options": "--register-usage-level=0"}
 
 
 def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], **arguments: Any) -> None:
@@ -68,10 +76,26 @@ def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], **arg
 
 def parts(rows: int) -> Parts:
     """The parts of a sum over so many pixels."""
-    size = CHUNK * triton.cdiv(rows, CHUNK * PARTS)
+    return _parts(rows, CHUNK, PARTS)
+
+
+def product_parts(rows: int) -> Parts:
+    """The parts of so many pixels in products that sum over their outputs."""
+    return _parts(rows, PRODUCT_CHUNK, PRODUCT_PARTS)
+
+
+def _parts(rows: int, chunk: int, most: int) -> Parts:
+    size = chunk * triton.cdiv(rows, chunk * most)
     return Parts(size, triton.cdiv(rows, size))
 
 
 def channel_block(channels: int) -> int:
     """Channels of a tile: a power of two."""
     return min(triton.next_power_of_2(channels), WIDEST)
+
+
+def product_blocks(inputs: int, outputs: int, item: int) -> dict[str, int]:
+    """Outputs of a product's tile, and inputs that are added up at once, for numbers of `item` bytes."""
+    outputs = min(channel_block(outputs), OUTPUTS // item)
+    inputs = min(triton.next_power_of_2(inputs), INPUTS // item)
+    return {"BN": max(outputs, SIDE.value), "BK": max(inputs, SIDE.value)}

@@ -21,14 +21,18 @@ from triton.runtime import driver
 from rfdarts_fast.ops import backends
 from rfdarts_fast.ops.triton import tuning
 from tests.kernels.oracles import Kernels
-from tests.kernels.problems import CellProblem
+from tests.kernels.problems import NASBENCH201, CellProblem
 
-# the first one has all kernels, the third the branches of a whole cell
+# the first two have all kernels, the fourth the branches of a whole cell
 CELLS = (
     {"channels": 64, "K": 4, "stride": 2, "inputs": 1, "nodes": 1},
+    {"channels": 16, **NASBENCH201},
     {"channels": 16, "K": 4, "stride": 2},
     {"channels": 16, "nodes": 4},
     {"channels": 64, "K": 2, "nodes": 1},
+    {"channels": 32, **NASBENCH201},
+    {"channels": 64, **NASBENCH201},
+    {"channels": 5, **NASBENCH201},
 )
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 

@@ -16,7 +16,7 @@ from rfdarts_fast.ops import BackendError, backends, triton, use_backend
 from rfdarts_fast.spaces import DARTS_PRIMITIVES
 from tests.asked import Asked
 from tests.kernels.oracles import Kernels, on
-from tests.kernels.problems import CellProblem
+from tests.kernels.problems import NASBENCH201, CellProblem
 from tests.kernels.triton.device import DEVICE, SWITCH
 
 TRITON = Kernels(backends()["triton"], DEVICE)
@@ -100,6 +100,10 @@ def test_reasons_against_a_cell():
     assert reason(edges, x, x[:1]) == "inputs of different sizes"
     huge = torch.empty(2**14, 4, 2**8, 2**8, device="meta", dtype=torch.float64)
     assert "no kernels for inputs of" in reason(edges, huge, huge)
+    with torch.device("meta"):
+        wide = MixedOp(("nor_conv_1x1", "nor_conv_3x3"), 2**14, 1).double().requires_grad_(False)
+        x = torch.empty(2, 2**14, 1, 1, dtype=torch.float64)
+    assert reason([wide], x) == f"no kernels for {10 * 2**28} weights of convolutions that leave one state"
     trained = CellProblem(nodes=1)
     next(m for m in trained.module.modules() if isinstance(m, torch.nn.Conv2d)).weight.requires_grad_(True)
     assert "trained" in reason(trained.module, *trained.inputs)
@@ -141,13 +145,18 @@ def launched(backend, monkeypatch):
     return names
 
 
+HOST = {
+    "DARTS": dict(K=2, channels=8, stride=2, primitives=("noise", *DARTS_PRIMITIVES)),
+    "NAS-Bench-201": NASBENCH201 | dict(channels=8, inputs=2, nodes=2),
+}
+
+
 @pytest.mark.parametrize("memory", ["fast", "recompute"])
+@pytest.mark.parametrize("options", HOST.values(), ids=HOST)
 @on("triton")
-def test_the_host_never_asks_for_a_value(backend, launched, memory):
+def test_the_host_never_asks_for_a_value(backend, launched, options, memory):
     """Or a step could not be recorded in a CUDA graph."""
-    problem = CellProblem(
-        dtype=torch.float32, K=2, channels=8, stride=2, inputs=1, primitives=("noise", *DARTS_PRIMITIVES)
-    )
+    problem = CellProblem(dtype=torch.float32, **options | {"inputs": 1})
     # what is made once
     problem.run(backend, memory=memory)
     with Asked() as asked:
@@ -171,26 +180,39 @@ def test_edges_share_launches(backend, launched):
     assert launched.count("depthwise_kernel") == 5 * 6
 
 
+@on("triton")
+def test_ordinary_convolutions_share_launches(backend, launched):
+    CellProblem(dtype=torch.float32, channels=4, **NASBENCH201).run(backend)
+    # those of one kernel size that leave one of the three states
+    assert launched.count("nor_conv_kernel") == 3 * 2
+    assert launched.count("nor_conv_backward_kernel") == 3
+    # what they make is not read again for its statistics, and pools have none
+    assert "statistics_kernel" not in launched
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("concat", [False, True])
 @pytest.mark.parametrize("memory", ["fast", "bfloat16", "recompute"])
+@pytest.mark.parametrize("options", HOST.values(), ids=HOST)
 @on("triton")
-def test_host_side_on_another_device(backend, launched, monkeypatch, dtype, concat, memory):
+def test_host_side_on_another_device(backend, launched, monkeypatch, dtype, options, concat, memory):
     """Shapes, dtypes, and that nothing is made on the CPU: on a device whose tensors hold no data."""
     # torch knows no autocast there
     for module in (triton, importlib.import_module("rfdarts_fast.ops.triton.autograd")):
         monkeypatch.setattr(module, "storage_dtype", lambda x: x.dtype)
-    problem = CellProblem((2, 6, 10), K=2, channels=8, stride=2, primitives=("noise", *DARTS_PRIMITIVES))
+    problem = CellProblem((2, 6, 10), **options)
     edges, inputs, weights = problem.leaves(Kernels(backend.backend, "meta"), dtype)
     call = backend.call(list(edges), inputs, *weights, memory=memory, concat=concat)
     assert triton.unsupported_anywhere(call) is None
     nodes = backend.backend.mixed_cell(call)
-    assert [tuple(x.shape) for x in nodes] == ([(2, 16, 3, 5)] if concat else 2 * [(2, 8, 3, 5)])
+    size = (3, 5) if options.get("stride") == 2 else (6, 10)
+    assert [tuple(x.shape) for x in nodes] == ([(2, 16, *size)] if concat else 2 * [(2, 8, *size)])
     assert all(x.device.type == "meta" and x.dtype == dtype for x in nodes)
     torch.autograd.backward(nodes, [torch.empty_like(node) for node in nodes])
     for leaf in (*inputs, *weights, *(p for p in edges.parameters() if p.requires_grad)):
         assert (leaf.grad.shape, leaf.grad.dtype, leaf.grad.device) == (leaf.shape, leaf.dtype, leaf.device)
-    assert "depthwise_kernel" in launched and "bypass_backward_kernel" in launched
+    assert "input_gradient_kernel" in launched
+    assert ("bypass_backward_kernel" in launched) != ("nor_conv_backward_kernel" in launched)
 
 
 @on("triton")

@@ -6,8 +6,9 @@ import importlib
 import pytest
 import torch
 
+from rfdarts_fast.ops.plan import plan_of
 from tests.kernels.oracles import on, over
-from tests.kernels.problems import CellProblem
+from tests.kernels.problems import NASBENCH201, CellProblem
 from tests.kernels.tolerances import assert_as_good_as_torch, assert_same_bits
 from tests.kernels.triton.device import DEVICE
 
@@ -19,21 +20,32 @@ SIX = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "
 def small_tiles(monkeypatch):
     """Cuts a small case as a large one is: several tiles, several parts of sums, several tiles in each."""
     tuning = importlib.import_module("rfdarts_fast.ops.triton.tuning")
-    for name, value in {"TILE": 128, "CHUNK": 40, "PARTS": 3, "WIDEST": 2}.items():
+    values = {"TILE": 128, "CHUNK": 40, "PARTS": 3, "WIDEST": 2, "PRODUCT_CHUNK": 21, "PRODUCT_PARTS": 3}
+    for name, value in values.items():
         monkeypatch.setattr(tuning, name, value)
-    assert tuning.parts(200) == (80, 3)
+    # of products the last tile of a part is not whole
+    assert tuning.parts(200) == (80, 3) and tuning.product_parts(200) == (84, 3)
+    assert tuning.product_blocks(20, 60, 8) == {"BN": 16, "BK": 16}
 
 
-@pytest.mark.parametrize("options", [dict(K=2, channels=8), dict(stride=2)], ids=str)
+MANY = {
+    "K=2": dict(K=2, channels=8, primitives=THREE),
+    "stride 2": dict(stride=2, primitives=THREE),
+    "NAS-Bench-201": NASBENCH201 | dict(channels=20, nodes=1),
+}
+
+
+@pytest.mark.parametrize("options", MANY.values(), ids=MANY)
 @on("triton")
 def test_many_tiles_and_parts(backend, small_tiles, options):
-    assert_as_good_as_torch(backend, CellProblem((2, 10, 10), primitives=THREE, inputs=1, nodes=1, **options))
+    assert_as_good_as_torch(backend, CellProblem((2, 10, 10), **{"inputs": 1, "nodes": 1} | options))
 
 
+@pytest.mark.parametrize("name", ["K=2", "NAS-Bench-201"])
 @on("triton")
-def test_results_do_not_depend_on_the_order_of_programs(backend, small_tiles, monkeypatch):
+def test_results_do_not_depend_on_the_order_of_programs(backend, small_tiles, monkeypatch, name):
     """A GPU runs a kernel's programs in any order: sums that several of them add to would differ."""
-    problem = CellProblem((3, 8, 8), torch.float32, primitives=THREE, K=2, channels=8, inputs=1, nodes=1)
+    problem = CellProblem((3, 8, 8), torch.float32, **{"inputs": 1, "nodes": 1} | MANY[name])
     expected = problem.run(backend)
     programs = []
     if DEVICE == "cpu":
@@ -50,11 +62,16 @@ def test_results_do_not_depend_on_the_order_of_programs(backend, small_tiles, mo
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter checks this")
+@pytest.mark.parametrize(
+    "options",
+    [dict(primitives=SIX, K=2, stride=2, inputs=1, nodes=1), NASBENCH201 | dict(channels=3, nodes=1)],
+    ids=["K=2, stride 2", "NAS-Bench-201"],
+)
 @on("triton")
-def test_no_index_overflows(backend, monkeypatch):
+def test_no_index_overflows(backend, monkeypatch, options):
     builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
     monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
-    assert_as_good_as_torch(backend, CellProblem((2, 4, 6), primitives=SIX, K=2, stride=2, inputs=1, nodes=1))
+    assert_as_good_as_torch(backend, CellProblem((2, 4, 6), **options))
 
 
 @over(
@@ -64,6 +81,7 @@ def test_no_index_overflows(backend, monkeypatch):
         {
             "stride 1": dict(inputs=1, nodes=2),
             "K=4, stride 2": dict(inputs=2, nodes=1, K=4, channels=16, stride=2),
+            "NAS-Bench-201": NASBENCH201 | dict(nodes=2),
         },
     )
 )
@@ -73,23 +91,26 @@ def test_as_good_as_plain_pytorch(backend, dtype, options, monkeypatch):
     monkeypatch.setattr(tuning, "TILE", 256 if DEVICE == "cpu" else tuning.TILE)
     # one gradient of two edge weights is a matter of luck where PyTorch rounds well
     draws = 3 if dtype == torch.float32 else 1
-    problems = [CellProblem((4, 6, 10), dtype, primitives=SIX[1:], **options) for _ in range(draws)]
+    options = {"primitives": SIX[1:]} | options
+    problems = [CellProblem((4, 6, 10), dtype, **options) for _ in range(draws)]
     assert_as_good_as_torch(backend, *problems)
 
 
+@pytest.mark.parametrize("primitives", [SIX[1:3], ("nor_conv_1x1", "nor_conv_3x3")], ids=["pools", "convs"])
 @on("triton")
-def test_statistics_of_values_far_from_zero(backend):
+def test_statistics_of_values_far_from_zero(backend, primitives):
     """A sum of squares in float32 would be all rounding."""
     problem = CellProblem(
-        (4, 8, 8), torch.float32, primitives=SIX[1:3], inputs=1, nodes=1, place=lambda x: x.add_(1000)
+        (4, 8, 8), torch.float32, primitives=primitives, inputs=1, nodes=1, place=lambda x: x.add_(1000)
     )
     assert_as_good_as_torch(backend, problem, gradients=False)
 
 
+@pytest.mark.parametrize("options", [dict(primitives=SIX, inputs=1), NASBENCH201], ids=["DARTS", "201"])
 @on("triton")
-def test_memory_modes_keep_less(backend):
+def test_memory_modes_keep_less(backend, options):
     def kept(memory):
-        problem, held = CellProblem((2, 4, 6), torch.float32, primitives=SIX, inputs=1, nodes=1), {}
+        problem, held = CellProblem((2, 4, 6), torch.float32, **options | {"nodes": 1}), {}
         module, inputs, weights = problem.leaves(backend)
 
         def hold(x):
@@ -102,10 +123,19 @@ def test_memory_modes_keep_less(backend):
         return sum(held.values())
 
     assert kept("fast") > kept("bfloat16") > kept("recompute")
+    # as a memory budget counts
+    plan = plan_of(list(CellProblem(**options | {"nodes": 1}).module), 1)
+    outputs = 2 * 4 * 6 * 4 * 4 * backend.backend.kept_outputs(plan)
+    # beside the places of maxima
+    assert kept("fast") - kept("recompute") in (outputs, outputs + 2 * 4 * 6 * 4)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: nothing is tuned under the interpreter")
 @on("triton")
 def test_tuned_kernels(backend):
-    for options in (dict(channels=16, inputs=1, nodes=4), dict(channels=32, K=4, stride=2)):
+    for options in (
+        dict(channels=16, inputs=1, nodes=4),
+        dict(channels=32, K=4, stride=2),
+        NASBENCH201 | dict(channels=32),
+    ):
         assert_as_good_as_torch(backend, CellProblem((4, 32, 32), **options), poison=False)

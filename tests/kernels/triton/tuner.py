@@ -13,7 +13,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from rfdarts_fast.ops import backends
-from tests.kernels.problems import CellProblem
+from tests.kernels.problems import NASBENCH201, CellProblem
 from tests.kernels.triton.ahead import AbsentGPU, AbsentKernels
 
 tuned = set()
@@ -34,9 +34,10 @@ def run(self, *arguments, grid, warmup, TILE, num_warps, **constants):
 def main():
     driver.set_active(AbsentGPU(90))
     Autotuner._bench, JITFunction.run = bench, run
-    problem = CellProblem((2, 8, 8), torch.float32, channels=16, K=4, stride=2)
-    # NaNs in fresh memory come with deterministic algorithms
-    problem.run(AbsentKernels(backends()["triton"]), poison=sys.argv[1:] == ["deterministic"])
+    for options in (dict(K=4, stride=2), NASBENCH201):
+        problem = CellProblem((2, 8, 8), torch.float32, channels=16, **options)
+        # NaNs in fresh memory come with deterministic algorithms
+        problem.run(AbsentKernels(backends()["triton"]), poison=sys.argv[1:] == ["deterministic"])
 
 
 if __name__ == "__main__":
