@@ -34,7 +34,7 @@ struct BackwardPass : CellContext<T> {
     zero(grad_op_weights, int64_t(cell.edges.size()) * cell.primitives);
     zero(outputs.grad_gamma, int64_t(cell.norms) * cm);
     zero(outputs.grad_beta, int64_t(cell.norms) * cm);
-    launch_nor_convs<T>(*this, 0, cell.states(), false, [](const Branch& b) { return b.remade(); });
+    launch_nor_convs(*this, 0, cell.states(), false, [](const Branch& b) { return b.remade(); });
     if (!grad_edge_weights) return;
     int64_t terms = int64_t(cell.edges.size()) * (cell.primitives + 1);
     edge_terms = this->template take<double>(terms);

@@ -1,5 +1,5 @@
-// A cell forward as a sequence of launches: for the inputs, and then per state, first and second convolutions, each with
-// the merge of their statistics; per node one pass.
+// A cell forward as a sequence of launches: for the inputs, and then per state, first and second convolutions and those
+// of NAS-Bench-201, each with the merge of their statistics; per node one pass.
 #pragma once
 #include "cuda/nor_conv_launch.h"
 #include "cuda/node_forward.h"
@@ -134,7 +134,8 @@ struct ForwardPass : CellContext<T> {
     for (int s = first; s < last; s++) nor_convs(s);
   }
   void nor_convs(int s) {
-    auto p = launch_nor_convs<T>(*this, s, s + 1, cell.training, [&](const Branch& b) { return remakes || !b.remade(); });
+    auto wanted = [&](const Branch& b) { return remakes || !b.remade(); };
+    NorConvForward<T> p = launch_nor_convs(*this, s, s + 1, cell.training, wanted);
     std::vector<std::vector<int>> norms;
     for (int b = 0; b < p.branches; b++) norms.push_back({p.branch[b].norm});
     if (cell.training && p.branches) merge_moments(p.tiling, p.partial, norms);

@@ -1,5 +1,6 @@
 // Convolutions of NAS-Bench-201, from all channels to all, as products of a tile in shared memory with the matrices of
-// the kernel's taps; these stay in global memory. On tensor cores factors are of the storage type, else of arithmetic's.
+// the kernel's taps, which stay in global memory. Factors on tensor cores are of the storage type, else of the type of
+// arithmetic.
 #pragma once
 #include <type_traits>
 
