@@ -160,7 +160,8 @@ EMULATED_201_ROUNDED = {
     "64 channels": dict(channels=64, nodes=1, shapes=[(2, 8, 8)]),
     "evaluated": dict(channels=16, nodes=1, train=False),
     "K=2": dict(channels=32, K=2, nodes=1),
-    "beside depthwise convolutions": dict(channels=16) | BESIDE,
+    # a draw in which float16 takes no value across a kink
+    "beside depthwise convolutions": dict(channels=16, seed=1) | BESIDE,
 }
 GPU_201 = {
     f"{c} channels": dict(channels=c, shapes=[(3, 18, 10), (2, 32, 32), (1, 8, 8)])
