@@ -66,8 +66,6 @@ def test_cells_on_a_card_with_99_kib(kernels, dtype, options):
     torch.manual_seed(0)
     problem = CellProblem((1, 6, 10), dtype, **options | dict(nodes=1, inputs=1))
     assert_as_good_as_torch(kernels, problem)
-        kernels, CellProblem((1, 6, 10), dtype, **dict(inputs=1, **options) | dict(nodes=1))
-    )
 
 
 # few columns leave most room to the pixels; many inputs to the weights
