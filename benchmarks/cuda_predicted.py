@@ -50,6 +50,7 @@ LAUNCH = 2e-6
 # kernel -> the one that adds up what its blocks leave
 READERS = {
     "conv_forward_kernel": "merge_moments_kernel",
+    "nor_conv_forward_kernel": "merge_moments_kernel",
     "node_backward_kernel": "node_gradients_kernel",
     "second_convs_backward_kernel": "norm_gradients_kernel",
     "relu_conv_bn_forward_kernel": "merge_moments_kernel",

@@ -277,15 +277,16 @@ def build() -> None:
 
 
 def smoke(dtype: torch.dtype) -> dict[str, bool]:
-    """A tiny cell and a layer, forward and backward, by the rule of the tests, and twice the same bits."""
+    """Two tiny cells and a layer, forward and backward, by the rule of the tests, and twice the same bits."""
     from tests.kernels.oracles import GPUKernels
-    from tests.kernels.problems import CellProblem, LayerProblem
+    from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
     from tests.kernels.tolerances import assert_as_good_as_torch, assert_same_bits
 
     torch.manual_seed(0)
     kernels = GPUKernels(backends()["cuda"], "cuda")
     for problem in (
         CellProblem((2, 8, 8), dtype, channels=16),
+        CellProblem((2, 8, 8), dtype, channels=16, **NASBENCH201),
         LayerProblem((2, 8, 8), dtype, channels=(16, 32)),
     ):
         assert_as_good_as_torch(kernels, problem)
@@ -294,15 +295,17 @@ def smoke(dtype: torch.dtype) -> dict[str, bool]:
 
 
 def small_case() -> None:
-    """For compute-sanitizer: both strides, partial channels, tensor cores, preprocessing; with gradients."""
+    """For compute-sanitizer: both strides, partial channels, tensor cores, NAS-Bench-201, preprocessing; with
+    gradients."""
     from tests.kernels.oracles import GPUKernels
-    from tests.kernels.problems import CellProblem, LayerProblem
+    from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 
     kernels = GPUKernels(backends()["cuda"], "cuda")
     for dtype in (torch.float32, torch.bfloat16):
         # fresh memory as it is: what it is filled with would hide reads of what nobody wrote
         CellProblem((1, 10, 18), dtype, channels=16, nodes=1).run(kernels, poison=False)
         CellProblem((1, 10, 18), dtype, channels=32, nodes=1, stride=2, K=4).run(kernels, poison=False)
+        CellProblem((1, 10, 18), dtype, channels=16, **NASBENCH201).run(kernels, poison=False)
         for reduce in (False, True):
             LayerProblem((2, 10, 18), dtype, channels=(80, 96), reduce=reduce).run(kernels, poison=False)
 

@@ -38,7 +38,6 @@ struct Cpu {
     for (int64_t c : channels)
       if (c % 4) refuse("bfloat16_products", "channels in fours", text(channels));
   }
-  static void check(const Cell&) {}
   static void check(const ReLUConvBNArguments&) {}
 
   ScalarType dtype;

@@ -59,11 +59,6 @@ struct Cuda {
     if (bfloat16_products)
       refuse("bfloat16_products", "false on CUDA: products are in the dtype of the inputs", "true");
   }
-  static void check(const Cell& cell) {
-    for (const Edge& edge : cell.edges)
-      for (const Branch& b : edge.branches)
-        if (b.op == Op::NorConv || b.averages()) refuse("cell", "ops of the DARTS space", cell.text());
-  }
   static void check(const ReLUConvBNArguments& a) {
     if (a.gammas.size() != 1) refuse("gammas", "one layer on CUDA", std::to_string(a.gammas.size()));
     if (a.reduce && a.gammas[0].numel() % 2)

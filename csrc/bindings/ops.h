@@ -27,7 +27,6 @@ struct Ops {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, nullptr, &noise, &edge_weights,
                             moments ? &*moments : nullptr};
     Cell cell = arguments.check(encoded, !moments, eps, Device::dtypes);
-    Device::check(cell);
     const Tensor& x = inputs[0];
     Device::check_products(x, bfloat16_products, {cell.mixed_channels});
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16);
@@ -56,7 +55,6 @@ struct Ops {
                                     bool bfloat16_products) {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, &nodes, nullptr, nullptr, &moments};
     Cell cell = arguments.check(encoded, false, eps, Device::dtypes);
-    Device::check(cell);
     Device::check_products(inputs[0], bfloat16_products, {cell.mixed_channels});
     ScalarType branch_dtype = Device::branch_dtype(inputs[0], bfloat16);
     Device device(inputs[0]);
@@ -73,7 +71,6 @@ struct Ops {
       bool training, double eps, bool bfloat16, bool bfloat16_products, const Ints& needs_input_grad) {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, &nodes, &noise, &edge_weights, &moments};
     Cell cell = arguments.check(encoded, training, eps, Device::dtypes);
-    Device::check(cell);
     const Tensor& x = inputs[0];
     Device::check_products(x, bfloat16_products, {cell.mixed_channels});
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16), dtype = parameter_dtype(x);

@@ -29,7 +29,7 @@ struct Branch {
 
   bool convolves() const { return op == Op::SepConv || op == Op::DilConv || op == Op::Reduce || op == Op::NorConv; }
   bool pools() const { return op == Op::MaxPool || (op == Op::AvgPool && norm >= 0); }
-  // its output is not stored but made again, for less than reading it takes
+  // its output is not kept but made again
   bool remade() const { return op == Op::NorConv && kernel == 1; }
   // an average pool without BatchNorm: linear, so that those of all edges are one pool of a weighted sum
   bool averages() const { return op == Op::AvgPool && norm < 0; }

@@ -1,9 +1,10 @@
 // A cell backward as a sequence of launches, from the last state to the first: per node its sums, its gradients, and
 // its separable convolutions' second halves; per state the gradient from all edges that leave it.
 #pragma once
-#include "cuda/cell_context.h"
 #include "cuda/node_backward.h"
 #include "cuda/node_gradients.h"
+#include "cuda/nor_conv_backward.h"
+#include "cuda/nor_conv_launch.h"
 #include "cuda/strip_second_convs_backward.h"
 #include "cuda/strip_state_backward.h"
 
@@ -33,6 +34,7 @@ struct BackwardPass : CellContext<T> {
     zero(grad_op_weights, int64_t(cell.edges.size()) * cell.primitives);
     zero(outputs.grad_gamma, int64_t(cell.norms) * cm);
     zero(outputs.grad_beta, int64_t(cell.norms) * cm);
+    launch_nor_convs(*this, 0, cell.states(), false, [](const Branch& b) { return b.remade(); });
     if (!grad_edge_weights) return;
     int64_t terms = int64_t(cell.edges.size()) * (cell.primitives + 1);
     edge_terms = this->template take<double>(terms);
@@ -86,9 +88,9 @@ struct BackwardPass : CellContext<T> {
     p.h = h, p.w = w, p.oh = oh, p.ow = ow, p.c = cm, p.image = cell.image_size();
     p.conv_weights = this->conv_weights, p.norms = norms;
   }
-  BackwardBranch<T> branch(const Branch& b, const ImageView<T>& g, int output, int norm, int64_t weight) const {
-    return {g, this->branch_output(output), outputs.coefficients + int64_t(norm) * 4 * cm, weight, int16_t(b.op),
-            int8_t(b.kernel), int8_t(b.dilation)};
+  BackwardBranch<T> branch(const Branch& b, const ImageView<T>& g, const T* y, int norm, int64_t weight) const {
+    return {g, y, outputs.coefficients + int64_t(norm) * 4 * cm, weight, int16_t(b.op), int8_t(b.kernel),
+            int8_t(b.dilation)};
   }
 
   void second_convs(int i) {
@@ -101,7 +103,8 @@ struct BackwardPass : CellContext<T> {
         require(p.branches < kMaxBranches / 2, "separable convolutions of a node");
         grad_z[b.output] = this->template take<T>(cell.images * cell.image_size());
         f.norm[p.branches] = b.inner_norm;
-        p.branch[p.branches++] = {branch(b, mixed_grad[i], b.output, b.norm, this->second_weight(b)),
+        const T* y = this->branch_output(b.output);
+        p.branch[p.branches++] = {branch(b, mixed_grad[i], y, b.norm, this->second_weight(b)),
                                   this->branch_output(b.inner_output), grad_z[b.output], b.inner_norm};
         reach = std::max(reach, this->reach(b));
       }
@@ -145,39 +148,77 @@ struct BackwardPass : CellContext<T> {
     return true;
   }
 
-  // adds an edge that leaves the state; returns how far its convolutions reach
-  int add_edge(StateBackward<T>& p, int e) const {
+  // adds an edge that leaves the state: of its convolutions those of NAS-Bench-201, or the others; returns how far they
+  // reach
+  int add_edge(StateBackward<T>& p, int e, bool nor) const {
     const Edge& edge = cell.edges[e];
     require(p.leaving < kMaxIncoming, "edges that leave a state");
     auto& leaving = p.edge[p.leaving++];
-    leaving = {mixed_grad[edge.node], e, -1, -1, -1};
+    leaving = {mixed_grad[edge.node], e, -1, -1, -1, -1};
     p.wide = p.wide && this->wide(leaving.g);
     int reach = 0;
     for (int k = 0; k < cell.primitives; k++) {
       const Branch& b = edge.branches[k];
       if (b.op == Op::MaxPool) leaving.max_norm = b.norm;
       if (b.op == Op::AvgPool) leaving.avg_norm = b.norm;
+      if (b.averages()) leaving.average_op = e * cell.primitives + k;
       if (b.op == Op::Identity) leaving.identity_op = e * cell.primitives + k;
-      if (!b.convolves()) continue;
+      if (!b.convolves() || (b.op == Op::NorConv) != nor) continue;
       require(p.branches < kMaxBranches, "branches of a state");
-      p.branch[p.branches++] = b.op == Op::SepConv
-                                   ? branch(b, this->mixed(grad_z[b.output]), b.inner_output, b.inner_norm, b.weight)
-                                   : branch(b, leaving.g, b.output, b.norm, b.weight);
-      if (b.op != Op::Reduce) reach = std::max(reach, this->reach(b));
+      if (b.op == Op::SepConv)
+        p.branch[p.branches++] = branch(b, this->mixed(grad_z[b.output]), this->branch_output(b.inner_output),
+                                        b.inner_norm, b.weight);
+      else
+        p.branch[p.branches++] = branch(b, leaving.g, this->output(e, b), b.norm, b.weight);
+      if (b.op != Op::Reduce) reach = std::max(reach, nor ? b.kernel / 2 : this->reach(b));
     }
     return reach;
   }
-  // The gradient of state s, from every edge that leaves it and from outside the cell.
-  void state(int s, T* grad_x) {
+  // what both of its launches have in common; returns how far its convolutions reach
+  int set(StateBackward<T>& p, int s, T* grad_x, bool nor) {
     const Source& source = cell.sources[s];
-    StateBackward<T> p{};
     p.x = this->states[s], p.outer = state_grad[s], p.grad_x = grad_x, p.channels = c;
     p.op_weights = op_weights, p.edge_weights = edge_weights;
     p.coefficients = outputs.coefficients, p.pools = source.pools;
     p.wide = cm % kWide<T> == 0;
     int reach = 0;
-    for (int e : source.edges) reach = std::max(reach, add_edge(p, e));
+    for (int e : source.edges) reach = std::max(reach, add_edge(p, e, nor));
     lay_out(p, int(source.h), int(source.w));
+    return reach;
+  }
+  // The gradient of state s, from every edge that leaves it and from outside the cell.
+  void state(int s, T* grad_x) {
+    bool nor = false, others = false;
+    for (int e : cell.sources[s].edges)
+      for (const Branch& b : cell.edges[e].branches) {
+        nor = nor || b.op == Op::NorConv || b.averages();
+        others = others || b.pools() || (b.convolves() && b.op != Op::NorConv);
+      }
+    // identities and the gradient from outside go to the first of two
+    if (others || !nor) other_convs(s, grad_x);
+    if (nor) nor_convs(s, grad_x, others);
+    if (cell.K > 1) bypass(s, grad_x);
+  }
+  // more: grad_x has a part already
+  void nor_convs(int s, T* grad_x, bool more) {
+    NorConvBackward<T> p{};
+    p.reach = set(p, s, grad_x, true);
+    if (more) p.outer = Context::dense(grad_x, p.h, p.w, c);
+    p.wide = p.wide && this->wide(p.x) && this->wide(p.outer);
+    for (int e = 0; e < p.leaving; e++) {
+      if (more) p.edge[e].identity_op = -1;
+      if (p.edge[e].average_op >= 0) p.averages = true, p.reach = 1;
+    }
+    with_products<T>(this->on_tensor_cores(), [&]<bool TensorCores>() {
+      auto bytes_of = [&](const Tiling& t) { return NorConvBackwardTile<T, TensorCores>(t, cm, p.reach).bytes; };
+      p.tiling = choose_tiling(queue, n, p.h, p.w, 0, 0, bytes_of);
+      launch(nor_conv_backward_kernel<T, TensorCores>, dim3(p.tiling.count), bytes_of(p.tiling), queue, p);
+    });
+  }
+  void other_convs(int s, T* grad_x) {
+    const Source& source = cell.sources[s];
+    StateBackward<T> p{};
+    int reach = set(p, s, grad_x, false);
     bool launched = false;
     if constexpr (sizeof(T) == 2) launched = source.stride == 1 && launch_strips(p, reach);
     if (!launched) {
@@ -186,7 +227,6 @@ struct BackwardPass : CellContext<T> {
       auto kernel = source.stride == 1 ? state_backward_kernel<T, 1> : state_backward_kernel<T, 2>;
       launch(kernel, dim3(p.tiling.count), shared, queue, p);
     }
-    if (cell.K > 1) bypass(s, grad_x);
   }
   // Whether the state is one for strip_state_backward_kernel; if so, it is launched.
   bool launch_strips(StateBackward<T>& p, int reach) {

@@ -37,9 +37,11 @@ struct CellContext {
   std::vector<ImageView<T>> states;
   Norms<T> norms;
   const Acc<T>*conv_weights, *op_weights, *edge_weights;
+  // per edge: outputs of its 1x1 convolution of NAS-Bench-201, in scratch, for they are not kept
+  std::vector<T*> remade;
 
   CellContext(const Cell& cell, const CellForward& data, const Queue& queue, const Allocate& allocate)
-      : cell(cell), data(data), queue(queue), allocate(allocate) {
+      : cell(cell), data(data), queue(queue), allocate(allocate), remade(cell.edges.size()) {
     for (const States& s : data.inputs) states.push_back(view<T>(s));
     for (const States& s : data.nodes) states.push_back(view<T>(s));
     auto params = [](const void* p) { return static_cast<const Acc<T>*>(p); };
@@ -52,6 +54,8 @@ struct CellContext {
     return {data, int64_t(h) * w * channels, w * channels, channels};
   }
   T* branch_output(int i) const { return static_cast<T*>(data.branch_outputs) + i * cell.images * cell.image_size(); }
+  // what the last BatchNorm of edge e's branch reads
+  T* output(int e, const Branch& b) const { return b.remade() ? remade[e] : branch_output(b.output); }
   // images as far apart as those of a branch output
   ImageView<T> mixed(const T* data) const { return {data, cell.image_size(), ow * cm, cm}; }
   template <class U>
@@ -68,6 +72,10 @@ struct CellContext {
   int strips_side_by_side() const {
     bool weights = reinterpret_cast<uintptr_t>(conv_weights) % 8 == 0;
     return weights && cell.image_size() <= INT32_MAX ? SideBySide::group_of(cm) : 0;
+  }
+  // whether products of the convolutions of NAS-Bench-201 are ones for them
+  bool on_tensor_cores() const {
+    return sizeof(T) == 2 && cm % 16 == 0 && reinterpret_cast<uintptr_t>(conv_weights) % 8 == 0;
   }
   int reach(const Branch& b) const { return b.op == Op::Reduce ? 1 : (b.kernel - 1) * b.dilation / 2; }
   // the second half of a separable convolution lies behind the first one's weights
@@ -90,12 +98,12 @@ struct CellContext {
           f(j, b, typename Node<T>::Term{b.norm, e * cell.primitives + k, e});
         }
     };
-    each_branch([&](int, const Branch& b, const auto& term) {
+    each_branch([&](int j, const Branch& b, const auto& term) {
       if (!b.convolves() && b.op != Op::Noise) return;
       require(p.streams < kMaxBranches, "branches of a node");
       p.term[p.streams] = term;
       if (b.convolves())
-        p.stream[p.streams++] = {branch_output(b.output), cell.image_size()};
+        p.stream[p.streams++] = {output(cell.first_edge(i) + j, b), cell.image_size()};
       else
         p.stream[p.streams++] = {static_cast<const T*>(data.noise[b.noise]), cell.pixels() * cm};
     });

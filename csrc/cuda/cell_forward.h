@@ -1,7 +1,7 @@
-// A cell forward as a sequence of launches: for the inputs, and then per state, first and second convolutions, each with
-// the merge of their statistics; per node one pass.
+// A cell forward as a sequence of launches: for the inputs, and then per state, first and second convolutions and those
+// of NAS-Bench-201, each with the merge of their statistics; per node one pass.
 #pragma once
-#include "cuda/cell_context.h"
+#include "cuda/nor_conv_launch.h"
 #include "cuda/node_forward.h"
 #include "cuda/strip_conv_forward.h"
 
@@ -13,6 +13,8 @@ struct ForwardPass : CellContext<T> {
   using Context::cell, Context::cm, Context::data, Context::n, Context::norms, Context::oh, Context::ow,
       Context::queue;
   using Context::Context;
+  // what is not kept is computed too
+  bool remakes = true;
 
   // The branches of one launch, and the BatchNorms that take the statistics of each.
   struct Convs {
@@ -48,7 +50,7 @@ struct ForwardPass : CellContext<T> {
       auto kernel = stride == 1 ? conv_forward_kernel<T, 1> : conv_forward_kernel<T, 2>;
       launch(kernel, dim3(p.tiling.count, convs.states), shared, queue, p);
     }
-    if (cell.training) merge_moments(convs);
+    if (cell.training) merge_moments(p.tiling, p.partial, convs.norms);
   }
   void take_partial(ConvForward<T>& p) {
     if (cell.training) p.partial = this->template take<double>(int64_t(p.branches) * 2 * p.tiling.count * cm);
@@ -79,10 +81,11 @@ struct ForwardPass : CellContext<T> {
     });
     return true;
   }
-  void merge_moments(const Convs& convs) {
-    MergeMoments m{convs.p.tiling, n, oh, ow, cm, cell.norms, convs.p.partial, data.moments, 0, {}};
-    for (int b = 0; b < convs.p.branches; b++)
-      for (int norm : convs.norms[b]) {
+  // norms: of each branch
+  void merge_moments(const Tiling& tiling, const double* partial, const std::vector<std::vector<int>>& norms) {
+    MergeMoments m{tiling, n, oh, ow, cm, cell.norms, partial, data.moments, 0, {}};
+    for (size_t b = 0; b < norms.size(); b++)
+      for (int norm : norms[b]) {
         require(m.count < 2 * kMaxBranches, "BatchNorms behind a state");
         m.target[m.count++] = {int16_t(b), int16_t(norm)};
       }
@@ -95,7 +98,7 @@ struct ForwardPass : CellContext<T> {
     for (int e : cell.sources[s].edges)
       for (const Branch& b : cell.edges[e].branches) {
         if (b.pools()) (b.op == Op::MaxPool ? max_norms : avg_norms).push_back(b.norm);
-        if (!b.convolves()) continue;
+        if (!b.convolves() || b.op == Op::NorConv) continue;
         bool sep = b.op == Op::SepConv;
         convs.add({this->states[s], this->branch_output(sep ? b.inner_output : b.output), b.weight, -1, int16_t(b.op),
                    int8_t(b.kernel), int8_t(b.dilation)},
@@ -128,6 +131,14 @@ struct ForwardPass : CellContext<T> {
     for (int s = first; s < last; s++) add_first_convs(halves[0], s), add_second_convs(halves[1], s);
     launch_convs(halves[0], int(source.h), int(source.w), source.stride);
     launch_convs(halves[1], oh, ow, 1);
+    for (int s = first; s < last; s++) nor_convs(s);
+  }
+  void nor_convs(int s) {
+    auto wanted = [&](const Branch& b) { return remakes || !b.remade(); };
+    NorConvForward<T> p = launch_nor_convs(*this, s, s + 1, cell.training, wanted);
+    std::vector<std::vector<int>> norms;
+    for (int b = 0; b < p.branches; b++) norms.push_back({p.branch[b].norm});
+    if (cell.training && p.branches) merge_moments(p.tiling, p.partial, norms);
   }
   // of all inputs, in one launch if there is room
   void input_convs() {
@@ -139,7 +150,7 @@ struct ForwardPass : CellContext<T> {
       // each may have both pools
       branches += 2;
       for (int e : one.edges)
-        for (const Branch& b : cell.edges[e].branches) branches += b.convolves();
+        for (const Branch& b : cell.edges[e].branches) branches += b.convolves() && b.op != Op::NorConv;
     }
     if (alike && branches <= kMaxBranches) return convs(0, cell.inputs);
     for (int s = 0; s < cell.inputs; s++) convs(s, s + 1);
@@ -175,6 +186,7 @@ template <class T>
 void CellRun<T>::branch_outputs(const Cell& cell, const CellForward& data, const Queue& queue,
                                 const Allocate& allocate) {
   ForwardPass<T> pass(cell, data, queue, allocate);
+  pass.remakes = false;
   pass.input_convs();
   for (int s = cell.inputs; s < cell.states(); s++) pass.convs(s, s + 1);
 }

@@ -43,8 +43,7 @@ struct ForwardTile {
   int th, tw, ck, reach;
   int rows, columns, pitch;  // of xs
   int pixels, ld;            // of ds [pixels][ld]; ys is [pixels][c]
-  // offsets in bytes; middles: what each channel's moments are taken about
-  int ds, ys, sums, middles, bytes;
+  int ds, ys, sums, bytes;   // offsets in bytes
 
   __host__ __device__ ForwardTile(const Tiling& t, int c, int reach, int stride)
       : th(t.th), tw(t.tw), ck(t.ck), reach(reach) {
@@ -57,8 +56,7 @@ struct ForwardTile {
     ds = round_up(rows * pitch * int(sizeof(T)), 16);
     ys = ds + pixels * ld * int(sizeof(Acc<T>));
     sums = round_up(ys + pixels * c * int(sizeof(T)), 16);
-    middles = sums + 2 * (kThreads > c ? kThreads : c) * int(sizeof(Acc<T>));
-    bytes = middles + c * int(sizeof(Acc<T>));
+    bytes = sums + OutputTile<T>::room(c);
   }
 };
 
@@ -72,11 +70,11 @@ struct ForwardBlock {
 
   ForwardTile<T> tile{a.tiling, a.c, a.reach, S};
   T *xs = reinterpret_cast<T*>(shared), *ys = reinterpret_cast<T*>(shared + tile.ys);
-  A *ds = reinterpret_cast<A*>(shared + tile.ds), *sums = reinterpret_cast<A*>(shared + tile.sums),
-    *middles = reinterpret_cast<A*>(shared + tile.middles);
+  A* ds = reinterpret_cast<A*>(shared + tile.ds);
   Corner corner = a.tiling.corner(blockIdx.x);
   // vh x vw pixels of the tile are valid
   int c = a.c, vh = min(tile.th, a.oh - corner.y), vw = min(tile.tw, a.ow - corner.x);
+  OutputTile<T> outputs{c, tile.tw, vh, vw, ys, reinterpret_cast<A*>(shared + tile.sums)};
 
   // xs = x, or the BatchNorm `norm` of it; 0 outside the image
   template <int V>
@@ -126,45 +124,6 @@ struct ForwardBlock {
       ds[p * tile.ld + c0 + ch] = relu(widen(xs[from]));
     }
   }
-  // y = ys
-  __device__ void store_outputs(T* y) const {
-    for (int r = 0; r < vh; r++) {
-      T* to = y + corner.n * a.image + (int64_t(corner.y + r) * a.ow + corner.x) * c;
-      const T* from = ys + r * tile.tw * c;
-      with_width<T>(a.wide, [&]<int V>() {
-        for (int i = threadIdx.x * V; i < vw * c; i += kThreads * V)
-          *reinterpret_cast<Pack<T, V>*>(to + i) = *reinterpret_cast<const Pack<T, V>*>(from + i);
-      });
-    }
-  }
-  // partial [2][tiles][c] = mean and squared deviations of ys. All threads meet once.
-  __device__ void moments(double* partial) const {
-    int groups = max(1, kThreads / c);
-    for (int i = threadIdx.x; i < groups * c; i += kThreads) {
-      int ch = i % c;
-      A about = middle(ys + ch, c, tile.tw, vh, vw), sum = 0, square = 0;
-      for (int p = i / c; p < vh * vw; p += groups) {
-        A off = widen(ys[(p / vw * tile.tw + p % vw) * c + ch]) - about;
-        sum += off;
-        square += off * off;
-      }
-      if (i < c) middles[ch] = about;
-      sums[2 * i] = sum;
-      sums[2 * i + 1] = square;
-    }
-    __syncthreads();
-    for (int ch = threadIdx.x; ch < c; ch += kThreads) {
-      A sum = 0, square = 0;
-      for (int g = 0; g < groups; g++) {
-        sum += sums[2 * (g * c + ch)];
-        square += sums[2 * (g * c + ch) + 1];
-      }
-      A mean = sum / A(vh * vw);
-      partial[int64_t(blockIdx.x) * c + ch] = double(middles[ch] + mean);
-      partial[(int64_t(a.tiling.count) + blockIdx.x) * c + ch] = double(square - sum * mean);
-    }
-  }
-
   // ys = the branch's outputs; branches of one source find it still in xs, if all its channels are there
   __device__ void compute(const Branch& branch, bool in_xs) const {
     bool pools = branch.pools(), reduces = branch.reduces();
@@ -209,9 +168,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   for (int b = state.begin; b < state.end; b++) {
     const auto& branch = a.branch[b];
     block.compute(branch, b > state.begin && branch.x.data == a.branch[b - 1].x.data);
-    if (branch.y) block.store_outputs(branch.y);
+    if (branch.y)
+      block.outputs.store(branch.y + block.corner.n * a.image, block.corner.y, block.corner.x, a.ow, a.wide);
     if (!a.partial) continue;
-    block.moments(a.partial + int64_t(b) * 2 * a.tiling.count * a.c);
+    block.outputs.moments(a.partial + int64_t(b) * 2 * a.tiling.count * a.c, a.tiling.count);
     // convolutions overwrite ys and sums only after the barrier that follows their depthwise part; pools have none
     if (b + 1 < state.end && a.branch[b + 1].pools()) __syncthreads();
   }

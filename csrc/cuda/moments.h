@@ -20,6 +20,61 @@ __device__ Acc<T> middle(const T* ys, int c, int tw, int vh, int vw) {
   return (sum - low - high) / 6;
 }
 
+// A block's outputs in shared memory, ys [pixels][c] of a tile tw wide, and room for their statistics. vh x vw of them
+// are valid.
+template <class T>
+struct OutputTile {
+  using A = Acc<T>;
+  int c, tw, vh, vw;
+  const T* ys;
+  A* sums;
+  // what each channel's moments are taken about, behind the sums
+  A* middles = sums + 2 * (kThreads > c ? kThreads : c);
+
+  // bytes of sums and middles
+  __host__ __device__ static int room(int c) {
+    return (2 * (kThreads > c ? kThreads : c) + c) * int(sizeof(A));
+  }
+  // to row y0, column x0 of an image [.][w][c]
+  __device__ void store(T* image, int y0, int x0, int w, bool wide) const {
+    for (int r = 0; r < vh; r++) {
+      T* to = image + (int64_t(y0 + r) * w + x0) * c;
+      const T* from = ys + r * tw * c;
+      with_width<T>(wide, [&]<int V>() {
+        for (int i = threadIdx.x * V; i < vw * c; i += kThreads * V)
+          *reinterpret_cast<Pack<T, V>*>(to + i) = *reinterpret_cast<const Pack<T, V>*>(from + i);
+      });
+    }
+  }
+  // partial [2][tiles][c] = mean and squared deviations of ys. All threads meet once.
+  __device__ void moments(double* partial, int tiles) const {
+    int groups = max(1, kThreads / c);
+    for (int i = threadIdx.x; i < groups * c; i += kThreads) {
+      int ch = i % c;
+      A about = middle(ys + ch, c, tw, vh, vw), sum = 0, square = 0;
+      for (int p = i / c; p < vh * vw; p += groups) {
+        A off = widen(ys[(p / vw * tw + p % vw) * c + ch]) - about;
+        sum += off;
+        square += off * off;
+      }
+      if (i < c) middles[ch] = about;
+      sums[2 * i] = sum;
+      sums[2 * i + 1] = square;
+    }
+    __syncthreads();
+    for (int ch = threadIdx.x; ch < c; ch += kThreads) {
+      A sum = 0, square = 0;
+      for (int g = 0; g < groups; g++) {
+        sum += sums[2 * (g * c + ch)];
+        square += sums[2 * (g * c + ch) + 1];
+      }
+      A mean = sum / A(vh * vw);
+      partial[int64_t(blockIdx.x) * c + ch] = double(middles[ch] + mean);
+      partial[(int64_t(tiles) + blockIdx.x) * c + ch] = double(square - sum * mean);
+    }
+  }
+};
+
 // Chan's merge of the tiles' moments, in a fixed order, for the BatchNorms that take them.
 struct MergeMoments {
   Tiling tiling;

@@ -16,7 +16,8 @@ struct StateBackward : ConvBackward<T> {
   int leaving;
   struct Leaving {
     ImageView<T> g;
-    int edge, max_norm, avg_norm, identity_op;  // identity_op: place in op_weights; -1: none
+    int edge, max_norm, avg_norm;
+    int identity_op, average_op;  // places in op_weights; average: a pool without BatchNorm; all: -1: none
   } edge[kMaxIncoming];
   int branches;
   BackwardBranch<T> branch[kMaxBranches];

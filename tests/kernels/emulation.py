@@ -14,7 +14,7 @@ from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
 from rfdarts_fast.ops.compiled import cuda, fakes
 from tests.kernels.oracles import Kernels
-from tests.kernels.problems import CellProblem, LayerProblem
+from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LIBRARY = "emulated.so"
@@ -168,6 +168,8 @@ def main(path: str, order: str, dtype_name: str) -> None:
         # what tensor cores take: one chunk of channels, two
         cells = {"channels": 16, "inputs": 1}, {"channels": 48, "inputs": 1}
     problems = [(CellProblem, {"nodes": 1, **options}) for options in cells]
+    # on tensor cores or not
+    problems += [(CellProblem, NASBENCH201 | {"nodes": 2, "channels": 16 if dtype.itemsize == 2 else 5})]
     # several chunks and groups of columns; columns that are no whole group
     for channels in ((80, 96), (7, 6)):
         problems += [(LayerProblem, {"channels": channels, "reduce": reduce}) for reduce in (False, True)]

@@ -131,6 +131,47 @@ STRIPS = {
 }
 STRIPS = {f"strips, {name}": dict(shapes=[(2, 10, 18)]) | options for name, options in STRIPS.items()}
 
+# besides convolutions of NAS-Bench-201, what its space does not have and the kernels take
+BESIDE = dict(
+    nodes=2, primitives=("sep_conv_3x3", "nor_conv_3x3", "nor_conv_1x1", "avg_pool_3x3", "skip_connect")
+)
+EMULATED_201 = {
+    "cell": dict(channels=4, shapes=ODD),
+    "one channel": dict(channels=1, nodes=2, shapes=ODD),
+    "three channels": dict(channels=3, nodes=2, shapes=ODD),
+    "more channels than threads' columns": dict(channels=68, nodes=1, shapes=[(1, 5, 3)]),
+    "two inputs": dict(channels=4, inputs=2, nodes=2),
+    "K=2": dict(channels=8, K=2, nodes=2),
+    "not affine": dict(channels=4, affine=False, nodes=1),
+    "evaluated": dict(channels=8, train=False),
+    "3x3 alone": dict(channels=4, nodes=2, primitives=("none", "nor_conv_3x3")),
+    "1x1 alone": dict(channels=4, nodes=2, primitives=("nor_conv_1x1", "none")),
+    "average pools alone": dict(channels=4, nodes=2, primitives=("none", "avg_pool_3x3")),
+    "pools with BatchNorm": dict(channels=4, nodes=2, batch_norm=True),
+    "beside depthwise convolutions": dict(channels=4) | BESIDE,
+}
+# multiples of 16 channels run on tensor cores; tiles of 16 x 16 and smaller ones, that hang over
+EMULATED_201_ROUNDED = {
+    "cell": dict(channels=16),
+    "seven channels": dict(channels=7, nodes=2),
+    "eight channels": dict(channels=8, nodes=2),
+    "32 channels": dict(channels=32, nodes=1, shapes=[(2, 9, 7)]),
+    "48 channels": dict(channels=48, nodes=1, shapes=[(1, 9, 9)]),
+    "64 channels": dict(channels=64, nodes=1, shapes=[(2, 8, 8)]),
+    "evaluated": dict(channels=16, nodes=1, train=False),
+    "K=2": dict(channels=32, K=2, nodes=1),
+    # a draw in which float16 takes no value across a kink
+    "beside depthwise convolutions": dict(channels=16, seed=1) | BESIDE,
+}
+GPU_201 = {
+    f"{c} channels": dict(channels=c, shapes=[(3, 18, 10), (2, 32, 32), (1, 8, 8)])
+    for c in (7, 16, 32, 64, 128)
+}
+EMULATED_201, EMULATED_201_ROUNDED, GPU_201 = (
+    {f"NAS-Bench-201, {name}": NASBENCH201 | dict(shapes=[(2, 10, 18)]) | o for name, o in cases.items()}
+    for cases in (EMULATED_201, EMULATED_201_ROUNDED, GPU_201)
+)
+
 TRITON = {
     "DARTS": dict(primitives=DARTS_PRIMITIVES, nodes=2),
     "DARTS, stride 2": dict(primitives=DARTS_PRIMITIVES, shapes=[(2, 8, 6)], stride=2),
@@ -184,9 +225,11 @@ GPU = {name: dict(shapes=[(3, 18, 10), (2, 32, 32), (1, 8, 8)], **o) for name, o
     ("emulated", (F64,), EMULATED),
     ("emulated", (F32, BF16, F16), EMULATED_ROUNDED),
     ("emulated", (BF16, F16), STRIPS),
+    ("emulated", (F64,), EMULATED_201),
+    ("emulated", (F32, BF16, F16), EMULATED_201_ROUNDED),
     ("gpu", (BF16, F16), STRIPS),
     ("triton", (F64,), TRITON),
-    ("gpu", (F64, F32, BF16, F16), GPU),
+    ("gpu", (F64, F32, BF16, F16), GPU | GPU_201),
 )
 def test_as_good_as_plain_pytorch(backend, dtype, options):
     for problem in problems(dtype, **options):
@@ -230,6 +273,7 @@ FAR_OUT_CPU = {
     )
 }
 FAR_OUT_EMULATED = {name: EMULATED_ROUNDED[name] for name in ("stride 1", "stride 2", "K=4")}
+FAR_OUT_EMULATED_201 = {"NAS-Bench-201": NASBENCH201 | dict(channels=16, nodes=1, shapes=[(2, 18, 34)])}
 
 
 @over(
@@ -239,6 +283,7 @@ FAR_OUT_EMULATED = {name: EMULATED_ROUNDED[name] for name in ("stride 1", "strid
         far_out(FAR_OUT_CPU, ("first pixel", "lower half", "all pixels"), nodes=1, shapes=[(2, 32, 32)]),
     ),
     ("emulated", (F32,), far_out(FAR_OUT_EMULATED, FAR_OUT)),
+    ("emulated", (F32, BF16), far_out(FAR_OUT_EMULATED_201, FAR_OUT)),
     (
         "emulated",
         (BF16,),
@@ -266,10 +311,12 @@ TENSOR_CORES = {
     }),
     ("emulated", (F32, BF16), TENSOR_CORES | {"K=2": dict(shapes=[(2, 6, 10)], K=2, channels=8)}),
     ("emulated", (BF16,), {name: STRIPS[f"strips, {name}"] for name in ("eight channels", "32 channels")}),
+    ("emulated", (F32, BF16), {"NAS-Bench-201": dict(shapes=[(2, 9, 18)], channels=16, **NASBENCH201)}),
     ("triton", (F32,), {
         "noise, K=2": dict(shapes=[(2, 4, 6)], K=2, channels=8, inputs=1, primitives=("noise", *FEW[1:])),
     }),
     ("gpu", (F32, BF16), {f"K={K}": dict(shapes=[(8, 32, 32)], channels=16, K=K, nodes=4) for K in (1, 4)}),
+    ("gpu", (F32, BF16), {"NAS-Bench-201": dict(shapes=[(8, 32, 32)], channels=16, **NASBENCH201)}),
 )  # fmt: skip
 def test_neither_order_nor_memory_changes_a_bit(backend, dtype, options):
     [problem] = problems(dtype, **options)
@@ -378,9 +425,9 @@ SMALL_201 = {"NAS-Bench-201": NASBENCH201 | dict(channels=4, nodes=2)}
 
 @over(
     ("cpu", (F64,), STRIDES | SMALL_201),
-    ("emulated", (F64,), STRIDES),
+    ("emulated", (F64,), STRIDES | SMALL_201),
     ("triton", (F64,), {"stride 2": dict(stride=2)}),
-    ("gpu", (F64,), STRIDES),
+    ("gpu", (F64,), STRIDES | SMALL_201),
 )
 def test_gradcheck(backend, dtype, options):
     problem = small(backend, **dict(shape=(2, 2, 4), K=2, nodes=1) | options)

@@ -30,7 +30,7 @@ def test_what_is_not_finite_spreads_as_in_pytorch(backend, name, stride, value):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e308])
 @pytest.mark.parametrize("name", ["nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"])
-@on("cpu")
+@on("cpu", "emulated", "gpu")
 def test_what_is_not_finite_spreads_through_nas_bench_201(backend, name, value):
     options = NASBENCH201 | dict(primitives=("none", name), nodes=1, train=False)
     problem = CellProblem((1, 7, 7), **options)

@@ -141,8 +141,6 @@ def unsupported_anywhere(call: CellCall) -> str | None:
     reason = plan.unsupported_reason(call.inputs, parameter_dtype(storage))
     if reason is not None:
         return reason
-    if plan.nasbench201:
-        return "no CUDA kernels for the cells of NAS-Bench-201"
     if plan.K not in (1, 2, 4, 8):
         return f"no kernels for K={plan.K}"
     if plan.mixed_channels > MAX_MIXED_CHANNELS:

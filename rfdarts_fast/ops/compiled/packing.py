@@ -60,13 +60,13 @@ def pairs(matrices: Tensor) -> Tensor:
 
 
 # Lavin and Gray, arXiv 1509.09308, section 4.1: what 3x3 weights are multiplied with from both sides
-_WINOGRAD = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+_WINOGRAD = [1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]
 
 
 def winograd(taps: Tensor) -> Tensor:
     """Weights [9, C in, C out] as F(2x2, 3x3) multiplies them, [16, C in, C out]."""
-    both = torch.kron(_WINOGRAD, _WINOGRAD).to(taps.device)
-    return torch.einsum("pt,tio->pio", both, taps.double()).to(taps.dtype)
+    one = torch.tensor(_WINOGRAD, dtype=torch.float64, device=taps.device)
+    return torch.einsum("pt,tio->pio", torch.kron(one, one), taps.double()).to(taps.dtype)
 
 
 def nor_conv(conv: nn.Conv2d) -> list[Tensor]:

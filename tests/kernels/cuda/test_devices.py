@@ -7,7 +7,7 @@ import torch
 
 from rfdarts_fast.ops import BackendError, contract, use_backend
 from rfdarts_fast.ops.dispatch import mixed_cell, relu_conv_bns
-from tests.kernels.problems import CellProblem, LayerProblem
+from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 from tests.kernels.tolerances import assert_as_good_as_torch
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -56,13 +56,16 @@ def recorded(kernels, problem):
         # fewer channels at a time, for want of room
         (F64, {"channels": 96, "stride": 2}),
         (BF16, {"channels": 64, "stride": 2}),
+        (F64, {"channels": 64, **NASBENCH201}),
+        (BF16, {"channels": 64, **NASBENCH201}),
     ],
     ids=str,
 )
 def test_cells_on_a_card_with_99_kib(kernels, dtype, options):
     kernels.ops.emulate(card("RTX 40"))
     torch.manual_seed(0)
-    assert_as_good_as_torch(kernels, CellProblem((1, 6, 10), dtype, nodes=1, inputs=1, **options))
+    problem = CellProblem((1, 6, 10), dtype, **options | dict(nodes=1, inputs=1))
+    assert_as_good_as_torch(kernels, problem)
 
 
 # few columns leave most room to the pixels; many inputs to the weights
@@ -95,6 +98,23 @@ def test_every_cell_fits_or_has_a_reason(kernels, name):
     # the last node's coefficients alone, in double
     wide = {(F64, 256)} if limit < 163 << 10 else set()
     assert set(reasons) == wide
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_cell_of_nas_bench_201_fits_or_has_a_reason(kernels, name):
+    kernels.ops.emulate(card(name))
+    limit, reasons = CARDS[name][2] << 10, set()
+    for dtype, channels in itertools.product((BF16, F32, F64), (64, 68, 256)):
+        problem = CellProblem((1, 8, 8), dtype, channels=channels, **NASBENCH201)
+        edges, inputs, weights = problem.leaves(kernels)
+        reason = kernels.backend.misfit(kernels.call(list(edges), inputs, *weights), 0)
+        if reason is None:
+            assert max(recorded(kernels, problem)) <= limit
+        else:
+            assert f"the device has {limit}" in reason
+            reasons.add((dtype, channels))
+    # a tile of the least pixels, of all channels, in double
+    assert reasons == ({(F64, 256)} if limit < 163 << 10 else set())
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -13,7 +13,7 @@ from rfdarts_fast.search.architect import gradients
 from rfdarts_fast.spaces import get_space
 from tests.asked import Asked
 from tests.kernels.oracles import Kernels
-from tests.kernels.problems import CellProblem, LayerProblem
+from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 
 CUDA = Kernels(backends()["cuda"], "cuda")
 needs_schemas = pytest.mark.skipif(
@@ -87,6 +87,19 @@ def test_layers_on_a_device_that_is_not_there(with_gpu, dtype, reduce, memory):
         assert (tuple(grad_x.shape), grad_x.dtype, grad_x.stride()) == ((2, 16, 6, 10), dtype, x.stride())
         assert [(tuple(x.shape), x.dtype) for x in (gamma, beta)] == 2 * [((8,), torch.float32)]
         assert all(x.device.type == "cuda" for x in (grad_x, gamma, beta))
+
+
+@needs_schemas
+@pytest.mark.parametrize("memory", ["fast", "recompute"])
+def test_cells_of_nas_bench_201_on_a_device_that_is_not_there(with_gpu, memory):
+    module = CellProblem(dtype=torch.float32, channels=16, **NASBENCH201).module.float()
+    with FakeTensorMode(), torch.device("cuda"):
+        x = torch.empty(2, 7, 9, 16, dtype=torch.bfloat16).permute(0, 3, 1, 2).requires_grad_()
+        nodes = CUDA.cell(list(without_data(module)), [x], torch.empty(6, 5), memory=memory)
+        assert [(tuple(node.shape), node.dtype) for node in nodes] == 3 * [((2, 16, 7, 9), torch.bfloat16)]
+        shapes = [tuple(grad.shape) for grad in backward(nodes)]
+        # two convolutions on each of six edges
+        assert shapes == [(12, 16), (12, 16), (6, 5), (2, 16, 7, 9)]
 
 
 def reason(problem, *inputs):

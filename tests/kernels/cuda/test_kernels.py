@@ -112,6 +112,21 @@ MUTATIONS = {
     "the mean left out of a sum": (
         "cuda/strip_second_convs_backward.h", "(inner[i] - mean[i])", "inner[i]", BF16, "bfloat16"
     ),
+    "missing barrier, NAS-Bench-201": (
+        "cuda/nor_conv_forward.h", "__syncthreads(); NorConvProduct", "NorConvProduct", F64, "float64"
+    ),
+    "missing barrier before a gradient, NAS-Bench-201": (
+        "cuda/nor_conv_backward.h", "if (b) __syncthreads();", "", F64, "float64"
+    ),
+    "off by one, windows of average pools": (
+        "cuda/nor_conv_backward.h", "window(x, a.w)", "window(x + 1, a.w)", F64, "float64"
+    ),
+    "taps from first to last, tensor cores": (
+        "cuda/nor_conv_product.h", "tap = xs + (u *", "tap = xs + (-u *", BF16, "bfloat16"
+    ),
+    "the inputs of a sixteen's first half for both": (
+        "cuda/nor_conv_product.h", "8 * (j * c + k)", "8 * (j * c)", BF16, "bfloat16"
+    ),
 }  # fmt: skip
 
 
@@ -136,6 +151,7 @@ QUICK = (
     "missing sum, tensor cores",
     "missing barrier before a chunk, preprocessing",
     "missing barrier, strips",
+    "missing barrier, NAS-Bench-201",
 )
 
 
