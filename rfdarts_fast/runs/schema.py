@@ -137,9 +137,9 @@ def _tensor_misfit(value: Any, expected: Tensor, name: str) -> str | None:
 
 def _optimizer_misfit(value: Any, optimizer: Optimizer, name: str) -> str | None:
     fresh = optimizer.state_dict()
-    kind = next(kind for kind in _KEPT if isinstance(optimizer, kind))
+    base = next(base for base in _KEPT if isinstance(optimizer, base))
     if not isinstance(value, dict) or value.keys() != fresh.keys():
-        return f"{name}: expected the state of {kind.__name__}, got {_kind(value)}"
+        return f"{name}: expected the state of {base.__name__}, got {_kind(value)}"
     groups, wanted = value["param_groups"], fresh["param_groups"]
     if not isinstance(groups, list) or len(groups) != len(wanted):
         return f"{name}: expected {len(wanted)} groups of parameters, got {_kind(groups)}"
@@ -155,7 +155,7 @@ def _optimizer_misfit(value: Any, optimizer: Optimizer, name: str) -> str | None
             if group[key] != fresh_group[key]:
                 return f"{where}.{key}: expected {fresh_group[key]!r}, got {group[key]!r}"
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    return _kept_misfit(value["state"], parameters, _KEPT[kind], f"{name}.state")
+    return _kept_misfit(value["state"], parameters, _KEPT[base], f"{name}.state")
 
 
 def _kept_misfit(state: Any, parameters: dict[int, Tensor], names: Iterable[str], name: str) -> str | None:
