@@ -122,6 +122,7 @@ def test_frozen_weights_that_change_are_packed_again(backend):
     assert torch.equal(gradient, expected["gradient of input 0"][0])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @on("cpu", "triton")
 def test_an_infinity_reaches_the_pixels_around_it_alone(backend):
     """The padding, and the places that fill a block, are zeros: times an infinity they would be NaNs."""

@@ -2,9 +2,9 @@
 """Kernels of NOR_CONV, the ordinary convolutions of NAS-Bench-201; for what the arguments mean see
 arguments.py.
 
-A convolution is a product of matrices on tensor cores: of pixels times (taps, inputs), which is read from
-the image tap by tap and never made, and the weights. The outputs of all convolutions of one kernel size that
-leave a state lie side by side, so that they share its reads.
+A convolution is a product of matrices, for 16 bits on tensor cores: of pixels times (taps, inputs), which is
+read from the image tap by tap and never made, and the weights. The outputs of all convolutions of one kernel
+size that leave a state lie side by side, so that they share its reads.
     BM, BN: pixels and outputs of a tile; BK: inputs that are added up at once.
 """
 
