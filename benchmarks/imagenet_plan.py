@@ -5,7 +5,7 @@
 Every figure is a floor, which no kernel reaches: bytes / 3.0 TB/s and multiply-adds as in
 `benchmarks/cuda_predicted.py`, of the cells and their preprocessing launch by launch, of PyTorch's
 operators (stem, crops) by the tensors that each reads and writes. "Issued": the cells take as long as their
-warp instructions need to be issued, 5.0 (K = 2) and 6.1 (K = 4) times as long as their bytes, as was
+warp instructions need to be issued, 2.05 (K = 2) and 2.01 (K = 4) times as long as their bytes, as was
 counted in the compiled code of the first cells. Assumed: 2 µs a launch inside a CUDA graph and 5 µs without
 one, as a search of several processes runs; 5 µs a hop of a message's tree, and 50 GB/s a GPU between
 machines (a 400 Gb/s network card each).
@@ -46,8 +46,8 @@ FORWARD = (
     "affine",
 )
 # K -> the issue slots of a cell's kernels over the seconds of their bytes, as counted in the compiled code of
-# the first cells; 5.9 in the last ones of K = 2
-ISSUE = {2: 5.0, 4: 6.1}
+# the first cells; 3.6 in the last ones of K = 2
+ISSUE = {2: 2.05, 4: 2.01}
 # the optimiser, its clipping, the meters and the loss: some operators of all parameters at once
 OTHER_LAUNCHES = 60
 
