@@ -56,7 +56,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each cell, of seeds 1, 2, ...")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(own)
+    for cell in args.cell:
+        if "=" not in cell:
+            parser.error(f"--cell: expected NAME=GENOTYPE, got {cell!r}")
     cells = dict(cell.split("=", 1) for cell in args.cell)
+    if len(cells) < len(args.cell):
+        parser.error("--cell: expected each name once")
     cells |= {f"random-{seed}": random_cell(seed) for seed in range(1, args.random + 1)}
     if not cells:
         parser.error("expected --cell or --random, got no cell")

@@ -204,12 +204,6 @@ class CellPlan:
     def noises(self) -> int:
         return sum(branch.op is Op.NOISE for branch in self.branches())
 
-    @cached_property
-    def nasbench201(self) -> bool:
-        """True with an op that only NAS-Bench-201 has: an ordinary convolution, an average pool without
-        BatchNorm."""
-        return any(b.op is Op.NOR_CONV or (b.op is Op.AVG_POOL and b.norm < 0) for b in self.branches())
-
     @property
     def eps(self) -> float:
         return self.norms[0].eps if self.norms else 1e-5

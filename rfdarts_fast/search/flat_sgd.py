@@ -85,7 +85,7 @@ class FlatSGD(torch.optim.SGD):
                 bundle.set_gradients([by_parameter[p] for p in bundle.members])
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """A step along the gradients of `set_gradients`, or else those of the parameters.
 
         Raises ValueError for a parameter without a gradient.
@@ -101,9 +101,9 @@ class FlatSGD(torch.optim.SGD):
         self._share_momentum()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Takes all gradients away; they are None then, whatever `set_to_none` says."""
-        super().zero_grad(set_to_none=True)
-        self._inner.zero_grad(set_to_none=True)
+        """See torch.optim.SGD."""
+        super().zero_grad(set_to_none)
+        self._inner.zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: Any) -> None:
         """See torch.optim.SGD. A momentum that only some vectors of a group have is 0 for the others."""

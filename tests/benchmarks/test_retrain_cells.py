@@ -38,7 +38,17 @@ def test_a_table_of_all_cells(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "random-1-seed-1" / "result.json").exists()
 
 
-def test_nothing_to_train_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["retrain_cells", "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected --cell or --random, got no cell"),
+        (["--cell", "DARTS_V2"], "--cell: expected NAME=GENOTYPE, got 'DARTS_V2'"),
+        (["--cell", "a=DARTS_V1", "--cell", "a=DARTS_V2"], "--cell: expected each name once"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["retrain_cells", *options, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         retrain_cells.main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Cells of NAS-Bench-201 on the backends that have kernels for them; those of the CPU: test_cells.py, too."""
+"""Cells of NAS-Bench-201 in Triton; those of the CPU and of CUDA are among the cells of test_cells.py."""
 
 import pytest
 import torch

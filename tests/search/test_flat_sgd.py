@@ -95,7 +95,8 @@ def test_a_momentum_that_a_vector_lacks_is_none_yet():
     assert_same(list(flat), list(plain))
 
 
-def test_gradients_that_others_gave_are_taken():
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_that_others_gave_are_taken(to_none):
     flat, plain = network(), network()
     for n in (flat, plain):
         torch.manual_seed(1)
@@ -104,9 +105,9 @@ def test_gradients_that_others_gave_are_taken():
         for _ in range(2):
             sum((p**2).sum() for p in n).backward()
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(to_none)
     assert_same(list(flat), list(plain))
-    assert all(p.grad is None for p in flat)
+    assert all(p.grad is None if to_none else not p.grad.any() for p in flat)
 
 
 def test_hooks_see_every_parameters_clipped_gradient():

@@ -48,6 +48,14 @@ def _kernels() -> ModuleType | str:
         return f"triton does not load ({error})"
 
 
+def _loaded_kernels() -> ModuleType:
+    """The module that runs the kernels; RuntimeError with the reason if there is none."""
+    kernels = _kernels()
+    if isinstance(kernels, str):
+        raise RuntimeError(kernels)
+    return kernels
+
+
 def unavailable_reason(device: int) -> str | None:
     """The reason why the kernels cannot run on the CUDA device of this number, or None."""
     return _unavailable_reason(_interpreted(), device)
@@ -92,15 +100,11 @@ class TritonBackend:
             RuntimeError: if Triton does not load.
             ValueError: for BatchNorms in training mode with a single value per channel, as BatchNorm2d.
         """
-        kernels = _kernels()
-        if isinstance(kernels, str):
-            raise RuntimeError(kernels)
-        return kernels.mixed_cell(call)
+        return _loaded_kernels().mixed_cell(call)
 
     def kept_outputs(self, plan: CellPlan) -> int:
         """See `Backend.kept_outputs`: pools and 1x1 convolutions too."""
-        kernels = _kernels()
-        return 0 if isinstance(kernels, str) else kernels.layout_of(plan).slots
+        return _loaded_kernels().layout_of(plan).slots
 
     def unsupported_layer(self, x: Tensor, layer: ReLUConvBNLayer) -> str | None:
         """The reason why Triton cannot run on this machine or device, or None."""
@@ -143,7 +147,8 @@ def unsupported_anywhere(call: CellCall) -> str | None:
     if max(size, size // plan.stride**2 * plan.nodes) >= 2**31:
         return f"no kernels for inputs of {size} numbers"
     # and so are those in the weights of all NOR_CONVs that leave a state
-    if plan.nasbench201 and (weights := _nor_conv_weights(plan)) >= 2**31:
+    weights = _nor_conv_weights(plan)
+    if weights >= 2**31:
         return f"no kernels for {weights} weights of convolutions that leave one state"
     # kernels take all edges that leave a state together
     if any(edge.stride != (plan.stride if edge.source < plan.inputs else 1) for edge in plan.edges):
