@@ -1,9 +1,15 @@
 // Which instruction set runs: chosen once.
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#ifdef RFDARTS_BUILDS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace rfdarts {
 extern const Kernels<float, float> table_baseline_f32;
@@ -16,6 +22,29 @@ extern const Kernels<float, bf16> table_avx2_bf16, table_avx512_bf16;
 extern const Kernels<float, float> table_avx512_bf16_f32;
 extern const Kernels<float, bf16> table_avx512_bf16_bf16;
 #endif
+#ifdef RFDARTS_BUILDS_AMX
+extern const Kernels<float, float> table_amx_bf16_f32;
+extern const Kernels<float, bf16> table_amx_bf16_bf16;
+#endif
+
+const char* amx_missing() {
+#ifdef RFDARTS_BUILDS_AMX
+  static const std::string reason = []() -> std::string {
+    __builtin_cpu_init();
+    // AVX512_BF16 multiplies what fills no tile
+    if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16") ||
+        !__builtin_cpu_supports("avx512bf16"))
+      return "this processor has none";
+    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux keeps room for tiles in a process that asks
+    if (syscall(SYS_arch_prctl, 0x1023, 18))
+      return std::string("Linux does not grant this process tiles: ") + std::strerror(errno);
+    return "";
+  }();
+  return reason.c_str();
+#else
+  return "the compiler that built the kernels has none";
+#endif
+}
 
 const char* isa_best() {
 #if defined(__x86_64__)
@@ -23,17 +52,17 @@ const char* isa_best() {
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return __builtin_cpu_supports("avx512bf16") ? "avx512_bf16" : "avx512";
+    return !__builtin_cpu_supports("avx512bf16") ? "avx512" : *amx_missing() ? "avx512_bf16" : "amx_bf16";
   if (avx2) return "avx2";
 #endif
   return "baseline";
 }
 
 namespace {
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
-constexpr int kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3;
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+constexpr int kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmxBf16 = 4;
 int level_of(const char* name) {
-  for (int i = 0; i < 4; i++)
+  for (int i = 0; i <= kAmxBf16; i++)
     if (!std::strcmp(name, kNames[i])) return i;
   return -1;
 }
@@ -71,6 +100,12 @@ const Kernels<double, double>& kernels_at(int) {
 // null: none
 template <class T, class S>
 const Kernels<T, S>* products_at(int level) {
+#ifdef RFDARTS_BUILDS_AMX
+  if (level == kAmxBf16) {
+    if constexpr (std::is_same_v<S, bf16>) return &table_amx_bf16_bf16;
+    if constexpr (std::is_same_v<S, float>) return &table_amx_bf16_f32;
+  }
+#endif
 #if defined(__x86_64__)
   if (level < kAvx512Bf16) return nullptr;
   if constexpr (std::is_same_v<S, bf16>) return &table_avx512_bf16_bf16;

@@ -8,6 +8,8 @@ namespace RFDARTS_ISA {
 
 #include "cpu/depthwise.h"
 #include "cpu/elementwise.h"
+#include "cpu/tile_product.h"
+
 #include "cpu/pointwise.h"
 #include "cpu/pool.h"
 
