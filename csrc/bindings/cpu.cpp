@@ -1,5 +1,5 @@
-// The ops for CPU tensors, on pooled memory. With RFDARTS_EMULATION: those of one emulated instruction set, as a library
-// of its own.
+// The ops for CPU tensors, on pooled memory. With RFDARTS_EMULATION: those of one emulated instruction set, as a
+// library of its own.
 #ifndef RFDARTS_EMULATION
 #include <Python.h>
 #endif

@@ -1,4 +1,4 @@
-// The CPU kernels of amx_bf16, their tiles emulated, and no others, for tests on processors without AMX; they need AVX2.
+// The CPU kernels of amx_bf16 with emulated tiles, and no others, for tests on processors without AMX; they need AVX2.
 #include <cstring>
 #include <stdexcept>
 #include <string>
