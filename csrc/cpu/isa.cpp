@@ -27,6 +27,21 @@ extern const Kernels<float, float> table_amx_bf16_f32;
 extern const Kernels<float, bf16> table_amx_bf16_bf16;
 #endif
 
+namespace {
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+constexpr int kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmxBf16 = 4;
+int level_of(const char* name) {
+  for (int i = 0; i <= kAmxBf16; i++)
+    if (!std::strcmp(name, kNames[i])) return i;
+  return -1;
+}
+// what RFDARTS_CPU_ISA names, or -1
+int asked_level() {
+  const char* asked = std::getenv("RFDARTS_CPU_ISA");
+  return asked ? level_of(asked) : -1;
+}
+}  // namespace
+
 const char* amx_missing() {
 #ifdef RFDARTS_BUILDS_AMX
   static const std::string reason = []() -> std::string {
@@ -34,8 +49,11 @@ const char* amx_missing() {
     // AVX512_BF16 multiplies what fills no tile
     if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16") ||
         !__builtin_cpu_supports("avx512bf16"))
-      return "this processor has none";
-    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux keeps room for tiles in a process that asks
+      return "this processor, or its Linux, has none";
+    // Linux is not asked for what is turned off: stacks of signal handlers would have to be larger
+    int asked = asked_level();
+    if (asked >= 0 && asked < kAmxBf16) return std::string("RFDARTS_CPU_ISA asks for ") + kNames[asked];
+    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     if (syscall(SYS_arch_prctl, 0x1023, 18))
       return std::string("Linux does not grant this process tiles: ") + std::strerror(errno);
     return "";
@@ -59,17 +77,9 @@ const char* isa_best() {
 }
 
 namespace {
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
-constexpr int kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmxBf16 = 4;
-int level_of(const char* name) {
-  for (int i = 0; i <= kAmxBf16; i++)
-    if (!std::strcmp(name, kNames[i])) return i;
-  return -1;
-}
 int level() {
   static const int chosen = [] {
-    const char* asked = std::getenv("RFDARTS_CPU_ISA");
-    int best = level_of(isa_best()), wanted = asked ? level_of(asked) : best;
+    int best = level_of(isa_best()), wanted = asked_level();
     // an instruction set that the processor lacks is not an option
     return wanted < 0 || wanted > best ? best : wanted;
   }();

@@ -292,7 +292,7 @@ const Kernels<T, S>* kernels_for(const char* isa);
 // names.
 const char* isa_name();
 const char* isa_best();
-// Why it is not amx_bf16; "" where it is. The first call asks Linux to let this process use tiles.
+// Why the best is not amx_bf16; "" where it is. The first call asks Linux to let this process use tiles.
 const char* amx_missing();
 
 }  // namespace rfdarts
