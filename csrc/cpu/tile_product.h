@@ -1,5 +1,6 @@
 // Products of bfloat16 on AMX's tiles. A row of sums is 16 outputs of a pixel; a row of A inputs of a pixel that lie
 // next to each other; a row of B the weights of a pair of inputs for 16 outputs, as they are packed.
+
 // What LDTILECFG reads: bytes of a row and rows of each tile.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -1,4 +1,4 @@
-"""The compiled CPU backend: kernels of csrc/cpu for AMX, AVX-512, AVX2 or any processor, chosen at run time."""
+"""The compiled CPU backend: csrc/cpu's kernels for AMX, AVX-512, AVX2 or any processor, chosen at run time."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class CPUBackend(CompiledBackend):
         return None
 
     def status(self) -> dict[str, str | bool]:
-        """`built`; `reason` where not; `isa`, the instruction set that runs, and `isa_best`, the best that can;
+        """`built`; `reason` where not; `isa`, the instruction set that runs; `isa_best`, the best that can;
         `amx`: available, or the reason why AMX cannot run; `harness`: the compiler, where the kernels are
         also built one by one, or the reason why not."""
         if _unavailable is not None:

@@ -1,7 +1,7 @@
 """Products of bfloat16 under autocast, where the processor has them: by PyTorch's own errors under autocast.
 
-AMX's are emulated on every processor. test_kernels.py has the arithmetic of single kernels, AVX512_BF16's emulated
-where the processor lacks it.
+AMX's are emulated on every processor. test_kernels.py has the arithmetic of single kernels, AVX512_BF16's
+emulated where the processor lacks it.
 """
 
 import pytest
