@@ -1,4 +1,4 @@
-"""The compiled CPU backend: csrc/cpu's kernels for AMX, AVX-512, AVX2 or any processor, chosen at run time."""
+"""The compiled CPU backend: csrc/cpu for AMX, AVX-512, AVX2 or any processor, chosen at run time."""
 
 from __future__ import annotations
 
