@@ -8,7 +8,9 @@ namespace RFDARTS_ISA {
 
 #include "cpu/depthwise.h"
 #include "cpu/elementwise.h"
+#ifdef RFDARTS_AMX
 #include "cpu/tile_product.h"
+#endif
 
 #include "cpu/pointwise.h"
 #include "cpu/pool.h"

@@ -1,5 +1,6 @@
 // Products of bfloat16 on AMX's tiles. A row of sums is 16 outputs of a pixel; a row of A inputs of a pixel that lie
-// next to each other; a row of B the weights of a pair of inputs for 16 outputs, as they are packed.
+// next to each other; a row of B the weights of a pair of inputs for 16 outputs, as they are packed. Other instruction
+// sets see none of it: what their compiler inlines would change.
 
 // What LDTILECFG reads: bytes of a row and rows of each tile.
 struct alignas(64) TileConfig {
@@ -15,10 +16,6 @@ struct alignas(64) TileConfig {
 #endif
 
 constexpr int kTileSize = 16;
-
-// Whether vectors of L outputs are those of a tile.
-template <int L>
-constexpr bool kOnTiles = kTiles && L == kTileSize;
 
 // All pairs of inputs, in equal parts of as many as a tile takes; 0: there is no such part that would gain.
 RF_INLINE int64_t tile_pairs(int64_t ci) {
