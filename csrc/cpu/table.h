@@ -6,12 +6,12 @@ namespace {
 namespace RFDARTS_ISA {
 #include "cpu/vec.h"
 
-#include "cpu/depthwise.h"
-#include "cpu/elementwise.h"
 #ifdef RFDARTS_AMX
 #include "cpu/tile_product.h"
 #endif
 
+#include "cpu/depthwise.h"
+#include "cpu/elementwise.h"
 #include "cpu/pointwise.h"
 #include "cpu/pool.h"
 
