@@ -1,5 +1,8 @@
-// The ops for CPU tensors, on pooled memory.
+// The ops for CPU tensors, on pooled memory. With RFDARTS_EMULATION: those of one emulated instruction set, as a
+// library of its own.
+#ifndef RFDARTS_EMULATION
 #include <Python.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -99,29 +102,48 @@ struct Cpu {
 std::string cell_text(const Ints& encoded) { return CellDescription(encoded).text(); }
 std::string isa() { return isa_name(); }
 std::string best_isa() { return isa_best(); }
+std::string missing_amx() { return amx_missing(); }
 }  // namespace
 }  // namespace rfdarts
 
+#ifdef RFDARTS_EMULATION
+STABLE_TORCH_LIBRARY(rfdarts_emulated_cpu, m) {
+#else
 STABLE_TORCH_LIBRARY(rfdarts, m) {
+#endif
   define_shared_ops(m);
   m.def("cell_text(int[] cell) -> str");
   m.def("isa() -> str");
   m.def("isa_best() -> str");
+  m.def("amx_missing() -> str");
   m.def("pool_release() -> ()");
   m.def("pool_cached() -> int");
   m.def("pool_poison(bool on) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(rfdarts, CPU, m) { rfdarts::Ops<rfdarts::Cpu>::implement(m); }
+#ifdef RFDARTS_EMULATION
+STABLE_TORCH_LIBRARY_IMPL(rfdarts_emulated_cpu, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(rfdarts, CPU, m) {
+#endif
+  rfdarts::Ops<rfdarts::Cpu>::implement(m);
+}
+#ifdef RFDARTS_EMULATION
+STABLE_TORCH_LIBRARY_IMPL(rfdarts_emulated_cpu, CompositeExplicitAutograd, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(rfdarts, CompositeExplicitAutograd, m) {
+#endif
   m.impl("cell_text", TORCH_BOX(&rfdarts::cell_text));
   m.impl("isa", TORCH_BOX(&rfdarts::isa));
   m.impl("isa_best", TORCH_BOX(&rfdarts::best_isa));
+  m.impl("amx_missing", TORCH_BOX(&rfdarts::missing_amx));
   m.impl("pool_release", TORCH_BOX(&rfdarts::pool_release));
   m.impl("pool_cached", TORCH_BOX(&rfdarts::pool_cached));
   m.impl("pool_poison", TORCH_BOX(&rfdarts::pool_poison));
 }
 
+#ifndef RFDARTS_EMULATION
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   return PyModule_Create(&module);
 }
+#endif

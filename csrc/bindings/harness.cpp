@@ -48,8 +48,8 @@ class Harness {
  public:
   explicit Harness(const std::string& isa) : k_(table_for<T>(isa)), products_(isa.ends_with("_bf16")) {
     if (!k_)
-      throw std::invalid_argument("isa: expected emulated_bf16, or baseline, avx2, avx512 or avx512_bf16 if this"
-                                  " processor has it, got " + isa);
+      throw std::invalid_argument("isa: expected emulated_bf16, or baseline, avx2, avx512, avx512_bf16 or amx_bf16"
+                                  " if this processor has it, got " + isa);
   }
 
   py::tuple conv_forward(const Array<T>& x, const Array<T>& depthwise, const Array<T>& pointwise, int dilation,

@@ -2,6 +2,11 @@
 #pragma once
 #include <cstdint>
 
+// A compiler that knows AMX comes with an assembler that does.
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define RFDARTS_BUILDS_AMX
+#endif
+
 namespace rfdarts {
 
 struct bf16 {
@@ -278,13 +283,16 @@ const Kernels<T, S>& kernels();
 template <class T, class S>
 const Kernels<T, S>& kernels_of_products();
 bool multiplies_bfloat16();
-// those for an instruction set by its name, with products of bfloat16 for avx512_bf16; null where this processor lacks
-// it. (double has one for all, but those.)
+// those for an instruction set by its name, with products of bfloat16 for avx512_bf16 and amx_bf16; null where this
+// processor lacks it. (double has one for all, but those.)
 template <class T, class S>
 const Kernels<T, S>* kernels_for(const char* isa);
 
-// "avx512_bf16", "avx512", "avx2" or "baseline": the best that this processor runs, or what RFDARTS_CPU_ISA names.
+// "amx_bf16", "avx512_bf16", "avx512", "avx2" or "baseline": the best that this processor runs, or what RFDARTS_CPU_ISA
+// names.
 const char* isa_name();
 const char* isa_best();
+// Why the best is not amx_bf16; "" where it is. The first call asks Linux to let this process use tiles.
+const char* amx_missing();
 
 }  // namespace rfdarts

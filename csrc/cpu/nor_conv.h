@@ -128,6 +128,19 @@ __attribute__((noinline)) void store_tiles(const T* m, Size size, const Strip& s
 template <class T, int L, int Pixels, int Blocks>
 __attribute__((noinline)) void multiply_columns(const Operand<T>* values, int64_t count, int64_t c, const T* weights,
                                                 T* products, Ahead& ahead) {
+#ifdef RFDARTS_AMX
+  if constexpr (L == kTileSize)
+    if (int64_t pairs = tile_pairs(c)) {
+      static_assert(2 * kFewTiles <= kTileSize);
+      Tiles tiles(count, pairs);
+      for (int64_t i = 0; i < kPlaces; i++) {
+        fetch<L>(ahead, count * Blocks * c);
+        multiply_tiles<1, Blocks>(values + i * place_pitch(c), c, pairs, weights + i * c * c, c);
+        store_sums<1, Blocks>(products + i * place_pitch(c), c);
+      }
+      return;
+    }
+#endif
   for (int64_t i = 0; i < kPlaces; i++) {
     fetch<L>(ahead, count * Blocks * c);
     const Operand<T>* d = values + i * place_pitch(c);

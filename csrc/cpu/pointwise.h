@@ -29,6 +29,10 @@ RF_INLINE void pointwise_tile(const Operand<T>* d, int64_t ci, const T* w, int64
 template <class T, int L, int Pixels, int Blocks, class Out>
 RF_INLINE void pointwise_columns(const Operand<T>* d, int64_t pixels, int64_t ci, const T* w, int64_t co, Ahead& ahead,
                                  Out&& out) {
+#ifdef RFDARTS_AMX
+  if constexpr (L == kTileSize)
+    if (int64_t pairs = tile_pairs(ci)) return tile_columns<Blocks>(d, pixels, ci, pairs, w, co, ahead, out);
+#endif
   int64_t p = 0;
   for (; p + Pixels <= pixels; p += Pixels) {
     fetch<L>(ahead, Pixels * Blocks * ci);

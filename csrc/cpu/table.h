@@ -6,6 +6,10 @@ namespace {
 namespace RFDARTS_ISA {
 #include "cpu/vec.h"
 
+#ifdef RFDARTS_AMX
+#include "cpu/tile_product.h"
+#endif
+
 #include "cpu/depthwise.h"
 #include "cpu/elementwise.h"
 #include "cpu/pointwise.h"

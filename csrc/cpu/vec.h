@@ -111,7 +111,7 @@ RF_INLINE void store(bf16* p, Vec<float, L> v) {
 template <int L, class T>
   requires std::is_floating_point_v<T>
 RF_INLINE void stream(T* p, Vec<T, L> v) {
-#if RFDARTS_VECTOR_BYTES == 64
+#if RFDARTS_VECTOR_BYTES == 64 && !defined(RFDARTS_EMULATED_TILES)
   if constexpr (L * sizeof(T) == 64) {
     if constexpr (sizeof(T) == 4)
       _mm512_stream_ps(p, (__m512)v);
@@ -124,7 +124,7 @@ RF_INLINE void stream(T* p, Vec<T, L> v) {
 }
 template <int L>
 RF_INLINE void stream(bf16* p, Vec<float, L> v) {
-#if RFDARTS_VECTOR_BYTES == 64
+#if RFDARTS_VECTOR_BYTES == 64 && !defined(RFDARTS_EMULATED_TILES)
   if constexpr (L == 16) {
     auto half = to_bf16<L>(v);
     return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i&>(half));
@@ -176,7 +176,7 @@ RF_INLINE Vec<T, L> max_or_second(Vec<T, L> a, Vec<T, L> b) {
 #if RFDARTS_VECTOR_BYTES >= 32
   if constexpr (bytes == 32 && sizeof(T) == 4) return (Vec<T, L>)_mm256_max_ps((__m256)a, (__m256)b);
 #endif
-#if RFDARTS_VECTOR_BYTES >= 64
+#if RFDARTS_VECTOR_BYTES >= 64 && !defined(RFDARTS_EMULATED_TILES)
   if constexpr (bytes == 64 && sizeof(T) == 4) return (Vec<T, L>)_mm512_max_ps((__m512)a, (__m512)b);
 #endif
 #endif

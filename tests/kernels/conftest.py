@@ -1,6 +1,7 @@
 """The backends that kernel tests run on."""
 
 import os
+import platform
 
 import pytest
 import torch
@@ -14,18 +15,34 @@ from tests.kernels.oracles import CPUKernels, GPUKernels, Kernels
 from tests.kernels.triton import device as triton_device
 
 
-@pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory):
+def built(tmp_path_factory, name, files=None):
+    """The library of `emulation.build`, once for all of pytest-xdist's processes."""
     if emulation.compiler() is None:
-        pytest.skip("needs g++ to build the CUDA kernels for the CPU")
-    # pytest-xdist's processes have a folder each inside that of all
+        pytest.skip("needs g++ to build emulated kernels")
+    # each process has a folder inside that of all
     folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated"
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
     with FileLock(f"{folder}.lock"):
         if folder.exists():
             return folder / emulation.LIBRARY
         folder.mkdir()
-        return emulation.build(folder)
+        return emulation.build(folder, files=files)
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory):
+    return built(tmp_path_factory, "emulated")
+
+
+@pytest.fixture(scope="session")
+def emulated_amx(tmp_path_factory):
+    status = backends()["cpu"].status()
+    if not status["built"]:
+        pytest.skip(str(status["reason"]))
+    if platform.machine() == "x86_64" and status["isa_best"] == "baseline":
+        pytest.skip("needs AVX2")
+    library = built(tmp_path_factory, "emulated_amx", emulation.amx_sources())
+    return emulation.EmulatedAMXBackend(emulation.load(library, "rfdarts_emulated_cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""The CUDA kernels built for the CPU, thread by thread: the library, the same with a bug, its backend."""
+"""Kernels on a processor that has not what they are for: CUDA's thread by thread, AMX's tile by tile.
+
+Libraries of both, the same with a bug, their backends.
+"""
 
 import importlib.util
 import re
@@ -12,13 +15,13 @@ import torch
 from torch import library
 from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
-from rfdarts_fast.ops.compiled import cuda, fakes
+from rfdarts_fast.ops.compiled import cpu, cuda, fakes
 from tests.kernels.oracles import Kernels
 from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LIBRARY = "emulated.so"
-WARNINGS = ["-Wall", "-Wno-unknown-pragmas"]
+WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DRFDARTS_EMULATION", *WARNINGS]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
@@ -26,6 +29,11 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"
 def sources():
     kernels = (CSRC / "sources_cuda.txt").read_text().split()
     return [*kernels, "emulation/cuda.cpp", "bindings/cuda.cpp", "core/cell.cpp"]
+
+
+def amx_sources():
+    others = [source for source in (CSRC / "sources.txt").read_text().split() if "cpu/isa" not in source]
+    return [*others, "emulation/amx_bf16.cpp"]
 
 
 def compiler():
@@ -89,9 +97,10 @@ def link(objects, folder, flags=()):
     return library
 
 
-def build(folder, flags=()):
+def build(folder, flags=(), files=None):
+    """The CUDA kernels, unless `files` are other sources."""
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: compile_one(source, CSRC, folder, flags), sources()))
+        objects = list(pool.map(lambda source: compile_one(source, CSRC, folder, flags), files or sources()))
     return link(objects, folder, flags)
 
 
@@ -115,6 +124,20 @@ def mutated(folder, objects, header, before, after, source):
     return link([changed, *(path for path in objects if path.name != changed.name)], folder)
 
 
+def load(path: Path, name: str):
+    """The ops of a library, which has them under this name; once in a process."""
+    torch.ops.load_library(str(path))
+    for op, fake in fakes.FAKES.items():
+        library.register_fake(f"{name}::{op}", fake)
+    return getattr(torch.ops, name)
+
+
+class EmulatedAMXBackend(cpu.CPUBackend):
+    """The CPU backend on emulated tiles."""
+
+    name = "emulated AMX"
+
+
 class EmulatedBackend(cuda.CUDABackend):
     """The CUDA backend for tensors on the CPU."""
 
@@ -136,11 +159,8 @@ class EmulatedKernels(Kernels):
     """
 
     def __init__(self, path: Path) -> None:
-        torch.ops.load_library(str(path))
-        self.ops, self.orders = torch.ops.rfdarts_emulated, (False, True)
+        self.ops, self.orders = load(path, "rfdarts_emulated"), (False, True)
         super().__init__(EmulatedBackend(self.ops))
-        for name, fake in fakes.FAKES.items():
-            library.register_fake(f"rfdarts_emulated::{name}", fake)
 
     def schedules(self):
         try:

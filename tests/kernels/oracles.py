@@ -98,12 +98,12 @@ class CPUKernels(Kernels):
 
     @contextlib.contextmanager
     def poison(self, on: bool) -> Iterator[None]:
-        torch.ops.rfdarts.pool_poison(on)
+        self.backend._ops.pool_poison(on)
         try:
             with fresh_memory_is_nan(on):
                 yield
         finally:
-            torch.ops.rfdarts.pool_poison(False)
+            self.backend._ops.pool_poison(False)
 
     def schedules(self) -> Iterator[None]:
         try:

@@ -1,4 +1,4 @@
-"""The compiled CPU backend: the kernels of csrc/cpu, AVX-512, AVX2 or baseline code, chosen at run time."""
+"""The compiled CPU backend: csrc/cpu for AMX, AVX-512, AVX2 or any processor, chosen at run time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rfdarts_fast.ops.compiled.base import CompiledBackend, unsupported_layer
 from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer
 
 _HALF = torch.bfloat16, torch.float16
+# instruction sets with products of bfloat16
+_PRODUCTS = "avx512_bf16", "amx_bf16"
 
 _unavailable: str | None = None
 try:
@@ -31,7 +33,7 @@ def unavailable_reason() -> str | None:
 
 class CPUBackend(CompiledBackend):
     """float32 and float64. Under autocast, states are float32, branch outputs are kept in bfloat16, and a
-    processor with AVX512_BF16 multiplies in bfloat16 what has channels in fours."""
+    processor with AVX512_BF16, or AMX too, multiplies in bfloat16 what has channels in fours."""
 
     name = "cpu"
     priority = 20
@@ -46,7 +48,7 @@ class CPUBackend(CompiledBackend):
     def products_of(self, storage: torch.dtype, channels: Iterable[int]) -> bool:
         if storage != torch.float32 or not torch.is_autocast_enabled("cpu"):
             return False
-        return self._ops.isa() == "avx512_bf16" and all(c % 4 == 0 for c in channels)
+        return self._ops.isa() in _PRODUCTS and all(c % 4 == 0 for c in channels)
 
     def unsupported_cell(self, call: CellCall) -> str | None:
         storage = self.storage_dtype(call.inputs[0])
@@ -71,12 +73,19 @@ class CPUBackend(CompiledBackend):
         return None
 
     def status(self) -> dict[str, str | bool]:
-        """`built`; `reason` where not; `isa`, the instruction set that runs, and `isa_best`, the processor's;
-        `harness`: the compiler, where the kernels are also built one by one, or the reason why not."""
+        """`built`; `reason` where not; `isa`, the instruction set that runs; `isa_best`, the best that can;
+        `amx`: available, or the reason why AMX cannot run; `harness`: the compiler, where the kernels are
+        also built one by one, or the reason why not."""
         if _unavailable is not None:
             return {"built": False, "reason": _unavailable}
         try:
             harness = importlib.import_module("rfdarts_fast.ops._kernels").build()["compiler"]
         except ImportError as error:
             harness = f"not built or not for this Python ({error})"
-        return {"built": True, "isa": self._ops.isa(), "isa_best": self._ops.isa_best(), "harness": harness}
+        return {
+            "built": True,
+            "isa": self._ops.isa(),
+            "isa_best": self._ops.isa_best(),
+            "amx": self._ops.amx_missing() or "available",
+            "harness": harness,
+        }

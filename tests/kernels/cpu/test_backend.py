@@ -15,7 +15,7 @@ from tests.kernels.oracles import on
 from tests.kernels.problems import CellProblem
 
 ROOT = Path(__file__).resolve().parents[3]
-ISAS = "baseline", "avx2", "avx512", "avx512_bf16"
+ISAS = "baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"
 
 
 @on("cpu")
@@ -50,9 +50,9 @@ def test_reasons_against_a_cell(backend):
 @on("cpu")
 def test_every_instruction_set_is_as_good_as_plain_pytorch(backend, isa):
     """In a process that is told which one to use."""
-    best = backend.backend.status()["isa_best"]
-    if ISAS.index(isa) > ISAS.index(best):
-        pytest.skip(f"this processor has {best}")
+    status = backend.backend.status()
+    if ISAS.index(isa) > ISAS.index(status["isa_best"]):
+        pytest.skip(f"the best here is {status['isa_best']}, AMX: {status['amx']}")
     code = """
 import torch
 from rfdarts_fast.ops import backends
@@ -106,4 +106,6 @@ def test_autocast_keeps_branch_outputs_in_bfloat16(backend, memory):
 
 @on("cpu")
 def test_status(backend):
-    assert backend.backend.status()["isa"] in ISAS
+    status = backend.backend.status()
+    assert status["isa"] in ISAS
+    assert (status["amx"] == "available") == (status["isa_best"] == "amx_bf16")

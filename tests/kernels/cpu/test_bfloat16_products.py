@@ -1,22 +1,24 @@
 """Products of bfloat16 under autocast, where the processor has them: by PyTorch's own errors under autocast.
 
-test_kernels.py has the arithmetic of single kernels, emulated where the processor lacks it.
+AMX's are emulated on every processor. test_kernels.py has the arithmetic of single kernels, AVX512_BF16's
+emulated where the processor lacks it.
 """
 
 import pytest
 import torch
-from torch import library
+import torch.nn.functional as F
+from torch import library, nn
 
 from rfdarts_fast.ops import backends
 from rfdarts_fast.ops.compiled.packing import pairs
 from tests.kernels.oracles import CPUKernels, Kernels, Oracle, RecordedOps
 from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 from tests.kernels.tolerances import TRUTH, assert_same_bits, errors, size_of
+from tests.kernels.views import ALIGNED
 
 F32 = torch.float32
 
-isa = backends()["cpu"].status().get("isa")
-pytestmark = pytest.mark.skipif(isa != "avx512_bf16", reason=f"needs AVX512_BF16, the kernels run on {isa}")
+isa = str(backends()["cpu"].status().get("isa"))
 
 
 def under_autocast(kind):
@@ -35,9 +37,18 @@ def under_autocast(kind):
 PLAIN = under_autocast(Oracle)()
 
 
-@pytest.fixture
-def backend():
+@pytest.fixture(params=["cpu", "emulated AMX"])
+def backend(request):
+    """Kernels with products of bfloat16: this processor's best, and those with emulated tiles."""
+    if request.param == "emulated AMX":
+        return under_autocast(CPUKernels)(request.getfixturevalue("emulated_amx"))
+    if not isa.endswith("_bf16"):
+        pytest.skip(f"needs AVX512_BF16, the kernels run on {isa}")
     return under_autocast(CPUKernels)(backends()["cpu"])
+
+
+# without autocast the products are of float32, and those are not emulated
+here = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 
 
 CELLS = {
@@ -55,6 +66,7 @@ CELLS = {
     "NAS-Bench-201": NASBENCH201 | dict(channels=16),
     "NAS-Bench-201, 32 channels": NASBENCH201 | dict(channels=32, shape=(2, 6, 20)),
     "NAS-Bench-201, 64 channels, odd": NASBENCH201 | dict(channels=64, shape=(3, 5, 7)),
+    "NAS-Bench-201, 112 channels, odd": NASBENCH201 | dict(channels=112, nodes=1, shape=(3, 7, 3)),
     "NAS-Bench-201, 20 channels": NASBENCH201 | dict(channels=20, shape=(3, 5, 7)),
     "NAS-Bench-201, evaluated": NASBENCH201 | dict(channels=16, train=False),
 }
@@ -63,6 +75,9 @@ LAYERS = {
     "FactorizedReduce": dict(channels=(32, 16, 64), reduce=True),
     "few": dict(channels=(12, 4, 8)),
     "evaluated": dict(channels=(64, 64), train=False),
+    "tiles in parts": dict(channels=(100, 80, 48), shape=(2, 5, 7)),
+    "parts too small for tiles": dict(channels=(76, 32, 12), shape=(2, 5, 7)),
+    "fewer pixels than a tile's rows": dict(channels=(64, 32, 16), shape=(6, 3, 1)),
 }
 
 
@@ -108,9 +123,46 @@ def test_products_are_of_bfloat16(backend, kind):
     options = {} if kind is LayerProblem else {"memory": "recompute"}
     error, exact = (
         errors(problem.run(kernels, **options), truth)["output 0"][-1] / size_of(truth)["output 0"][-1]
-        for kernels in (backend, CPUKernels(backend.backend))
+        for kernels in (backend, CPUKernels(backends()["cpu"]))
     )
     assert 1e-4 < error < 1e-2 and exact < 1e-6
+
+
+@pytest.mark.parametrize("channels", [(16, 48, 32), (64, 64), (20, 28), (72, 112), (100, 16), (76, 32)])
+@pytest.mark.parametrize("size", [(1, 3), (1, 16), (5, 7), (4, 8), (19, 9)], ids=str)
+def test_both_operands_are_rounded_and_nothing_else(backend, channels, size):
+    problem = problem_of(dict(channels=channels, shape=(2, *size)), LayerProblem)
+    recorded = RecordedOps(backend.backend)
+    problem.run(under_autocast(CPUKernels)(recorded.backend))
+    op, arguments, options = recorded.calls["relu_conv_bn_forward"]
+    with backend.poison(True):
+        _, outputs, moments = op(*arguments, **options)
+    x = problem.inputs[0].relu().bfloat16().double()
+    for layer, y, moment in zip(problem.module, outputs, moments, strict=True):
+        truth = F.conv2d(x, layer.op[1].weight.bfloat16().double())
+        for found, expected in [(y, truth), (moment[0], truth.mean((0, 2, 3)))]:
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("channels", [16, 32, 64, 80])
+@pytest.mark.parametrize("size", [(3, 5), (8, 8), (9, 33)], ids=str)
+def test_convolutions_of_small_integers_are_exact(backend, channels, size):
+    """Winograd's sums of them too, in bfloat16: what is left are errors of float32."""
+    options = dict(channels=channels, nodes=1, shape=(2, *size), place=torch.Tensor.round_)
+    problem = problem_of(NASBENCH201 | options)
+    for part in problem.module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.normal_(part.weight).round_().clamp_(-2, 2).mul_(4)
+    truth = problem.run(TRUTH, torch.float64)["output 0"][0]
+    [found] = problem.run(backend, memory="recompute")["output 0"]
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-5 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("view", ALIGNED)
+@pytest.mark.parametrize("case", ["DARTS, stride 2", "NAS-Bench-201, 32 channels", "layers"])
+def test_other_layouts_have_the_same_bits(backend, case, view):
+    problem = problem_of(LAYERS[case], LayerProblem) if case in LAYERS else problem_of(CELLS[case])
+    assert_same_bits(problem.run(backend, view=view), problem.run(backend))
 
 
 @pytest.mark.parametrize("case", CELLS)
@@ -124,7 +176,7 @@ def test_threads_and_what_is_made_again_are_the_same_bits(backend, case):
     made = recorded.calls["cell_branch_outputs"][2]
     forward = recorded.calls["cell_forward"][2]
     assert forward["bfloat16_products"] and made["bfloat16_products"]
-    ops, (n, channels, h, w) = torch.ops.rfdarts, problem.grads[0].shape
+    ops, (n, channels, h, w) = backend.backend._ops, problem.grads[0].shape
     size = h * w * channels // CELLS[case].get("K", 1)
     # an image ends with room for a whole vector
     again, first = (
@@ -145,6 +197,7 @@ def test_opcheck(backend):
     assert recorded.calls["relu_conv_bn_backward"][2]["bfloat16_products"]
 
 
+@here
 @pytest.mark.parametrize("channels", [15, 6, 2])
 def test_other_channels_are_multiplied_in_float32(backend, channels):
     problem = problem_of(dict(channels=channels, nodes=1, primitives=("sep_conv_3x3", "skip_connect")))

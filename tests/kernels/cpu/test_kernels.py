@@ -13,7 +13,10 @@ except ImportError as error:
     pytest.skip(f"the kernels by themselves were not built ({error})", allow_module_level=True)
 
 # products of bfloat16: this processor's and emulated ones
-PRODUCTS = [("Float", isa) for isa in ("emulated_bf16", "avx512_bf16") if kernels.has(isa)]
+PRODUCTS = [
+    pytest.param("Float", isa, marks=pytest.mark.skipif(not kernels.has(isa), reason=f"needs {isa}"))
+    for isa in ("emulated_bf16", "avx512_bf16", "amx_bf16")
+]
 # float64 has one set of kernels
 CODES = [("Float", isa) for isa in ("baseline", "avx2", "avx512") if kernels.has(isa)] + [
     ("Double", "baseline")
