@@ -260,28 +260,33 @@ def cell_needs(K: int, channels: int, side: int, stride: int, batch: int, item: 
 
 
 def nasbench201_needs(channels: int, side: int, batch: int, item: int = 2) -> Needs:
-    """Of the forward and backward of a cell with one input and three nodes, the last of which is its output."""
+    """Of the forward and backward of a cell with one input and three nodes; the last one is its output."""
     pixels = batch * side**2
     y, products = pixels * channels * item, pixels * channels**2
     tensor, states = channels % 16 == 0, range(3)
     edges = [3, 2, 1]
+    # as with kFewTiles in csrc: each convolution has blocks of its own
+    apart = batch * -(-side // 16) ** 2 < 256
 
     def launch(values: int, adds: int = 0, sums: int = 0) -> Launch:
-        """values: in sizes of a state; adds: products of a pixel's channels; sums: of a block, per channel."""
+        """values: in sizes of a state; adds: products of a pixel; sums: of a block, per channel."""
         parts = (0, adds * products) if tensor else (adds * products, 0)
         return Launch(values * y, *parts, sums * channels * 8)
 
     def node(i: int, sums: int = 0) -> Launch:
-        # per edge both convolutions, and its input for the average pool and the identity; out, or its gradient
+        # per edge both convolutions, and its input for average pool and identity; out, or its gradient
         incoming = i + 1
         return launch(3 * incoming + 1, sums=sums)._replace(adds=2 * incoming * pixels * channels)
 
     # those of 1x1 are not kept: the backward makes all of them again, without statistics
     again = launch(len(states) + sum(edges), sum(edges))
+    # weights of float32 that are rounded for tensor cores, those of 1x1 in the backward both ways
+    factors = [Launch(sum(edges) * of * channels**2 * (4 + item)) for of in (10, 11)] if tensor else []
     return with_readers(
         {
+            **({"nor_conv_factors_kernel": factors} if factors else {}),
             "nor_conv_forward_kernel": [
-                *(launch(1 + 2 * edges[s], 10 * edges[s], 4 * edges[s]) for s in states),
+                *(launch(1 + 2 * of, 10 * of, 2 if apart else 4 * of) for of in edges),
                 again,
             ],
             "node_forward_kernel": [node(i) for i in states],
