@@ -266,7 +266,7 @@ def nasbench201_needs(channels: int, side: int, batch: int, item: int = 2) -> Ne
     tensor, states = channels % 16 == 0, range(3)
     edges = [3, 2, 1]
     # as with kFewTiles in csrc: each convolution has blocks of its own
-    apart = batch * -(-side // 16) ** 2 < 256
+    apart = batch * (-(-side // 16)) ** 2 < 256
 
     def launch(values: int, adds: int = 0, sums: int = 0) -> Launch:
         """values: in sizes of a state; adds: products of a pixel; sums: of a block, per channel."""

@@ -26,10 +26,10 @@ PRODUCT_PARTS = 512
 # would not fit into the registers
 OUTPUTS, INPUTS = 128, 64
 # options about registers by kernel and some of its constants, where level 0 spills eight bytes of a variant;
-# at level 5 depthwise convolutions with a BatchNorm would spill, and nodes
+# at level 5 other depthwise convolutions would spill, and nodes
 REGISTERS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("branch_gradient_kernel", {}, {"ptx_options": "--register-usage-level=5"}),
-    ("depthwise_kernel", {"NORM": False}, {"ptx_options": "--register-usage-level=5"}),
+    ("depthwise_kernel", {"NB": 2, "STRIDE": 1}, {"ptx_options": "--register-usage-level=5"}),
     ("node_kernel", {"STRIDE": 2}, {"maxnreg": 255}),
 )
 
