@@ -1,5 +1,5 @@
-// The convolutions of NAS-Bench-201 as tensor cores take them: weights rounded to the storage type, in the order in which
-// warps read them, 16 bytes for each lane:
+// The convolutions of NAS-Bench-201 as tensor cores take them: weights rounded to the storage type, in the order in
+// which warps read them, 16 bytes for each lane:
 //
 //     factors [c / 16 of outputs][taps][c / 16 of inputs][lane][8]
 //
@@ -23,8 +23,8 @@ struct NorConvFactors {
   } convolution[kMaxBranches];
 };
 
-// Blocks: any number x convolutions. A thread: what a lane takes for 16 outputs and 16 inputs. Of lane 4 g + t, the weights
-// of the outputs g and 8 + g for the inputs 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+// Blocks: any number x convolutions. A thread: what a lane takes for 16 outputs and 16 inputs. Of lane 4 g + t, the
+// weights of the outputs g and 8 + g for the inputs 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
 template <class T>
 __global__ void __launch_bounds__(kThreads) nor_conv_factors_kernel(const __grid_constant__ NorConvFactors<T> a) {
   const auto& own = a.convolution[blockIdx.y];

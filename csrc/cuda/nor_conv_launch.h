@@ -1,5 +1,5 @@
-// The launches of the convolutions of NAS-Bench-201 in a forward, and in a backward of those that are made again; before
-// them, that of what tensor cores take of all their weights.
+// The launches of the convolutions of NAS-Bench-201 in a forward, and in a backward of those that are made again;
+// before them, that of what tensor cores take of all their weights.
 #pragma once
 #include "cuda/cell_context.h"
 #include "cuda/nor_conv_factors.h"

@@ -32,7 +32,8 @@ struct NorConvTile {
 // Matrices of a convolution whose packed ones begin at `weight`: the taps [kernel^2][c inputs][c outputs], or factors.
 // back: of the transposed convolution, which has them behind the others, or factors of its own.
 template <class T, bool TensorCores>
-__device__ auto matrices_of(const Acc<T>* conv_weights, const T* factors, int64_t weight, int kernel, int c, bool back) {
+__device__ auto matrices_of(const Acc<T>* conv_weights, const T* factors, int64_t weight, int kernel, int c,
+                            bool back) {
   if constexpr (TensorCores)
     return factors + weight / 2;
   else
