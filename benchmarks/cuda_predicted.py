@@ -399,9 +399,9 @@ def cases() -> dict[str, list[Case]]:
         title = f"{name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}"
         found["cells"].append(Case(title, partial(cell_launches, sizes=sizes), partial(cell_needs, *sizes)))
     for channels, side, batch in NASBENCH201_CELLS:
-        sizes = channels, side, batch
+        shape = channels, side, batch
         title = f"NAS-Bench-201: C={channels}, {side}x{side}, batch {batch}"
-        launches, needs = partial(nasbench201_launches, sizes=sizes), partial(nasbench201_needs, *sizes)
+        launches, needs = partial(nasbench201_launches, sizes=shape), partial(nasbench201_needs, *shape)
         found["nasbench201"].append(Case(title, launches, needs))
     for name, c_in, c_out, side, stride, batch in PREPROCESSING:
         sizes = c_in, c_out, side, stride, batch
