@@ -7,8 +7,8 @@ from the compiled code; and the least time on an H100 that follows. No GPU is us
 The prediction is a floor, the largest of several. Bytes: / 3.0 TB/s, a measured copy; of whole sectors of 32,
 once for every launch that needs them. Multiply-adds: on CUDA cores / 33 T/s (132 multiprocessors x 128 lanes
 x 1.98 GHz), on tensor cores / 495 T/s (the data sheet's dense bfloat16); tensor cores take the 1x1 products
-where these have a multiple of 16 inputs, in a cell of outputs too. What tiles read and compute again for
-their halos is in neither.
+and the convolutions of NAS-Bench-201 where these have a multiple of 16 inputs, in a cell of outputs too. What
+tiles read and compute again for their halos is in neither.
 
 Issue: warp instructions / (132 multiprocessors x 4 schedulers x 1.98 GHz), halos and addresses and all, in
 which no scheduler ever waits. They are counted in the code that nvcc makes for sm_90, whose integer and
@@ -38,7 +38,7 @@ import torch
 from benchmarks import sass
 from tests.kernels import emulation
 from tests.kernels.emulation import EmulatedKernels
-from tests.kernels.problems import CellProblem, LayerProblem
+from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 
 BANDWIDTH = 3.0e12
 MULTIPLY_ADDS = 132 * 128 * 1.98e9
@@ -69,7 +69,9 @@ CELLS = [
     ("RF-PCDARTS, ImageNet, K=2, last cells", 2, 64, 7, 1, 256),
     ("RF-PCDARTS, ImageNet, K=4, first cells", 4, 16, 28, 1, 256),
 ]
-# what comes before them: name, channels of the input and of the output, image, stride, batch
+# cells of NAS-Bench-201's supernet: width, image, batch
+NASBENCH201_CELLS = [(c, side, batch) for c, side in ((16, 32), (32, 16), (64, 8)) for batch in (64, 1024)]
+# what comes before the others: name, channels of the input and of the output, image, stride, batch
 PREPROCESSING = [
     ("RF-DARTS and RF-PCDARTS, CIFAR, first cells", 64, 16, 32, 1, 64),
     ("RF-DARTS and RF-PCDARTS, CIFAR, first cells", 64, 16, 32, 1, 1024),
@@ -97,6 +99,15 @@ def cell_launches(kernels: RecordedKernels, sizes: tuple[int, int, int, int, int
     edges, _, weights = problem.leaves(kernels)
     inputs = [untouched(batch, channels, side) for _ in range(2)]
     return recorded(kernels, lambda: kernels.cell(list(edges), inputs, *weights))
+
+
+def nasbench201_launches(kernels: RecordedKernels, sizes: tuple[int, int, int]) -> Launched:
+    """As `cell_launches`; sizes: channels, side, batch. The last node alone is the cell's output."""
+    channels, side, batch = sizes
+    problem = CellProblem((1, 2, 2), torch.bfloat16, channels=channels, **NASBENCH201)
+    edges, _, weights = problem.leaves(kernels)
+    x = untouched(batch, channels, side)
+    return recorded(kernels, lambda: kernels.cell(list(edges), [x], *weights)[-1:])
 
 
 def preprocessing_launches(kernels: RecordedKernels, sizes: tuple[int, int, int, int, int]) -> Launched:
@@ -154,8 +165,14 @@ def both(one: Launch, other: Launch) -> Launch:
 Needs = dict[str, list[Launch]]
 
 
+def leaving(launches: list[Launch]) -> list[Launch]:
+    """Those whose blocks leave sums."""
+    return [one for one in launches if one.left]
+
+
 def with_readers(needs: Needs) -> Needs:
-    return needs | {reader: [Launch()] * len(needs[of]) for of, reader in READERS.items() if of in needs}
+    readers = {reader: len(leaving(needs[of])) for of, reader in READERS.items() if of in needs}
+    return needs | {reader: [Launch()] * count for reader, count in readers.items()}
 
 
 def with_sums(needs: Needs, blocks: dict[str, list[int]]) -> Needs:
@@ -164,8 +181,8 @@ def with_sums(needs: Needs, blocks: dict[str, list[int]]) -> Needs:
     for kernel, reader in READERS.items():
         if kernel in needs:
             sums = [one.left * count for one, count in zip(needs[kernel], blocks[kernel], strict=True)]
-            for name in (kernel, reader):
-                launches = zip(needs[name], sums, strict=True)
+            for name, sizes in ((kernel, sums), (reader, [size for size in sums if size])):
+                launches = zip(needs[name], sizes, strict=True)
                 needs[name] = [one._replace(bytes=one.bytes + size) for one, size in launches]
     return needs
 
@@ -240,6 +257,46 @@ def cell_needs(K: int, channels: int, side: int, stride: int, batch: int, item: 
         needs["edge_gradients_kernel"] = [Launch()]
         needs["bypass_backward_kernel"] = [bypass_backward(s, leaving[s]) for s in backwards]
     return with_readers(needs)
+
+
+def nasbench201_needs(channels: int, side: int, batch: int, item: int = 2) -> Needs:
+    """Of the forward and backward of a cell with one input and three nodes; the last one is its output."""
+    pixels = batch * side**2
+    y, products = pixels * channels * item, pixels * channels**2
+    tensor, states = channels % 16 == 0, range(3)
+    edges = [3, 2, 1]
+    # as with kFewTiles in csrc: each convolution has blocks of its own
+    apart = batch * (-(-side // 16)) ** 2 < 256
+
+    def launch(values: int, adds: int = 0, sums: int = 0) -> Launch:
+        """values: in sizes of a state; adds: products of a pixel; sums: of a block, per channel."""
+        parts = (0, adds * products) if tensor else (adds * products, 0)
+        return Launch(values * y, *parts, sums * channels * 8)
+
+    def node(i: int, sums: int = 0) -> Launch:
+        # per edge both convolutions, and its input for average pool and identity; out, or its gradient
+        incoming = i + 1
+        return launch(3 * incoming + 1, sums=sums)._replace(adds=2 * incoming * pixels * channels)
+
+    # those of 1x1 are not kept: the backward makes all of them again, without statistics
+    again = launch(len(states) + sum(edges), sum(edges))
+    # weights of float32 that are rounded for tensor cores, those of 1x1 in the backward both ways
+    factors = [Launch(sum(edges) * of * channels**2 * (4 + item)) for of in (10, 11)] if tensor else []
+    return with_readers(
+        {
+            **({"nor_conv_factors_kernel": factors} if factors else {}),
+            "nor_conv_forward_kernel": [
+                *(launch(1 + 2 * of, 10 * of, 2 if apart else 4 * of) for of in edges),
+                again,
+            ],
+            "node_forward_kernel": [node(i) for i in states],
+            "update_running_stats_kernel": [Launch()],
+            # both convolutions, the average pool and the identity of each edge; the gradient
+            "node_backward_kernel": [node(i, 4 * (i + 1) + 1) for i in reversed(states)],
+            # per edge g and both y; the state and its gradient
+            "nor_conv_backward_kernel": [launch(2 + 3 * edges[s], 10 * edges[s]) for s in reversed(states)],
+        }
+    )
 
 
 def preprocessing_needs(c_in: int, c_out: int, side: int, stride: int, batch: int, item: int = 2) -> Needs:
@@ -336,11 +393,16 @@ class Case(NamedTuple):
 
 
 def cases() -> dict[str, list[Case]]:
-    found: dict[str, list[Case]] = {"cells": [], "preprocessing": []}
+    found: dict[str, list[Case]] = {"cells": [], "nasbench201": [], "preprocessing": []}
     for name, K, channels, side, stride, batch in CELLS:
         sizes = K, channels, side, stride, batch
         title = f"{name}: C={channels}, K={K}, {side}x{side}, stride {stride}, batch {batch}"
         found["cells"].append(Case(title, partial(cell_launches, sizes=sizes), partial(cell_needs, *sizes)))
+    for channels, side, batch in NASBENCH201_CELLS:
+        shape = channels, side, batch
+        title = f"NAS-Bench-201: C={channels}, {side}x{side}, batch {batch}"
+        launches, needs = partial(nasbench201_launches, sizes=shape), partial(nasbench201_needs, *shape)
+        found["nasbench201"].append(Case(title, launches, needs))
     for name, c_in, c_out, side, stride, batch in PREPROCESSING:
         sizes = c_in, c_out, side, stride, batch
         title = f"Preprocessing, {name}: {c_in} -> {c_out}, {side}x{side}, stride {stride}, batch {batch}"
@@ -354,10 +416,8 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cells", type=int, nargs="+", metavar="N", help="of CELLS, by number; none of PREPROCESSING")
-    add(
-        "--preprocessing", type=int, nargs="+", metavar="N", help="of PREPROCESSING; no cells but those named"
-    )
+    for name in cases():
+        add(f"--{name}", type=int, nargs="+", metavar="N", help="by number; of the others only those named")
     add("--kernels", nargs="+", metavar="NAME", help="a profile of each of these instead of the table")
     add("--launches", type=int, nargs="+", metavar="N", help="with --kernels: which launches of each; all")
     add("--lines", type=int, default=30, help="with --kernels: source lines that are shown; %(default)s")
@@ -384,9 +444,9 @@ def profiles(launched: dict[str, Launched], build: sass.Build, args: argparse.Na
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     found = []
+    every = all(getattr(args, name) is None for name in cases())
     for name, of in cases().items():
         numbers = getattr(args, name)
-        every = args.cells is None and args.preprocessing is None
         for number in range(len(of)) if every else numbers or []:
             if not 0 <= number < len(of):
                 raise SystemExit(f"--{name}: expected numbers from 0 to {len(of) - 1}, got {number}")

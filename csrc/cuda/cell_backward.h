@@ -34,6 +34,7 @@ struct BackwardPass : CellContext<T> {
     zero(grad_op_weights, int64_t(cell.edges.size()) * cell.primitives);
     zero(outputs.grad_gamma, int64_t(cell.norms) * cm);
     zero(outputs.grad_beta, int64_t(cell.norms) * cm);
+    launch_nor_conv_factors(*this, true);
     launch_nor_convs(*this, 0, cell.states(), false, [](const Branch& b) { return b.remade(); });
     if (!grad_edge_weights) return;
     int64_t terms = int64_t(cell.edges.size()) * (cell.primitives + 1);
@@ -203,6 +204,7 @@ struct BackwardPass : CellContext<T> {
   void nor_convs(int s, T* grad_x, bool more) {
     NorConvBackward<T> p{};
     p.reach = set(p, s, grad_x, true);
+    p.factors = this->transposed_factors;
     if (more) p.outer = Context::dense(grad_x, p.h, p.w, c);
     p.wide = p.wide && this->wide(p.x) && this->wide(p.outer);
     for (int e = 0; e < p.leaving; e++) {

@@ -39,6 +39,8 @@ struct CellContext {
   const Acc<T>*conv_weights, *op_weights, *edge_weights;
   // per edge: outputs of its 1x1 convolution of NAS-Bench-201, in scratch, for they are not kept
   std::vector<T*> remade;
+  // of the convolutions of NAS-Bench-201 what tensor cores take, in scratch (nor_conv_factors.h)
+  T *factors = nullptr, *transposed_factors = nullptr;
 
   CellContext(const Cell& cell, const CellForward& data, const Queue& queue, const Allocate& allocate)
       : cell(cell), data(data), queue(queue), allocate(allocate), remade(cell.edges.size()) {

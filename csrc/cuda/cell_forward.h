@@ -176,6 +176,7 @@ struct ForwardPass : CellContext<T> {
 template <class T>
 void CellRun<T>::forward(const Cell& cell, const CellForward& data, const Queue& queue, const Allocate& allocate) {
   ForwardPass<T> pass(cell, data, queue, allocate);
+  launch_nor_conv_factors(pass, false);
   pass.input_convs();
   for (int s = cell.inputs; s < cell.states(); s++) {
     pass.node(s - cell.inputs);
@@ -187,6 +188,7 @@ void CellRun<T>::branch_outputs(const Cell& cell, const CellForward& data, const
                                 const Allocate& allocate) {
   ForwardPass<T> pass(cell, data, queue, allocate);
   pass.remakes = false;
+  launch_nor_conv_factors(pass, false);
   pass.input_convs();
   for (int s = cell.inputs; s < cell.states(); s++) pass.convs(s, s + 1);
 }

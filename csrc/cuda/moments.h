@@ -37,25 +37,30 @@ struct OutputTile {
   }
   // to row y0, column x0 of an image [.][w][c]
   __device__ void store(T* image, int y0, int x0, int w, bool wide) const {
-    for (int r = 0; r < vh; r++) {
-      T* to = image + (int64_t(y0 + r) * w + x0) * c;
-      const T* from = ys + r * tw * c;
-      with_width<T>(wide, [&]<int V>() {
-        for (int i = threadIdx.x * V; i < vw * c; i += kThreads * V)
-          *reinterpret_cast<Pack<T, V>*>(to + i) = *reinterpret_cast<const Pack<T, V>*>(from + i);
-      });
-    }
+    with_width<T>(wide, [&]<int V>() {
+      int row = vw * c / V;
+      for (int i = threadIdx.x; i < vh * row; i += kThreads) {
+        int r = i / row, at = (i - r * row) * V;
+        *reinterpret_cast<Pack<T, V>*>(image + (int64_t(y0 + r) * w + x0) * c + at) =
+            *reinterpret_cast<const Pack<T, V>*>(ys + r * tw * c + at);
+      }
+    });
   }
   // partial [2][tiles][c] = mean and squared deviations of ys. All threads meet once.
   __device__ void moments(double* partial, int tiles) const {
     int groups = max(1, kThreads / c);
+    // from a pixel to the one that comes `groups` later, without a division
+    int down = groups / vw, across = groups - down * vw, ahead = (down * tw + across) * c;
     for (int i = threadIdx.x; i < groups * c; i += kThreads) {
-      int ch = i % c;
+      int p = i / c, ch = i - p * c, y = p / vw, x = p - y * vw;
       A about = middle(ys + ch, c, tw, vh, vw), sum = 0, square = 0;
-      for (int p = i / c; p < vh * vw; p += groups) {
-        A off = widen(ys[(p / vw * tw + p % vw) * c + ch]) - about;
+      const T* from = ys + (y * tw + x) * c + ch;
+      while (y < vh) {
+        A off = widen(*from) - about;
         sum += off;
         square += off * off;
+        x += across, y += down, from += ahead;
+        if (x >= vw) x -= vw, y++, from += (tw - vw) * c;
       }
       if (i < c) middles[ch] = about;
       sums[2 * i] = sum;

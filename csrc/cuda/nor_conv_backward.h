@@ -16,6 +16,7 @@ namespace rfdarts::cuda {
 
 template <class T>
 struct NorConvBackward : StateBackward<T> {
+  const T* factors;  // on tensor cores, of the transposed convolutions
   int reach;
   bool averages;
 };
@@ -96,7 +97,8 @@ struct NorConvBackwardBlock {
   }
   __device__ void multiply(const BackwardBranch<T>& branch, bool first) const {
     NorConvProduct<T, TensorCores>{tile}.run(
-        grads, Taps<A>(a.conv_weights + branch.weight, branch.kernel, a.c, true),
+        grads, matrices_of<T, TensorCores>(a.conv_weights, a.factors, branch.weight, branch.kernel, a.c, true),
+        branch.kernel,
         [&]<int N>(int p, int o, A(&v)[N]) {
           if (!first) return load<N>(sums + p * tile.ld + o, v);
 #pragma unroll

@@ -19,17 +19,18 @@ struct NorConvForward {
   bool wide;        // 16-byte loads and stores are aligned
   double* partial;  // [branches][2][tiles][c] mean and squared deviations, or null
   const Acc<T>* conv_weights;
+  const T* factors;  // on tensor cores
   int branches;
   struct Branch {
     T* y;
     int64_t weight;
     int kernel, norm;  // norm: which BatchNorm reads y
   } branch[kMaxBranches];
-  // A state and its branches, a row of the grid.
+  // A state and its branches, or one of them: a row of the grid.
   struct State {
     ImageView<T> x;
     int begin, end;
-  } state[kMaxIncoming];
+  } state[kMaxBranches];
 };
 
 // Offsets in bytes in a block's shared memory; xs comes first.
@@ -62,7 +63,7 @@ __device__ void load_relu(const NorConvForward<T>& a, const NorConvTile<T, Tenso
   }
 }
 
-// Blocks: tiles x states.
+// Blocks: tiles x states, or x branches.
 template <class T, bool TensorCores>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     nor_conv_forward_kernel(const __grid_constant__ NorConvForward<T> a) {
@@ -81,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     // xs is complete, and nobody reads ys any more
     __syncthreads();
     NorConvProduct<T, TensorCores>{tile}.run(
-        xs, Taps<A>(a.conv_weights + branch.weight, branch.kernel, a.c, false),
+        xs, matrices_of<T, TensorCores>(a.conv_weights, a.factors, branch.weight, branch.kernel, a.c, false),
+        branch.kernel,
         [&](int, int, auto& sums) {
           for (A& sum : sums) sum = 0;
         },

@@ -1,6 +1,6 @@
 // Convolutions of NAS-Bench-201, from all channels to all, as products of a tile in shared memory with the matrices of
-// the kernel's taps, which stay in global memory. Factors on tensor cores are of the storage type, else of the type of
-// arithmetic.
+// the kernel's taps, which stay in global memory: on tensor cores as nor_conv_factors.h lays them out, of the storage
+// type, else as they are packed, of the type of arithmetic.
 #pragma once
 #include <type_traits>
 
@@ -29,19 +29,16 @@ struct NorConvTile {
   __device__ int at(int y, int x) const { return ((y + reach) * columns + x + reach) * ld; }
 };
 
-// A convolution's packed matrices: the taps [kernel^2][c][c], and from last to first their transposes.
-template <class A>
-struct Taps {
-  int kernel, c;
-  const A *matrices, *transposed;
-
-  // back: of the transposed convolution
-  __device__ Taps(const A* packed, int kernel, int c, bool back) : kernel(kernel), c(c) {
-    const A* behind = packed + kernel * kernel * c * c;
-    matrices = back ? behind : packed;
-    transposed = back ? packed : behind;
-  }
-};
+// Matrices of a convolution whose packed ones begin at `weight`: the taps [kernel^2][c inputs][c outputs], or factors.
+// back: of the transposed convolution, which has them behind the others, or factors of its own.
+template <class T, bool TensorCores>
+__device__ auto matrices_of(const Acc<T>* conv_weights, const T* factors, int64_t weight, int kernel, int c,
+                            bool back) {
+  if constexpr (TensorCores)
+    return factors + weight / 2;
+  else
+    return conv_weights + weight + (back ? kernel * kernel * c * c : 0);
+}
 
 // The convolution of a tile. begin(p, o, sums) sets the sums of pixel p and the outputs from o on, some at a time,
 // end(p, o, sums) takes them. Of plain products, those beyond c mean nothing.
@@ -52,14 +49,14 @@ struct NorConvProduct {
 
   // An item: 4 outputs of 4 pixels of a row.
   template <class Begin, class End>
-  __device__ void run(const A* xs, const Taps<A>& taps, Begin&& begin, End&& end) const {
-    int groups = ceil_div(tile.c, 4), apart = tile.tw / 4, half = taps.kernel / 2;
+  __device__ void run(const A* xs, const A* matrices, int kernel, Begin&& begin, End&& end) const {
+    int groups = ceil_div(tile.c, 4), apart = tile.tw / 4, half = kernel / 2;
     for (int i = threadIdx.x; i < tile.pixels / 4 * groups; i += kThreads) {
       int o = i % groups * 4, x = i / groups % apart, y = i / groups / apart;
       A sums[4][4];
 #pragma unroll
       for (int k = 0; k < 4; k++) begin(y * tile.tw + x + k * apart, o, sums[k]);
-      const A* w = taps.matrices + o;
+      const A* w = matrices + o;
 #pragma unroll 1
       for (int u = -half; u <= half; u++)
 #pragma unroll 1
@@ -76,21 +73,12 @@ template <class T>
 struct NorConvProduct<T, true> {
   const NorConvTile<T, true>& tile;
 
-  // Of lane 4 g + t, the weights of the outputs n + g and n + 8 + g for the inputs 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-  struct Weights {
-    float w[2][2][2];
-    __device__ void load(const float* from, int c) {
-#pragma unroll
-      for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) rfdarts::cuda::load<2>(from + 8 * (j * c + k), w[j][k]);
-    }
-    __device__ uint32_t factor(int j, int k) const { return pair<T>(w[j][k][0], w[j][k][1]); }
-  };
+  // what a lane takes for 16 outputs and 16 inputs
+  using Factors = Pack<uint32_t, 4>;
 
   template <class Begin, class End>
-  __device__ void run(const T* xs, const Taps<float>& taps, Begin&& begin, End&& end) const {
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, c = tile.c, blocks = c / 16;
+  __device__ void run(const T* xs, const T* factors, int kernel, Begin&& begin, End&& end) const {
+    int lane = threadIdx.x % 32, blocks = tile.c / 16, products = kernel * kernel * blocks;
     int sixteens = tile.pixels / 16, several = max(1, kWarps / blocks);
     int of_item = min(kWarpSixteens, ceil_div(sixteens, several)), items = ceil_div(sixteens, of_item) * blocks;
     for (int item = threadIdx.x / 32; item < items; item += kWarps) {
@@ -105,7 +93,7 @@ struct NorConvProduct<T, true> {
         from[m] = tile.at(p / tile.tw, p % tile.tw) + lane / 16 * 8;
         each_pair(first + m, n, sums[m], begin);
       }
-      add(xs, taps, taps.transposed + (n + g) * c + 2 * t, count, from, sums);
+      add(xs, reinterpret_cast<const Factors*>(factors) + n / 16 * products * 32 + lane, kernel, count, from, sums);
 #pragma unroll
       for (int m = 0; m < kWarpSixteens; m++) {
         if (m >= count) break;
@@ -126,26 +114,22 @@ struct NorConvProduct<T, true> {
         sums[j][2 * r] = two[0], sums[j][2 * r + 1] = two[1];
       }
   }
-  // weights: of the lane, in the last tap's transpose, which comes first
-  __device__ void add(const T* xs, const Taps<float>& taps, const float* weights, int count,
-                      const int (&from)[kWarpSixteens], float (&sums)[kWarpSixteens][2][4]) const {
-    int c = tile.c, half = taps.kernel / 2;
-    Weights next;
-    next.load(weights, c);
+  // factors: of the lane
+  __device__ void add(const T* xs, const Factors* factors, int kernel, int count, const int (&from)[kWarpSixteens],
+                      float (&sums)[kWarpSixteens][2][4]) const {
+    int half = kernel / 2, left = kernel * kernel * (tile.c / 16);
+    Factors next = *factors;
 #pragma unroll 1
     for (int u = half; u >= -half; u--)
 #pragma unroll 1
       for (int v = half; v >= -half; v--) {
         const T* tap = xs + (u * tile.columns + v) * tile.ld;
 #pragma unroll 1
-        for (int k = 0; k < c; k += 16) {
-          uint32_t b[2][2];
-#pragma unroll
-          for (int j = 0; j < 2; j++) b[j][0] = next.factor(j, 0), b[j][1] = next.factor(j, 1);
+        for (int k = 0; k < tile.c; k += 16) {
+          uint32_t b[2][2] = {{next.v[0], next.v[1]}, {next.v[2], next.v[3]}};
           // the next ones are under way while these are multiplied
-          bool last_inputs = k + 16 == c;
-          weights += last_inputs ? c * c - k : 16;
-          if (!last_inputs || u > -half || v > -half) next.load(weights, c);
+          factors += 32;
+          if (--left) next = *factors;
 #pragma unroll
           for (int m = 0; m < kWarpSixteens; m++) {
             if (m >= count) break;

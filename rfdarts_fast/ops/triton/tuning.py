@@ -25,6 +25,13 @@ PRODUCT_PARTS = 512
 # bytes of outputs of a pixel in a product's tile, and of inputs that are added up at once: more, and values
 # would not fit into the registers
 OUTPUTS, INPUTS = 128, 64
+# options about registers by kernel and some of its constants, where level 0 spills eight bytes of a variant;
+# at level 5 other depthwise convolutions would spill, and nodes
+REGISTERS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("branch_gradient_kernel", {}, {"ptx_options": "--register-usage-level=5"}),
+    ("depthwise_kernel", {"NB": 2, "STRIDE": 1}, {"ptx_options": "--register-usage-level=5"}),
+    ("node_kernel", {"STRIDE": 2}, {"maxnreg": 255}),
+)
 
 
 def interpreted() -> bool:
@@ -48,14 +55,17 @@ def untuned(function: Callable) -> Any:
     return triton.autotune([triton.Config({"TILE": TILE}, num_warps=WARPS)], [])(triton.jit(function))
 
 
-def registers(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Options of ptxas about registers. Left alone, it spills a few so that one more block fits on a
-    multiprocessor: not where it is to use few in the first place, nor where a limit is given; a limit has it
-    use more of them, so that only float64 gets one, and products, some of which would spill without."""
+def registers(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Options of ptxas about registers. Left alone, at level 5, it spills a few so that one more block fits
+    on a multiprocessor: not at level 0, nor where a limit is given. A limit has it use more of them, so that
+    only those get one that would spill without: float64, products, some of `REGISTERS`."""
     if torch.version.hip is not None:
         return {}
     if "BN" in arguments or arguments["ACC"] == tl.float64:
         return {"maxnreg": 255}
+    for name, constants, options in REGISTERS:
+        if kernel.fn.__name__ == name and constants.items() <= arguments.items():
+            return options
     return {"ptx_options": "--register-usage-level=0"}
 
 
@@ -67,7 +77,7 @@ def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], **arg
     # explicit, as the defaults of Triton's versions differ
     arguments["enable_fp_fusion"] = True
     if not interpreted():
-        arguments |= registers(arguments)
+        arguments |= registers(kernel, arguments)
     if interpreted() or torch.are_deterministic_algorithms_enabled():
         kernel.fn[grid](**arguments, TILE=TILE, num_warps=WARPS)
     else:

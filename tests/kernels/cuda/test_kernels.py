@@ -125,7 +125,7 @@ MUTATIONS = {
         "cuda/nor_conv_product.h", "tap = xs + (u *", "tap = xs + (-u *", BF16, "bfloat16"
     ),
     "the inputs of a sixteen's first half for both": (
-        "cuda/nor_conv_product.h", "8 * (j * c + k)", "8 * (j * c)", BF16, "bfloat16"
+        "cuda/nor_conv_factors.h", "8 * (j * c + k)", "8 * (j * c)", BF16, "bfloat16"
     ),
 }  # fmt: skip
 

@@ -78,7 +78,7 @@ def launches(dtype, cells):
 
 def compiled(kernel, arguments, tile, warps):
     """Registers, bytes of stack (where spilled registers go) and of shared memory, as cuobjdump tells."""
-    options = {"num_warps": warps, "enable_fp_fusion": True} | tuning.registers(arguments)
+    options = {"num_warps": warps, "enable_fp_fusion": True} | tuning.registers(kernel, arguments)
     made = kernel.fn.warmup(**arguments, TILE=tile, **options, grid=(1,))
     assert made.metadata.target == driver.active.get_current_target()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
