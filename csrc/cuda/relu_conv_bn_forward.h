@@ -120,16 +120,18 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
   using F = typename ProductShared<T, TensorCores>::Factor;
   // more columns leave fewer registers
   constexpr int kAhead = TensorCores && Columns == kManyColumns ? 2 : 4;
-  const ProductShape& s = a.shape;
-  ProductShared<T, TensorCores> at(s);
-  F *ds = reinterpret_cast<F*>(shared), *ws = reinterpret_cast<F*>(shared + at.ws);
-  T* ys = reinterpret_cast<T*>(shared + at.ys);
-  int64_t* places = reinterpret_cast<int64_t*>(shared + at.places);
   const auto& layer = a.layer[blockIdx.x];
   int groups = int(gridDim.z) / a.passes, pass = int(blockIdx.z) / groups, within = int(blockIdx.z) % groups * Columns;
   int co = layer.norms.c, columns = layer.columns(a.passes), count = min(Columns, columns - within);
   // another layer has more
   if (count <= 0) return;
+  // of a narrower layer, or of the last of its groups
+  ProductShape s = a.shape;
+  s.columns = min(s.columns, round_up(count, Product<T, TensorCores, Columns>::kGroup));
+  ProductShared<T, TensorCores> at(s);
+  F *ds = reinterpret_cast<F*>(shared), *ws = reinterpret_cast<F*>(shared + at.ws);
+  T* ys = reinterpret_cast<T*>(shared + at.ys);
+  int64_t* places = reinterpret_cast<int64_t*>(shared + at.places);
   int o0 = pass * columns + within;
   MomentShare<T> moments(count);
   int first = int(blockIdx.y) * a.rounds * s.pixels, total = min(a.rounds * s.pixels, a.pixels - first);
