@@ -163,3 +163,16 @@ def test_a_step_never_asks_for_a_value(emulated_kernels, monkeypatch):
     assert loss.isfinite()
     # two in every cell
     assert len(layers) == 6
+
+
+@pytest.mark.parametrize(("layers", "ops"), [(1, 1), (3, 1), (10, 2)])
+def test_layers_of_one_state_share_their_launches(emulated_kernels, layers, ops):
+    problem = LayerProblem((2, 4, 4), torch.float32, channels=(4, *layers * (6,)))
+    emulated_kernels.ops.record(True)
+    try:
+        problem.run(emulated_kernels)
+        launches = emulated_kernels.ops.recorded().splitlines()
+    finally:
+        emulated_kernels.ops.record(False)
+    # three forward, three backward; running statistics are updated layer by layer
+    assert len(launches) == 6 * ops + layers
