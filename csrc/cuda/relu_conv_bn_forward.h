@@ -125,9 +125,9 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
   int co = layer.norms.c, columns = layer.columns(a.passes), count = min(Columns, columns - within);
   // another layer has more
   if (count <= 0) return;
-  // of a narrower layer, or of the last of its groups
   ProductShape s = a.shape;
-  s.columns = min(s.columns, round_up(count, Product<T, TensorCores, Columns>::kGroup));
+  // of a narrower layer, or of the last of its groups; tensor cores leave the others out anyway
+  if constexpr (!TensorCores) s.columns = min(s.columns, round_up(count, 4));
   ProductShared<T, TensorCores> at(s);
   F *ds = reinterpret_cast<F*>(shared), *ws = reinterpret_cast<F*>(shared + at.ws);
   T* ys = reinterpret_cast<T*>(shared + at.ys);

@@ -12,7 +12,7 @@ from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.search.architect import gradients
 from rfdarts_fast.spaces import get_space
 from tests.asked import Asked
-from tests.kernels.oracles import Kernels
+from tests.kernels.oracles import Kernels, RecordedOps
 from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 
 CUDA = Kernels(backends()["cuda"], "cuda")
@@ -176,3 +176,13 @@ def test_layers_of_one_state_share_their_launches(emulated_kernels, layers, ops)
         emulated_kernels.ops.record(False)
     # three forward, three backward; running statistics are updated layer by layer
     assert len(launches) == 6 * ops + layers
+
+
+def test_more_layers_than_a_launch_takes_are_refused(emulated_kernels):
+    recorded = RecordedOps(emulated_kernels.backend)
+    problem = LayerProblem((2, 4, 4), torch.float32)
+    problem.run(Kernels(recorded.backend))
+    op, _, options = recorded.calls["relu_conv_bn_forward"]
+    several = {name: 9 * value for name, value in options.items() if isinstance(value, list)}
+    with pytest.raises(ValueError, match="gammas: expected up to 8 layers on CUDA, got 9"):
+        op(**options | several)
