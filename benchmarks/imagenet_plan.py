@@ -116,16 +116,23 @@ def step_parts(K: int, batch: int) -> dict[str, Part]:
     """The parts of one forward and backward of the supernet, and of making its batch."""
     with torch.device("meta"):
         network = make_network("rf-pcdarts", 16, 8, "darts", "imagenet", K, CLASSES)
-    side, cells, preprocessing = SIDE // 8, [], []
-    for cell in network.cells:
+    side, cells = SIDE // 8, []
+    # a state, its channels and side, and a stride -> outputs of the layers that share their launches
+    layers: dict[tuple[int, int, int, int], list[int]] = {}
+    for i, cell in enumerate(network.cells):
         c = cell._ops[0].channels
-        for one in (cell.preprocess0, cell.preprocess1):
-            reduces = isinstance(one, FactorizedReduce)
-            conv = one.conv_1 if reduces else one.op[1]
-            of = conv.in_channels, c, side * (2 if reduces else 1), 2 if reduces else 1, batch
-            preprocessing.append(preprocessing_needs(*of))
+        for state, one in ((i - 2, cell.preprocess0), (i - 1, cell.preprocess1)):
+            stride = 2 if isinstance(one, FactorizedReduce) else 1
+            conv = one.conv_1 if stride == 2 else one.op[1]
+            layers.setdefault((state, conv.in_channels, side * stride, stride), []).append(c)
         cells.append(cell_needs(K, c, side, 2 if cell.reduction else 1, batch))
         side //= 2 if cell.reduction else 1
+    preprocessing = []
+    for (_, c_in, side_in, stride), widths in layers.items():
+        # as one layer of as many outputs; running statistics are updated layer by layer
+        needs = preprocessing_needs(c_in, sum(widths), side_in, stride, batch)
+        updates = {"update_running_stats_kernel": len(widths) * needs["update_running_stats_kernel"]}
+        preprocessing.append(needs | updates)
     features = 2 * batch * 4 * c * side**2
     head = operators(2 * features, 2 * features, batch * 4 * c * CLASSES, 8)
     return {

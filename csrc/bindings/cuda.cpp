@@ -15,7 +15,6 @@
 #include "bindings/ops.h"
 #include "cuda/cell.h"
 #include "cuda/device.h"
-#include "cuda/relu_conv_bn.h"
 
 #ifdef RFDARTS_EMULATION
 #include "emulation/cuda.h"
@@ -60,9 +59,10 @@ struct Cuda {
       refuse("bfloat16_products", "false on CUDA: products are in the dtype of the inputs", "true");
   }
   static void check(const ReLUConvBNArguments& a) {
-    if (a.gammas.size() != 1) refuse("gammas", "one layer on CUDA", std::to_string(a.gammas.size()));
-    if (a.reduce && a.gammas[0].numel() % 2)
-      refuse("gammas", "an even number of outputs", std::to_string(a.gammas[0].numel()));
+    if (a.gammas.size() > kMaxLayers)
+      refuse("gammas", "up to " + std::to_string(kMaxLayers) + " layers on CUDA", std::to_string(a.gammas.size()));
+    for (const Tensor& gamma : a.gammas)
+      if (a.reduce && gamma.numel() % 2) refuse("gammas", "an even number of outputs", std::to_string(gamma.numel()));
   }
 
   // torch's own error loses its type, and before 2.13 its words, in the stable ABI
@@ -107,18 +107,11 @@ struct Cuda {
   void cell_backward(Storage storage, const Cell& cell, const CellBackward& data) {
     cuda::cell_backward(storage, cell, data, current.stream(), allocate);
   }
-  static ReLUConvBN only_layer(const rfdarts::ReLUConvBN& a) {
-    const auto& layer = a.layers[0];
-    return {a.images, a.h, a.w, a.ci, layer.co, a.reduce, a.training, a.eps, a.x, layer.conv_weights, layer.gamma,
-            layer.beta, layer.y, layer.moments};
+  void relu_conv_bn_forward(Storage storage, const ReLUConvBN& a) {
+    cuda::relu_conv_bn_forward(storage, a, current.stream(), allocate);
   }
-  void relu_conv_bn_forward(Storage storage, const rfdarts::ReLUConvBN& a) {
-    cuda::relu_conv_bn_forward(storage, only_layer(a), a.layers[0].output, current.stream(), allocate);
-  }
-  void relu_conv_bn_backward(Storage storage, const rfdarts::ReLUConvBN& a) {
-    const auto& layer = a.layers[0];
-    cuda::relu_conv_bn_backward(storage, only_layer(a), layer.g, a.grad_x, layer.grad_gamma, layer.grad_beta,
-                                current.stream(), allocate);
+  void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a) {
+    cuda::relu_conv_bn_backward(storage, a, current.stream(), allocate);
   }
   void update_running_stats(Storage storage, const std::vector<RunningStats>& running, const double* moments,
                             int64_t channels, const RunningUpdate& update) {

@@ -121,22 +121,25 @@ constexpr int kSumChannels = 4;
 // Blocks: BatchNorms x groups of kSumChannels.
 template <class T>
 struct NormGradients {
-  NormOutputs<T> outputs;
-  const double* partial;  // [BatchNorms][2][blocks][c]: sum g, sum g (y - mean)
   int blocks;
-  int norm[kMaxBranches / 2];
+  struct {
+    NormOutputs<T> outputs;
+    int norm;
+    const double* partial;  // [2][blocks][c]: sum g, sum g (y - mean)
+  } of[kMaxBranches / 2];
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) norm_gradients_kernel(const __grid_constant__ NormGradients<T> a) {
   RFDARTS_SHARED(shared);
-  int c = a.outputs.norms.c, channel = int(blockIdx.y) * kSumChannels + int(threadIdx.x) % kSumChannels;
-  const double* from = a.partial + int64_t(blockIdx.x) * 2 * a.blocks * c + min(channel, c - 1);
+  const auto& of = a.of[blockIdx.x];
+  int c = of.outputs.norms.c, channel = int(blockIdx.y) * kSumChannels + int(threadIdx.x) % kSumChannels;
+  const double* from = of.partial + min(channel, c - 1);
   double sums[2];
-  sum_items<2>(a.blocks, kSumChannels, reinterpret_cast<double*>(shared), sums, [&](int block, double(&of)[2]) {
-    of[0] = from[int64_t(block) * c], of[1] = from[(int64_t(a.blocks) + block) * c];
+  sum_items<2>(a.blocks, kSumChannels, reinterpret_cast<double*>(shared), sums, [&](int block, double(&terms)[2]) {
+    terms[0] = from[int64_t(block) * c], terms[1] = from[(int64_t(a.blocks) + block) * c];
   });
-  if (threadIdx.x < kSumChannels && channel < c) a.outputs.write(a.norm[blockIdx.x], channel, 1, sums[0], sums[1]);
+  if (threadIdx.x < kSumChannels && channel < c) of.outputs.write(of.norm, channel, 1, sums[0], sums[1]);
 }
 
 }  // namespace rfdarts::cuda

@@ -1,4 +1,4 @@
-// A cell of mixed ops on a CUDA device. No torch and no CUDA header here.
+// A cell of mixed ops, and its preprocessing, on a CUDA device. No torch and no CUDA header here.
 #pragma once
 #include <vector>
 
@@ -7,6 +7,9 @@
 #include "core/running_stats.h"
 
 namespace rfdarts::cuda {
+
+// layers of one op, which share its launches
+constexpr int kMaxLayers = 8;
 
 // storage: Double where running statistics are double, else Float; moments [2][norms][channels]
 void update_running_stats(Storage storage, const std::vector<RunningStats>& running, const double* moments,
@@ -20,5 +23,7 @@ void cell_branch_outputs(Storage storage, const Cell& cell, const CellForward& d
                          const Allocate& allocate);
 void cell_backward(Storage storage, const Cell& cell, const CellBackward& data, void* stream,
                    const Allocate& allocate);
+void relu_conv_bn_forward(Storage storage, const ReLUConvBN& a, void* stream, const Allocate& allocate);
+void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, void* stream, const Allocate& allocate);
 
 }  // namespace rfdarts::cuda

@@ -96,14 +96,12 @@ struct BackwardPass : CellContext<T> {
 
   void second_convs(int i) {
     SecondConvsBackward<T> p{};
-    NormGradients<T> f{};
     int first = cell.first_edge(i), reach = 0;
     for (int e = first; e < first + cell.incoming(i); e++)
       for (const Branch& b : cell.edges[e].branches) {
         if (b.op != Op::SepConv) continue;
         require(p.branches < kMaxBranches / 2, "separable convolutions of a node");
         grad_z[b.output] = this->template take<T>(cell.images * cell.image_size());
-        f.norm[p.branches] = b.inner_norm;
         const T* y = this->branch_output(b.output);
         p.branch[p.branches++] = {branch(b, mixed_grad[i], y, b.norm, this->second_weight(b)),
                                   this->branch_output(b.inner_output), grad_z[b.output], b.inner_norm};
@@ -120,7 +118,9 @@ struct BackwardPass : CellContext<T> {
       int shared = BackwardTile<T>(p.tiling, p.region, false).bytes;
       launch(second_convs_backward_kernel<T>, dim3(p.tiling.count, p.branches), shared, queue, p);
     }
-    f.outputs = outputs, f.partial = p.partial, f.blocks = p.tiling.count;
+    NormGradients<T> f{p.tiling.count, {}};
+    for (int b = 0; b < p.branches; b++)
+      f.of[b] = {outputs, p.branch[b].inner_norm, p.partial + int64_t(b) * 2 * f.blocks * cm};
     launch(norm_gradients_kernel<T>, dim3(p.branches, ceil_div(cm, kSumChannels)), room_for(2), queue, f);
   }
 

@@ -83,11 +83,12 @@ struct ForwardPass : CellContext<T> {
   }
   // norms: of each branch
   void merge_moments(const Tiling& tiling, const double* partial, const std::vector<std::vector<int>>& norms) {
-    MergeMoments m{tiling, n, oh, ow, cm, cell.norms, partial, data.moments, 0, {}};
+    MergeMoments m{tiling, n, oh, ow, 0, {}};
     for (size_t b = 0; b < norms.size(); b++)
       for (int norm : norms[b]) {
         require(m.count < 2 * kMaxBranches, "BatchNorms behind a state");
-        m.target[m.count++] = {int16_t(b), int16_t(norm)};
+        m.target[m.count++] = {partial + int64_t(b) * 2 * tiling.count * cm, data.moments + int64_t(norm) * cm, cm,
+                               cell.norms};
       }
     launch(merge_moments_kernel<kSumChannels>, dim3(m.count, ceil_div(cm, kSumChannels)), room_for(3), queue, m);
   }

@@ -83,12 +83,11 @@ struct OutputTile {
 // Chan's merge of the tiles' moments, in a fixed order, for the BatchNorms that take them.
 struct MergeMoments {
   Tiling tiling;
-  int images, h, w, c, norms;
-  const double* partial;  // [branches][2][tiles][c] mean and squared deviations
-  double* moments;        // [2][norms][c]
-  int count;
+  int images, h, w, count;
   struct Target {
-    int16_t branch, norm;
+    const double* partial;  // [2][tiles][c] mean and squared deviations
+    double* moments;        // of one BatchNorm of [2][norms][c]
+    int c, norms;
   } target[2 * kMaxBranches];
 
   // valid pixels of a tile
@@ -106,17 +105,17 @@ __global__ void __launch_bounds__(kThreads) merge_moments_kernel(const __grid_co
   RFDARTS_SHARED(shared);
   int channel = int(blockIdx.y) * Channels + int(threadIdx.x) % Channels, tiles = a.tiling.count;
   auto target = a.target[blockIdx.x];
-  const double* mean_of = a.partial + int64_t(target.branch) * 2 * tiles * a.c + min(channel, a.c - 1);
-  const double* deviation_of = mean_of + int64_t(tiles) * a.c;
+  int c = target.c;
+  const double *mean_of = target.partial + min(channel, c - 1), *deviation_of = mean_of + int64_t(tiles) * c;
   double m = double(a.images) * a.h * a.w, about = *mean_of, sums[3];
   sum_items<3>(tiles, Channels, reinterpret_cast<double*>(shared), sums, [&](int tile, double(&of)[3]) {
-    double pixels = a.pixels(tile), mean = mean_of[int64_t(tile) * a.c], off = pixels * (mean - about);
+    double pixels = a.pixels(tile), mean = mean_of[int64_t(tile) * c], off = pixels * (mean - about);
     of[0] = pixels * mean, of[1] = off;
-    of[2] = deviation_of[int64_t(tile) * a.c] + off * (mean - about);
+    of[2] = deviation_of[int64_t(tile) * c] + off * (mean - about);
   });
-  if (threadIdx.x >= Channels || channel >= a.c) return;
-  a.moments[int64_t(target.norm) * a.c + channel] = sums[0] / m;
-  a.moments[(int64_t(a.norms) + target.norm) * a.c + channel] = (sums[2] - sums[1] * sums[1] / m) / m;
+  if (threadIdx.x >= Channels || channel >= c) return;
+  target.moments[channel] = sums[0] / m;
+  target.moments[int64_t(target.norms) * c + channel] = (sums[2] - sums[1] * sums[1] / m) / m;
 }
 
 }  // namespace rfdarts::cuda

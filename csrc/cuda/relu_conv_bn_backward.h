@@ -1,35 +1,35 @@
-// Backward of a BatchNorm, the 1x1 convolution before it and its ReLU: the sums of the gradient, then that of x.
+// Backward of BatchNorms, the 1x1 convolutions before them and their ReLU: the sums of the gradients, then that of x,
+// from all layers in one product.
 #pragma once
 #include "cuda/relu_conv_bn_forward.h"
 
 namespace rfdarts::cuda {
 
 template <class T>
-struct ReLUConvBNSums {
-  Norms<T> norms;
-  int pixels, chunk;  // chunk: of a block
-  const T *g, *y;
-  double* partial;  // [2][blocks][c]: sum g, sum g (y - mean)
+struct ReLUConvBNSums : ReLUConvBNLayers<T> {
+  int chunk;  // pixels of a block
 };
 
-// Blocks: chunks of pixels x groups of kChannels channels. Shared memory: [2][kThreads][V].
+// Blocks: layers x chunks of pixels x groups of kChannels channels. Shared memory: [2][kThreads][V].
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) relu_conv_bn_sums_kernel(const __grid_constant__ ReLUConvBNSums<T> a) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   A *sums = reinterpret_cast<A*>(shared), *dots = sums + kThreads * V;
-  int c = a.norms.c, c0 = int(blockIdx.y) * kChannels, count = min(kChannels, c - c0);
+  const auto& layer = a.layer[blockIdx.x];
+  int c = layer.norms.c, c0 = int(blockIdx.z) * kChannels, count = min(kChannels, c - c0);
+  if (count <= 0) return;
   Lanes<V> lane(count);
   int ch = c0 + lane.channel;
   A sum[V] = {}, dot[V] = {}, mean[V];
 #pragma unroll
-  for (int i = 0; i < V; i++) mean[i] = a.norms.mean(0, ch + i);
-  int64_t begin = int64_t(blockIdx.x) * a.chunk;
+  for (int i = 0; i < V; i++) mean[i] = layer.norms.mean(0, ch + i);
+  int64_t begin = int64_t(blockIdx.y) * a.chunk;
   int pixels = int(min(int64_t(a.chunk), a.pixels - begin));
   for (int p = lane.pixel; p < pixels; p += lane.step) {
     A g[V], y[V];
-    load<V>(a.g + (begin + p) * c + ch, g);
-    load<V>(a.y + (begin + p) * c + ch, y);
+    load<V>(layer.g + (begin + p) * c + ch, g);
+    load<V>(layer.y + (begin + p) * c + ch, y);
 #pragma unroll
     for (int i = 0; i < V; i++) sum[i] += g[i], dot[i] += g[i] * (y[i] - mean[i]);
   }
@@ -45,32 +45,32 @@ __global__ void __launch_bounds__(kThreads) relu_conv_bn_sums_kernel(const __gri
     const A* from = i < count ? sums + i : dots + i - count;
     double total = 0;
     for (int s = 0; s < lane.step; s++) total += double(from[s * count]);
-    a.partial[(int64_t(i / count) * gridDim.x + blockIdx.x) * c + c0 + i % count] = total;
+    layer.partial[(int64_t(i / count) * gridDim.y + blockIdx.y) * c + c0 + i % count] = total;
   }
 }
 
 template <class T>
-struct ReLUConvBNBackward : ReLUConvBNLayout<T> {
-  bool wide_y;
-  const T *g, *y;
-  const Acc<T>* coefficients;  // [4][co] of NormBackward
-  T* grad_x;                   // [images][h][w][ci]
+struct ReLUConvBNBackward : ReLUConvBNLayers<T> {
+  ProductShape shape;  // ck: of all layers' gradients where these stay, else of a chunk
+  bool stay;           // in shared memory, for all columns
+  T* grad_x;           // [images][h][w][ci]
 };
 
-// grad_ys [pixels][ld] = the gradient at y, for `count` channels from c0 on, of pixels from `begin` on; 0 beyond `valid`
+// grad_ys [pixels][ld] = the gradient at a layer's y, for `count` channels from c0 on, of pixels from `begin` on; 0
+// beyond `valid`
 template <class T, int V, class F>
-__device__ void load_norm_gradient(const ReLUConvBNBackward<T>& a, int begin, int valid, int c0, int count,
-                                   F* grad_ys, int ld) {
+__device__ void load_norm_gradient(const typename ReLUConvBNLayers<T>::Layer& layer, int begin, int valid, int pixels,
+                                   int c0, int count, F* grad_ys, int ld) {
   Lanes<V> lane(count);
-  NormBackward<Acc<T>, V> backward(a.coefficients + c0 + lane.channel, a.co);
+  NormBackward<Acc<T>, V> backward(layer.coefficients + c0 + lane.channel, layer.norms.c);
 #pragma unroll 2
-  for (int p = lane.pixel; p < a.shape.pixels; p += lane.step) {
+  for (int p = lane.pixel; p < pixels; p += lane.step) {
     Acc<T> v[V] = {};
     if (p < valid) {
       Acc<T> g[V], y[V];
-      int64_t from = int64_t(begin + p) * a.co + c0 + lane.channel;
-      load<V>(a.g + from, g);
-      load<V>(a.y + from, y);
+      int64_t from = int64_t(begin + p) * layer.norms.c + c0 + lane.channel;
+      load<V>(layer.g + from, g);
+      load<V>(layer.y + from, y);
 #pragma unroll
       for (int i = 0; i < V; i++) v[i] = backward(i, g[i], y[i]);
     }
@@ -121,30 +121,37 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
   F *grad_ys = reinterpret_cast<F*>(shared), *ws = reinterpret_cast<F*>(shared + at.ws);
   T* grad_xs = reinterpret_cast<T*>(shared + at.ys);
   int64_t* places = reinterpret_cast<int64_t*>(shared + at.places);
-  int begin = int(blockIdx.x) * s.pixels, valid = min(s.pixels, a.pixels - begin), half = a.half();
+  int begin = int(blockIdx.x) * s.pixels, valid = min(s.pixels, a.pixels - begin);
   for (int pass = 0; pass < a.passes; pass++) {
+    // all have read the places of the last pass
+    if (pass) __syncthreads();
+    for (int p = threadIdx.x; p < valid; p += kThreads) places[p] = a.place(begin + p, pass);
     for (int d0 = 0; d0 < a.ci; d0 += kFewColumns) {
       int count = min(kFewColumns, a.ci - d0);
       Product<T, TensorCores, kFewColumns> product(s);
-      for (int c0 = 0; c0 < half; c0 += s.ck) {
-        int k = min(s.ck, half - c0), o0 = pass * half + c0;
-        // nobody needs what this overwrites, nor what the product will
-        __syncthreads();
-        if (c0 == 0 && d0 == 0)
-          for (int p = threadIdx.x; p < valid; p += kThreads) places[p] = a.place(begin + p, pass);
-        // a gradient of few channels stays for all columns
-        if (s.ck < half || d0 == 0) {
-          // more would take registers for their coefficients
-          constexpr int V = kWide<T> < 4 ? kWide<T> : 4;
-          if (a.wide_y)
-            load_norm_gradient<T, V>(a, begin, valid, o0, k, grad_ys, at.ldd);
-          else
-            load_norm_gradient<T, 1>(a, begin, valid, o0, k, grad_ys, at.ldd);
+      F* chunk = grad_ys;
+      for (int i = 0; i < a.layers; i++) {
+        const auto& layer = a.layer[i];
+        int co = layer.norms.c, columns = layer.columns(a.passes);
+        for (int c0 = 0; c0 < columns; c0 += s.wk) {
+          int k = min(s.wk, columns - c0), o0 = pass * columns + c0;
+          // nobody needs what this overwrites, nor what the product will
+          __syncthreads();
+          if (!a.stay || d0 == 0) {
+            // more would take registers for their coefficients
+            constexpr int V = kWide<T> < 4 ? kWide<T> : 4;
+            if (a.wide_y)
+              load_norm_gradient<T, V>(layer, begin, valid, s.pixels, o0, k, chunk, at.ldd);
+            else
+              load_norm_gradient<T, 1>(layer, begin, valid, s.pixels, o0, k, chunk, at.ldd);
+          }
+          stage_weights<TensorCores>(layer.transposed(a.ci) + int64_t(o0) * a.ci + d0, a.ci,
+                                     layer.conv_weights + int64_t(d0) * co + o0, co, k, count, s.columns, ws, at.ldw);
+          __syncthreads();
+          product.add(chunk, at.ldd, ws, at.ldw, k, count);
+          // products load four channels at once
+          if (a.stay) chunk += round_up(k, 4);
         }
-        stage_weights<TensorCores>(a.transposed() + int64_t(o0) * a.ci + d0, a.ci,
-                                   a.conv_weights + int64_t(d0) * a.co + o0, a.co, k, count, s.columns, ws, at.ldw);
-        __syncthreads();
-        product.add(grad_ys, at.ldd, ws, at.ldw, k, count);
       }
       product.put(grad_xs, at.ldy, count);
       __syncthreads();

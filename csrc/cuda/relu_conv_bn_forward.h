@@ -1,24 +1,33 @@
-// ReLU, 1x1 convolution and its statistics from one pass over x; then the BatchNorm. FactorizedReduce: two
+// ReLU, 1x1 convolutions and their statistics from one pass over x; then the BatchNorms. FactorizedReduce: two
 // convolutions ("passes"), one for each half of the outputs, of every other pixel, the second one pixel further on.
+// Layers that read one x share all launches; neighbouring blocks are theirs, so that x comes from memory once.
 #pragma once
 #include "cuda/batch_norm.h"
+#include "cuda/cell.h"
 #include "cuda/moments.h"
 #include "cuda/product.h"
 
 namespace rfdarts::cuda {
 
-// Where things lie: x and, dense, y. Pixels are those of y, of all images.
+// What all kernels know. Pixels are those of y, of all images; all but x is dense.
 template <class T>
-struct ReLUConvBNLayout {
-  ProductShape shape;
+struct ReLUConvBNLayers {
   ImageView<T> x;
-  int oh, ow, pixels, ci, co, passes;
-  bool wide;  // 16-byte accesses are aligned
-  const Acc<T>* conv_weights;
+  int oh, ow, pixels, ci, passes, layers;
+  bool wide, wide_y;  // 16-byte accesses are aligned: of x, of all that has a layer's channels
+  struct Layer {
+    const Acc<T>* conv_weights;
+    Norms<T> norms;
+    T *y, *out;
+    const T* g;
+    double* partial;             // [2][blocks][co] mean and squared deviations, or null; sum g, sum g (y - mean)
+    const Acc<T>* coefficients;  // [4][co] of NormBackward
 
-  // of y's channels, those of one convolution
-  __host__ __device__ int half() const { return co / passes; }
-  __device__ const Acc<T>* transposed() const { return conv_weights + int64_t(ci) * co; }
+    // columns: of y's channels, those of one convolution
+    __device__ int columns(int passes) const { return norms.c / passes; }
+    __device__ const Acc<T>* transposed(int ci) const { return conv_weights + int64_t(ci) * norms.c; }
+  } layer[kMaxLayers];
+
   // where the pixel of x that a convolution reads for pixel p lies
   __device__ int64_t place(int p, int pass) const {
     int row = p / ow, n = row / oh;
@@ -28,11 +37,9 @@ struct ReLUConvBNLayout {
 };
 
 template <class T>
-struct ReLUConvBNForward : ReLUConvBNLayout<T> {
+struct ReLUConvBNForward : ReLUConvBNLayers<T> {
+  ProductShape shape;
   int rounds;  // tiles of a block, next to each other
-  bool wide_y;
-  T* y;
-  double* partial;  // [2][blocks][co] mean and squared deviations, or null
 };
 
 // ds [pixels][ld] = relu of `count` channels of x from c0 on; 0 where there is no place. A thread waits for Ahead loads
@@ -58,15 +65,13 @@ __device__ void load_relu(const T* x, const int64_t* places, int pixels, int c0,
   }
 }
 
-// y = ys [pixels][ld] for `count` channels from o0 on
+// `valid` pixels of y [pixels][co] = ys [pixels][ld] for `count` channels
 template <class T>
-__device__ void store_outputs(const ReLUConvBNForward<T>& a, int begin, int valid, int o0, int count, const T* ys,
-                              int ld) {
-  T* to = a.y + int64_t(begin) * a.co + o0;
-  with_width<T>(a.wide_y, [&]<int V>() {
+__device__ void store_outputs(T* y, int co, int valid, int count, bool wide, const T* ys, int ld) {
+  with_width<T>(wide, [&]<int V>() {
     int vectors = count / V;
     for (int i = threadIdx.x; i < valid * vectors; i += kThreads)
-      *reinterpret_cast<Pack<T, V>*>(to + int64_t(i / vectors) * a.co + i % vectors * V) =
+      *reinterpret_cast<Pack<T, V>*>(y + int64_t(i / vectors) * co + i % vectors * V) =
           *reinterpret_cast<const Pack<T, V>*>(ys + i / vectors * ld + i % vectors * V);
   });
 }
@@ -101,12 +106,12 @@ struct MomentShare {
       squares += double(sums[2 * (i * count + ch) + 1]);
     }
     double mean = total / pixels;
-    partial[int64_t(blockIdx.x) * co + o0 + ch] = double(about) + mean;
-    partial[(int64_t(gridDim.x) + blockIdx.x) * co + o0 + ch] = squares - total * mean;
+    partial[int64_t(blockIdx.y) * co + o0 + ch] = double(about) + mean;
+    partial[(int64_t(gridDim.y) + blockIdx.y) * co + o0 + ch] = squares - total * mean;
   }
 };
 
-// Blocks: groups of tiles x groups of columns, those of the second convolution after those of the first.
+// Blocks: layers x groups of tiles x groups of columns, those of the second convolution after those of the first.
 template <class T, bool TensorCores, int Columns>
 __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
     relu_conv_bn_forward_kernel(const __grid_constant__ ReLUConvBNForward<T> a) {
@@ -115,16 +120,21 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
   using F = typename ProductShared<T, TensorCores>::Factor;
   // more columns leave fewer registers
   constexpr int kAhead = TensorCores && Columns == kManyColumns ? 2 : 4;
-  const ProductShape& s = a.shape;
+  const auto& layer = a.layer[blockIdx.x];
+  int groups = int(gridDim.z) / a.passes, pass = int(blockIdx.z) / groups, within = int(blockIdx.z) % groups * Columns;
+  int co = layer.norms.c, columns = layer.columns(a.passes), count = min(Columns, columns - within);
+  // another layer has more
+  if (count <= 0) return;
+  ProductShape s = a.shape;
+  // of a narrower layer, or of the last of its groups; tensor cores leave the others out anyway
+  if constexpr (!TensorCores) s.columns = min(s.columns, round_up(count, 4));
   ProductShared<T, TensorCores> at(s);
   F *ds = reinterpret_cast<F*>(shared), *ws = reinterpret_cast<F*>(shared + at.ws);
   T* ys = reinterpret_cast<T*>(shared + at.ys);
   int64_t* places = reinterpret_cast<int64_t*>(shared + at.places);
-  int groups = int(gridDim.y) / a.passes, pass = int(blockIdx.y) / groups;
-  int within = int(blockIdx.y) % groups * Columns, count = min(Columns, a.half() - within);
-  int o0 = pass * a.half() + within;
+  int o0 = pass * columns + within;
   MomentShare<T> moments(count);
-  int first = int(blockIdx.x) * a.rounds * s.pixels, total = min(a.rounds * s.pixels, a.pixels - first);
+  int first = int(blockIdx.y) * a.rounds * s.pixels, total = min(a.rounds * s.pixels, a.pixels - first);
 
   for (int done = 0; done < total; done += s.pixels) {
     int begin = first + done, valid = min(s.pixels, total - done);
@@ -138,8 +148,8 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
                     [&]<int V>() { load_relu<T, V, kAhead>(a.x.data, places, s.pixels, c0, k, ds, at.ldd); });
       // weights that all fit stay
       if (c0 % s.wk == 0 && (done == 0 || s.wk < a.ci))
-        stage_weights<TensorCores>(a.conv_weights + int64_t(c0) * a.co + o0, a.co,
-                                   a.transposed() + int64_t(o0) * a.ci + c0, a.ci, min(s.wk, a.ci - c0), count,
+        stage_weights<TensorCores>(layer.conv_weights + int64_t(c0) * co + o0, co,
+                                   layer.transposed(a.ci) + int64_t(o0) * a.ci + c0, a.ci, min(s.wk, a.ci - c0), count,
                                    s.columns, ws, at.ldw);
       // ds and ws are complete
       __syncthreads();
@@ -149,36 +159,34 @@ __global__ void __launch_bounds__(kThreads, kProductBlocks<T>)
     product.put(ys, at.ldy, count);
     // ys is complete; the next tile's first barrier keeps it until all have read it
     __syncthreads();
-    store_outputs(a, begin, valid, o0, count, ys, at.ldy);
-    if (a.partial) moments.add(ys, at.ldy, s.pixels, valid, done == 0);
+    store_outputs(layer.y + int64_t(begin) * co + o0, co, valid, count, a.wide_y, ys, at.ldy);
+    if (layer.partial) moments.add(ys, at.ldy, s.pixels, valid, done == 0);
   }
-  if (a.partial) moments.write(reinterpret_cast<A*>(shared + at.sums), count, total, a.co, o0, a.partial);
+  if (layer.partial) moments.write(reinterpret_cast<A*>(shared + at.sums), count, total, co, o0, layer.partial);
 }
 
 template <class T>
-struct ReLUConvBNAffine {
-  Norms<T> norms;
-  int pixels;
-  const T* y;
-  T* out;
-};
+struct ReLUConvBNAffine : ReLUConvBNLayers<T> {};
 
 // channels of a block that takes them as they come
 constexpr int kChannels = 64;
 
-// Blocks: pixels x groups of kChannels. Shared memory: [3][kChannels].
+// Blocks: layers x pixels x groups of kChannels. Shared memory: [3][kChannels].
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     relu_conv_bn_affine_kernel(const __grid_constant__ ReLUConvBNAffine<T> a) {
   RFDARTS_SHARED(shared);
   using A = Acc<T>;
   A *scales = reinterpret_cast<A*>(shared), *means = scales + kChannels, *betas = means + kChannels;
-  int c = a.norms.c, c0 = int(blockIdx.y) * kChannels, count = min(kChannels, c - c0);
+  const auto& layer = a.layer[blockIdx.x];
+  const Norms<T>& norms = layer.norms;
+  int c = norms.c, c0 = int(blockIdx.z) * kChannels, count = min(kChannels, c - c0);
+  if (count <= 0) return;
   // roots are slow: one thread each
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    scales[i] = a.norms.scale(0, c0 + i);
-    means[i] = a.norms.mean(0, c0 + i);
-    betas[i] = a.norms.beta[c0 + i];
+    scales[i] = norms.scale(0, c0 + i);
+    means[i] = norms.mean(0, c0 + i);
+    betas[i] = norms.beta[c0 + i];
   }
   __syncthreads();
   Lanes<V> lane(count);
@@ -186,14 +194,14 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   load<V>(scales + lane.channel, scale);
   load<V>(means + lane.channel, mean);
   load<V>(betas + lane.channel, beta);
-  int apart = int(gridDim.x) * lane.step;
-  for (int64_t p = int64_t(blockIdx.x) * lane.step + lane.pixel; p < a.pixels; p += apart) {
+  int apart = int(gridDim.y) * lane.step;
+  for (int64_t p = int64_t(blockIdx.y) * lane.step + lane.pixel; p < a.pixels; p += apart) {
     int64_t at = p * c + c0 + lane.channel;
     A value[V];
-    load<V>(a.y + at, value);
+    load<V>(layer.y + at, value);
 #pragma unroll
     for (int i = 0; i < V; i++) value[i] = scale[i] * (value[i] - mean[i]) + beta[i];
-    store<V>(a.out + at, value);
+    store<V>(layer.out + at, value);
   }
 }
 

@@ -190,8 +190,8 @@ def main(path: str, order: str, dtype_name: str) -> None:
     problems = [(CellProblem, {"nodes": 1, **options}) for options in cells]
     # on tensor cores or not
     problems += [(CellProblem, NASBENCH201 | {"nodes": 2, "channels": 16 if dtype.itemsize == 2 else 5})]
-    # several chunks and groups of columns; columns that are no whole group
-    for channels in ((80, 96), (7, 6)):
+    # several layers, chunks and groups of columns; columns that are no whole group
+    for channels in ((80, 96, 32), (7, 6, 4)):
         problems += [(LayerProblem, {"channels": channels, "reduce": reduce}) for reduce in (False, True)]
     for seed, (make, options) in enumerate(problems):
         torch.manual_seed(seed)

@@ -35,7 +35,12 @@ EMULATED |= grid(
 )
 EMULATED |= grid(affine=[False], reduce=BOTH)
 EMULATED |= grid(train=[False], channels=[(6, 4), (16, 16)], reduce=BOTH)
-EMULATED |= {"three layers": dict(channels=(12, 6, 4, 8))}
+SEVERAL = grid(shapes=[[(3, 6, 10)]], channels=[(12, 8, 8), (40, 6, 4, 10), (5, 70, 2, 4)], reduce=BOTH)
+# more than a launch takes; more gradients than shared memory keeps
+SEVERAL |= {"ten layers": dict(channels=(6, *range(2, 12))), "wide layers": dict(channels=(70, 100, 80))}
+SEVERAL |= {"the last is not used": dict(channels=(12, 16, 32), unused=True)}
+SEVERAL |= {"evaluation mode": dict(channels=(12, 16, 32), train=False)}
+EMULATED |= SEVERAL
 # tensor cores take: one chunk, several, several groups of columns, more weights than shared memory keeps;
 # the outputs, not the gradients; nothing
 EMULATED_ROUNDED = grid(
@@ -43,9 +48,15 @@ EMULATED_ROUNDED = grid(
     channels=[(16, 16), (64, 16), (80, 48), (160, 80), (336, 64), (24, 16), (20, 12), (7, 6)],
     reduce=BOTH,
 )
+# two layers; three of unequal channels, one with more groups of columns; some not for tensor cores
+EMULATED_ROUNDED |= grid(
+    shapes=[[(2, 8, 12)]],
+    channels=[(64, 16, 16), (48, 32, 160, 32), (72, 64, 128, 64), (32, 16, 24), (16, 16, 6)],
+    reduce=BOTH,
+)
 GPU = grid(
     shapes=[[(3, 18, 10), (2, 32, 32), (1, 8, 8)]],
-    channels=[(16, 16), (64, 16), (192, 48), (256, 64), (40, 140), (5, 6)],
+    channels=[(16, 16), (64, 16), (192, 48), (256, 64), (40, 140), (5, 6), (64, 16, 32), (256, 64, 128, 6)],
     reduce=BOTH,
     train=BOTH,
 )
@@ -110,7 +121,11 @@ def test_blocks_with_several_tiles_and_more_weights_than_they_keep(backend):
 
 @over(
     ("cpu", (F32,), grid(channels=[(12, 16, 32)], reduce=BOTH)),
-    ("emulated", (F32, BF16), grid(shapes=[[(2, 10, 18)]], channels=[(12, 10), (80, 32)], reduce=BOTH)),
+    (
+        "emulated",
+        (F32, BF16),
+        grid(shapes=[[(2, 10, 18)]], channels=[(12, 10, 4), (80, 32, 64)], reduce=BOTH),
+    ),
     # several tiles a block
     ("gpu", (F32, BF16), grid(shapes=[[(64, 80, 80)]], channels=[(64, 16)], reduce=BOTH)),
 )
@@ -121,10 +136,22 @@ def test_neither_order_nor_memory_changes_a_bit(backend, dtype, options):
         assert_same_bits(result, results[0])
 
 
+@over(*((name, (F32, BF16), grid(channels=[(16, 32, 32, 32)], reduce=BOTH)) for name in ("emulated", "gpu")))
+def test_layers_that_share_launches_have_the_bits_of_each_alone(backend, dtype, options, monkeypatch):
+    problem = LayerProblem((2, 12, 20), dtype, **options)
+    together = problem.run(backend)
+    monkeypatch.setattr(backend.backend, "groups", lambda layers: [[i] for i in range(len(layers))])
+    alone = problem.run(backend)
+    # a sum that is rounded once, or that of each layer
+    for result in (together, alone):
+        del result["gradient of input 0"]
+    assert_same_bits(together, alone)
+
+
 @pytest.mark.parametrize("reduce", BOTH)
 @EVERYWHERE
 def test_fresh_memory_changes_no_bit(backend, reduce):
-    problem = LayerProblem((2, 12, 20), F32, channels=(24, 20), reduce=reduce)
+    problem = LayerProblem((2, 12, 20), F32, channels=(24, 20, 8), reduce=reduce)
     assert_same_bits(problem.run(backend), problem.run(backend, poison=False))
 
 

@@ -27,7 +27,9 @@ from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
 MAX_INCOMING = 8
 MAX_BRANCHES = 48
 MAX_MIXED_CHANNELS = 256
-# of csrc/cuda/conv_bn.cu
+# of csrc/cuda/cell.h
+MAX_LAYERS = 8
+# of csrc/cuda/relu_conv_bn.cu
 MAX_PIXELS = 1 << 30
 
 STORAGE = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -96,8 +98,12 @@ class CUDABackend(CompiledBackend):
         return "fast" if memory == "bfloat16" else memory
 
     def groups(self, layers: Sequence[ReLUConvBNLayer]) -> list[list[int]]:
-        """One layer at a time."""
-        return [[i] for i in range(len(layers))]
+        """Those of `CompiledBackend.groups`, up to MAX_LAYERS together."""
+        return [
+            group[first : first + MAX_LAYERS]
+            for group in super().groups(layers)
+            for first in range(0, len(group), MAX_LAYERS)
+        ]
 
     def unsupported_cell(self, call: CellCall) -> str | None:
         device = call.inputs[0].device

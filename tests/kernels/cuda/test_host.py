@@ -12,7 +12,7 @@ from rfdarts_fast.runs.meters import Meter
 from rfdarts_fast.search.architect import gradients
 from rfdarts_fast.spaces import get_space
 from tests.asked import Asked
-from tests.kernels.oracles import Kernels
+from tests.kernels.oracles import Kernels, RecordedOps
 from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 
 CUDA = Kernels(backends()["cuda"], "cuda")
@@ -163,3 +163,26 @@ def test_a_step_never_asks_for_a_value(emulated_kernels, monkeypatch):
     assert loss.isfinite()
     # two in every cell
     assert len(layers) == 6
+
+
+@pytest.mark.parametrize(("layers", "ops"), [(1, 1), (3, 1), (10, 2)])
+def test_layers_of_one_state_share_their_launches(emulated_kernels, layers, ops):
+    problem = LayerProblem((2, 4, 4), torch.float32, channels=(4, *layers * (6,)))
+    emulated_kernels.ops.record(True)
+    try:
+        problem.run(emulated_kernels)
+        launches = emulated_kernels.ops.recorded().splitlines()
+    finally:
+        emulated_kernels.ops.record(False)
+    # three forward, three backward; running statistics are updated layer by layer
+    assert len(launches) == 6 * ops + layers
+
+
+def test_more_layers_than_a_launch_takes_are_refused(emulated_kernels):
+    recorded = RecordedOps(emulated_kernels.backend)
+    problem = LayerProblem((2, 4, 4), torch.float32)
+    problem.run(Kernels(recorded.backend))
+    op, _, options = recorded.calls["relu_conv_bn_forward"]
+    several = {name: 9 * value for name, value in options.items() if isinstance(value, list)}
+    with pytest.raises(ValueError, match="gammas: expected up to 8 layers on CUDA, got 9"):
+        op(**options | several)

@@ -87,6 +87,15 @@ MUTATIONS = {
         "if (a.passes == 2 && pass) *reinterpret_cast",
         CONV, "float64",
     ),
+    "gradients of all layers in one place": (
+        "cuda/relu_conv_bn_backward.h", "chunk += round_up(k, 4)", "chunk += 0", CONV, "float64"
+    ),
+    "the first layer's gradients for all": (
+        "cuda/relu_conv_bn_backward.h",
+        "const auto& layer = a.layer[i];",
+        "const auto& layer = a.layer[0];",
+        CONV, "bfloat16",
+    ),
     "off by one, tensor cores of preprocessing": (
         "cuda/product.h", "*high = low + 8 * ldd", "*high = low + 7 * ldd", CONV, "bfloat16"
     ),
