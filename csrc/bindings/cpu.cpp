@@ -107,10 +107,11 @@ std::string missing_amx() { return amx_missing(); }
 }  // namespace rfdarts
 
 #ifdef RFDARTS_EMULATION
-STABLE_TORCH_LIBRARY(rfdarts_emulated_cpu, m) {
+#define RFDARTS_LIBRARY rfdarts_emulated_cpu
 #else
-STABLE_TORCH_LIBRARY(rfdarts, m) {
+#define RFDARTS_LIBRARY rfdarts
 #endif
+STABLE_TORCH_LIBRARY(RFDARTS_LIBRARY, m) {
   define_shared_ops(m);
   m.def("cell_text(int[] cell) -> str");
   m.def("isa() -> str");
@@ -120,18 +121,10 @@ STABLE_TORCH_LIBRARY(rfdarts, m) {
   m.def("pool_cached() -> int");
   m.def("pool_poison(bool on) -> ()");
 }
-#ifdef RFDARTS_EMULATION
-STABLE_TORCH_LIBRARY_IMPL(rfdarts_emulated_cpu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(rfdarts, CPU, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(RFDARTS_LIBRARY, CPU, m) {
   rfdarts::Ops<rfdarts::Cpu>::implement(m);
 }
-#ifdef RFDARTS_EMULATION
-STABLE_TORCH_LIBRARY_IMPL(rfdarts_emulated_cpu, CompositeExplicitAutograd, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(rfdarts, CompositeExplicitAutograd, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(RFDARTS_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("cell_text", TORCH_BOX(&rfdarts::cell_text));
   m.impl("isa", TORCH_BOX(&rfdarts::isa));
   m.impl("isa_best", TORCH_BOX(&rfdarts::best_isa));

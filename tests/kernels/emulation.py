@@ -1,6 +1,6 @@
-"""Kernels on a processor that has not what they are for: CUDA's thread by thread, AMX's tile by tile.
+"""Kernels emulated on any processor: those for CUDA thread by thread, those for AMX tile by tile.
 
-Libraries of both, the same with a bug, their backends.
+Builds their libraries, the same with a bug, and has their backends.
 """
 
 import importlib.util

@@ -13,8 +13,6 @@ from rfdarts_fast.ops.compiled.base import CompiledBackend, unsupported_layer
 from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer
 
 _HALF = torch.bfloat16, torch.float16
-# instruction sets with products of bfloat16
-_PRODUCTS = "avx512_bf16", "amx_bf16"
 
 _unavailable: str | None = None
 try:
@@ -48,7 +46,7 @@ class CPUBackend(CompiledBackend):
     def products_of(self, storage: torch.dtype, channels: Iterable[int]) -> bool:
         if storage != torch.float32 or not torch.is_autocast_enabled("cpu"):
             return False
-        return self._ops.isa() in _PRODUCTS and all(c % 4 == 0 for c in channels)
+        return self._ops.isa().endswith("_bf16") and all(c % 4 == 0 for c in channels)
 
     def unsupported_cell(self, call: CellCall) -> str | None:
         storage = self.storage_dtype(call.inputs[0])
