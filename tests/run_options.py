@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rfdarts_fast.nn import SynchronisedBatchNorm2d
+from rfdarts_fast.ops import SynchronisedBatchNorm2d
 from rfdarts_fast.retrain.run import TrainConfig
 from rfdarts_fast.retrain.run import opened as train_opened
 from rfdarts_fast.runs import run as run_module

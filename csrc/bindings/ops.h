@@ -23,12 +23,13 @@ struct Ops {
   static std::tuple<Tensors, Tensor, Tensor, Tensor> cell_forward(
       const Tensors& inputs, const Tensors& noise, const Tensor& conv_weights, const Tensor& gamma, const Tensor& beta,
       const Tensor& op_weights, std::optional<Tensor> edge_weights, std::optional<Tensor> moments, const Ints& encoded,
-      double eps, bool bfloat16, bool bfloat16_products, bool concat) {
+      double eps, bool bfloat16, bool bfloat16_products, bool concat, int64_t all_images) {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, nullptr, &noise, &edge_weights,
                             moments ? &*moments : nullptr};
     Cell cell = arguments.check(encoded, !moments, eps, Device::dtypes);
     const Tensor& x = inputs[0];
     Device::check_products(x, bfloat16_products, {cell.mixed_channels});
+    Processes processes = processes_of(all_images, cell.images, cell.training);
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16);
     Device device(x);
     int64_t n = cell.images, c = cell.channels;
@@ -42,6 +43,7 @@ struct Ops {
     Tensor used_moments = moments ? torch::stable::clone(*moments)
                                   : device.empty({2, cell.norms, cell.mixed_channels}, ScalarType::Double);
     CellForward data = cell_data(arguments, branch_outputs, used_moments, nodes, bfloat16_products);
+    data.processes = std::move(processes);
     if (concat && !Device::concat_views) data.concat = whole.data_ptr();
     device.cell_forward(storage_of(branch_dtype), cell, data);
     // its parts are no outputs of their own: those of an op may not share memory
@@ -68,13 +70,15 @@ struct Ops {
       const Tensors& grads, const Ints& grad_nodes, const Tensors& inputs, const Tensors& nodes, const Tensors& noise,
       const Tensor& conv_weights, const Tensor& gamma, const Tensor& beta, const Tensor& op_weights,
       std::optional<Tensor> edge_weights, const Tensor& moments, Tensor branch_outputs, const Ints& encoded,
-      bool training, double eps, bool bfloat16, bool bfloat16_products, const Ints& needs_input_grad) {
+      bool training, double eps, bool bfloat16, bool bfloat16_products, const Ints& needs_input_grad,
+      int64_t all_images) {
     CellArguments arguments{inputs, conv_weights, gamma, beta, op_weights, &nodes, &noise, &edge_weights, &moments};
     Cell cell = arguments.check(encoded, training, eps, Device::dtypes);
     const Tensor& x = inputs[0];
     Device::check_products(x, bfloat16_products, {cell.mixed_channels});
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16), dtype = parameter_dtype(x);
     arguments.check_backward(cell, grads, grad_nodes, branch_outputs, branch_dtype, needs_input_grad);
+    Processes processes = processes_of(all_images, cell.images, training);
     Device device(x);
     int64_t edges = cell.edges.size();
     Tensor grad_gamma = device.empty({cell.norms, cell.mixed_channels}, dtype);
@@ -85,6 +89,7 @@ struct Ops {
     CellBackward data{cell_data(arguments, branch_outputs, moments, nodes, bfloat16_products), {}, {},
                       grad_gamma.data_ptr(), grad_beta.data_ptr(), grad_op_weights.data_ptr(),
                       edge_weights ? grad_edge_weights.data_ptr() : nullptr};
+    data.forward.processes = std::move(processes);
     data.grad_nodes.resize(cell.nodes);
     for (size_t i = 0; i < grads.size(); i++) data.grad_nodes[grad_nodes[i]] = states(grads[i]);
     data.grad_inputs.resize(cell.inputs);
@@ -99,11 +104,12 @@ struct Ops {
   static std::tuple<Tensors, Tensors, Tensors> relu_conv_bn_forward(const Tensor& x, const Tensors& conv_weights,
                                                                     const Tensors& gammas, const Tensors& betas,
                                                                     const Tensors& moments, double eps, bool reduce,
-                                                                    bool bfloat16_products) {
+                                                                    bool bfloat16_products, int64_t all_images) {
     ReLUConvBNArguments arguments{x, conv_weights, gammas, betas, moments, reduce};
     arguments.check(!moments.empty(), Device::dtypes);
     Device::check(arguments);
     check_products(arguments, bfloat16_products);
+    Processes processes = processes_of(all_images, x.size(0), moments.empty());
     Device device(x);
     Tensors outputs, conv_outputs, used_moments;
     for (size_t i = 0; i < gammas.size(); i++) {
@@ -114,6 +120,7 @@ struct Ops {
                                              : torch::stable::clone(moments[i]));
     }
     ReLUConvBN data = layer_data(arguments, conv_outputs, used_moments, eps, moments.empty(), bfloat16_products);
+    data.processes = std::move(processes);
     for (size_t i = 0; i < outputs.size(); i++) data.layers[i].output = outputs[i].data_ptr();
     device.relu_conv_bn_forward(storage_of(x.scalar_type()), data);
     return {outputs, conv_outputs, used_moments};
@@ -122,18 +129,20 @@ struct Ops {
   static std::tuple<Tensor, Tensors, Tensors> relu_conv_bn_backward(
       const Tensors& grads, const Tensor& x, const Tensors& conv_outputs, const Tensors& conv_weights,
       const Tensors& gammas, const Tensors& betas, const Tensors& moments, double eps, bool training, bool reduce,
-      bool bfloat16_products, bool needs_input_grad) {
+      bool bfloat16_products, bool needs_input_grad, int64_t all_images) {
     ReLUConvBNArguments arguments{x, conv_weights, gammas, betas, moments, reduce};
     arguments.check(true, Device::dtypes);
     arguments.check_outputs("grads", grads);
     arguments.check_outputs("conv_outputs", conv_outputs);
     Device::check(arguments);
     check_products(arguments, bfloat16_products);
+    Processes processes = processes_of(all_images, x.size(0), training);
     Device device(x);
     Tensor grad_x = needs_input_grad ? device.empty_state(x.size(0), x.size(1), x.size(2), x.size(3))
                                      : device.empty_state(0, 1, 1, 1);
     Tensors grad_gammas, grad_betas;
     ReLUConvBN data = layer_data(arguments, conv_outputs, moments, eps, training, bfloat16_products);
+    data.processes = std::move(processes);
     if (needs_input_grad) data.grad_x = grad_x.data_ptr();
     for (size_t i = 0; i < grads.size(); i++) {
       for (Tensors* list : {&grad_gammas, &grad_betas})
@@ -166,6 +175,13 @@ struct Ops {
   }
 
  private:
+  static Processes processes_of(int64_t all_images, int64_t images, bool training) {
+    if (all_images == 0) return {};
+    if (!training) refuse("all_images", "0 in evaluation mode", std::to_string(all_images));
+    if (all_images < images) refuse("all_images", "0, or at least the " + std::to_string(images) + " of this process",
+                                    std::to_string(all_images));
+    return {Device::sum_over_processes(), all_images};
+  }
   static Storage storage_of(ScalarType dtype) {
     switch (dtype) {
       case ScalarType::Double: return Storage::Double;

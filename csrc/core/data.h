@@ -13,6 +13,16 @@ enum class Storage { Float, Double, BFloat16, Half };
 // Memory that lives until the op's end.
 using Allocate = std::function<void*(int64_t bytes)>;
 
+// Sums numbers over all processes of a run, in place. None: this process is alone.
+using SumOverProcesses = std::function<void(double* sums, int64_t count)>;
+
+// Whose images the statistics of BatchNorms in training mode are of: this call's, or those of the same call in every
+// process (CPU).
+struct Processes {
+  SumOverProcesses sum;
+  int64_t images = 0;  // of all, where there is a sum
+};
+
 // N images, NHWC with consecutive channels and any image, row and pixel stride; null data: none.
 struct States {
   void* data = nullptr;
@@ -30,6 +40,7 @@ struct CellForward {
   bool bfloat16_products = false;
   std::vector<States> nodes;              // written in the forward, dense on the CPU; read again in any order
   void* concat = nullptr;                 // CPU: [images][oh][ow][nodes * channels] or null
+  Processes processes;
 };
 
 struct CellBackward {
@@ -61,6 +72,7 @@ struct ReLUConvBN {
   std::vector<Layer> layers;
   void* grad_x = nullptr;    // [images][h][w][ci] or null
   bool bfloat16_products = false;  // CPU; as of a cell
+  Processes processes;
 
   int64_t oh() const { return reduce ? h / 2 : h; }
   int64_t ow() const { return reduce ? w / 2 : w; }

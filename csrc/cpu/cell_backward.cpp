@@ -100,8 +100,11 @@ void second_convs_backward(BackwardContext<T, S>& run, int i) {
   std::vector<double> sum(count * 2 * cm, 0.0);
   for (int64_t n = 0; n < cell.images; n++)
     for (size_t v = 0; v < sum.size(); v++) sum[v] += partials[n * sum.size() + v];
-  for (int64_t j = 0; j < count; j++)
-    run.finish_norm(branches[j]->inner_norm, 1, sum.data() + j * 2 * cm, sum.data() + (j * 2 + 1) * cm);
+  std::vector<double> all = run.over_processes(sum);
+  for (int64_t j = 0; j < count; j++) {
+    const double *own = sum.data() + j * 2 * cm, *of_all = all.data() + j * 2 * cm;
+    run.finish_norm(branches[j]->inner_norm, 1, {own, own + cm}, {of_all, of_all + cm});
+  }
 }
 }  // namespace
 

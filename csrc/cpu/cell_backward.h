@@ -38,21 +38,31 @@ struct BackwardContext : CellContext<T, S> {
     return {g, y, coefficients[norm].row(0)};
   }
 
-  // From sum g and sum g (y - mean) per channel at the output of a BatchNorm whose term has a weight: the gradients of
-  // gamma and beta, and the coefficients of its input's gradient. Returns the sum over channels of g z.
-  double finish_norm(int norm, double weight, const double* g_sum, const double* dot) {
-    double total = 0, m = double(cell.images * cell.pixels());
+  // sum g and sum g (y - mean) per channel, at the output of a BatchNorm
+  struct NormSums {
+    const double *g, *dot;
+  };
+  // `sums` of this process, of all
+  std::vector<double> over_processes(std::vector<double> sums) const {
+    const SumOverProcesses& sum = this->data.processes.sum;
+    if (sum && cell.training) sum(sums.data(), sums.size());
+    return sums;
+  }
+  // For a BatchNorm whose term has a weight, from the sums of this process and of all: the gradients of gamma and beta,
+  // which are this process's, and the coefficients of its input's gradient. Returns the sum over channels of g z.
+  double finish_norm(int norm, double weight, NormSums own, NormSums all) {
+    double total = 0, m = this->count();
     Coefficients<T>& rows = coefficients[norm] = Coefficients<T>(kNormRows, cm, this->period);
     for (int64_t i = 0; i < cm; i++) {
-      double rstd = this->rstd(norm, i), gamma = this->gamma(norm, i), dot_y_hat = dot[i] * rstd;
+      double rstd = this->rstd(norm, i), gamma = this->gamma(norm, i), dot_y_hat = own.dot[i] * rstd;
       grad_gamma[norm * cm + i] = T(weight * dot_y_hat);
-      grad_beta[norm * cm + i] = T(weight * g_sum[i]);
-      total += gamma * dot_y_hat + this->beta(norm, i) * g_sum[i];
+      grad_beta[norm * cm + i] = T(weight * own.g[i]);
+      total += gamma * dot_y_hat + this->beta(norm, i) * own.g[i];
       double scale = weight * gamma * rstd;
       rows.set(kScale, i, scale);
-      rows.set(kSlope, i, cell.training ? -scale * dot_y_hat * rstd / m : 0);
+      rows.set(kSlope, i, cell.training ? -scale * (all.dot[i] * rstd) * rstd / m : 0);
       rows.set(kMean, i, this->mean(norm, i));
-      rows.set(kShift, i, cell.training ? -scale * g_sum[i] / m : 0);
+      rows.set(kShift, i, cell.training ? -scale * all.g[i] / m : 0);
     }
     return total;
   }

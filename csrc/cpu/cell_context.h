@@ -29,6 +29,8 @@ struct CellContext {
   std::vector<BatchView<T>> bypass;
   // where `make_dense` puts them, null where they are in the state itself
   std::vector<T*> packed, pooled;
+  // of BatchNorms, of this process's images alone yet
+  std::vector<Moments> own_moments;
 
   CellContext(const Cell& cell, const CellForward& data, const Parallel& parallel, const Allocate& allocate)
       : cell(cell), data(data), parallel(parallel), allocate(allocate), mixed(cell.states()), bypass(mixed.size()),
@@ -46,6 +48,14 @@ struct CellContext {
   static const T* typed(const void* p) { return static_cast<const T*>(p); }
   Size source_size(int s) const { return {cell.sources[s].h, cell.sources[s].w, cm}; }
   Size output_size() const { return {cell.oh, cell.ow, cm}; }
+  // values of a channel behind its statistics
+  double count() const {
+    return double((data.processes.sum ? data.processes.images : cell.images) * cell.pixels());
+  }
+  void merge_over_processes() {
+    rfdarts::merge_over_processes(data.processes.sum, double(cell.images * cell.pixels()), count(), own_moments);
+    own_moments.clear();
+  }
   // one of a branch's separable convolutions
   Conv<T> conv(const Branch& b, bool second, int stride) const {
     bool wide = stride != 1 || period == cm;

@@ -1,6 +1,6 @@
 // A cell forward. Per state two passes over the images: one makes the state, summing the edges that enter it, and runs
 // the first convolutions of the edges that leave it; one runs the second halves of separable ones. In between lie the
-// batch statistics. Threads split the images; statistics are summed in the images' order.
+// batch statistics, those of all processes where there are several. Threads split the images; statistics are summed in the images' order.
 #include <optional>
 
 #include "cpu/node_forward.h"
@@ -10,7 +10,7 @@ namespace {
 
 // the batch's statistics from those of the images, to the rows of all BatchNorms that have the same input
 template <class T, class S>
-void merge(const CellContext<T, S>& run, const ImageMoments& moments, int64_t i, const std::vector<int>& norms) {
+void merge(CellContext<T, S>& run, const ImageMoments& moments, int64_t i, const std::vector<int>& norms) {
   if (norms.empty()) return;
   int64_t cm = run.cm, variances = run.cell.norms * cm;
   double* first = run.data.moments + norms[0] * cm;
@@ -19,6 +19,10 @@ void merge(const CellContext<T, S>& run, const ImageMoments& moments, int64_t i,
     double* other = run.data.moments + norms[j] * cm;
     std::copy_n(first, cm, other);
     std::copy_n(first + variances, cm, other + variances);
+  }
+  for (int norm : norms) {
+    double* mean = run.data.moments + norm * cm;
+    run.own_moments.push_back({mean, mean + variances, cm});
   }
 }
 template <class T, class S>
@@ -204,9 +208,13 @@ void forward(Storage storage, const Cell& cell, const CellForward& data, bool no
              const Allocate& allocate) {
   with_types(storage, [&]<class T, class S>() {
     CellContext<T, S> run(cell, data, parallel, allocate);
-    for (int s = 0; s < cell.states(); s++) {
-      state_forward(run, s, nodes);
-      second_convs_forward(run, s);
+    for (int s = 0, next; s < cell.states(); s = next) {
+      // one message for all inputs, which wait for nothing
+      next = s == 0 && data.processes.sum ? cell.inputs : s + 1;
+      for (int i = s; i < next; i++) state_forward(run, i, nodes);
+      run.merge_over_processes();
+      for (int i = s; i < next; i++) second_convs_forward(run, i);
+      run.merge_over_processes();
     }
   });
 }

@@ -138,22 +138,23 @@ struct NodeBackward : Phase<T, S, BackwardContext<T, S>> {
     std::vector<double> sum(sums * cm, 0.0);
     for (int64_t n = 0; n < cell.images; n++)
       for (int64_t v = 0; v < sums * cm; v++) sum[v] += partials[n * sums * cm + v];
+    std::vector<double> all = run.over_processes(sum);
     for (size_t s = 0; s < edges.size(); s++) {
       int e = cell.first_edge(i) + s;
       const EdgeTerms& t = edges[s];
       double edge_gradient = 0;
-      const double* dot = sum.data() + t.first * cm;
+      const double *dot = sum.data() + t.first * cm, *all_dot = all.data() + t.first * cm;
       for (const auto* list : {&t.outputs, &t.streams, &t.averages})
         for (int p : *list) {
           int norm = branch(s, p).norm;
           double gradient = 0;
           if (norm >= 0)
-            gradient = run.finish_norm(norm, run.term_weight(e, p), sum.data(), dot);
+            gradient = run.finish_norm(norm, run.term_weight(e, p), {sum.data(), dot}, {all.data(), all_dot});
           else
             for (int64_t c = 0; c < cm; c++) gradient += dot[c];
           run.grad_op_weights[e * cell.primitives + p] = T(run.edge_weight(e) * gradient);
           edge_gradient += run.op_weight(e, p) * gradient;
-          dot += cm;
+          dot += cm, all_dot += cm;
         }
       run.grad_edge_weights[e] = edge_gradient;
     }

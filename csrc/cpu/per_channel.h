@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/data.h"
+
 namespace rfdarts {
 
 // Rows of per-channel coefficients in the width that the kernels read, `period`.
@@ -47,5 +49,31 @@ struct ImageMoments {
     for (int64_t j = 0; j < c; j++) variance_out[j] /= images * pixels;
   }
 };
+
+// Mean and variance of some channels.
+struct Moments {
+  double *mean, *variance;
+  int64_t channels;
+};
+
+// Those of this process's `count` values of a channel become those of all processes' `all`, in one message. In double, the
+// difference of squares loses nothing that float inputs have.
+inline void merge_over_processes(const SumOverProcesses& sum, double count, double all,
+                                 const std::vector<Moments>& moments) {
+  if (!sum || moments.empty()) return;
+  std::vector<double> sums;
+  for (auto [mean, variance, channels] : moments)
+    for (int64_t j = 0; j < channels; j++) {
+      sums.push_back(count * mean[j]);
+      sums.push_back(count * (variance[j] + mean[j] * mean[j]));
+    }
+  sum(sums.data(), sums.size());
+  const double* s = sums.data();
+  for (auto [mean, variance, channels] : moments)
+    for (int64_t j = 0; j < channels; j++, s += 2) {
+      mean[j] = s[0] / all;
+      variance[j] = std::max(s[1] / all - mean[j] * mean[j], 0.0);
+    }
+}
 
 }  // namespace rfdarts

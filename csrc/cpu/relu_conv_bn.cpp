@@ -27,6 +27,8 @@ struct Layers {
   std::vector<Layer> layers;
   BatchView<T> x{a.x};
   int64_t pixels = a.oh() * a.ow(), co = 0;
+  // values of a channel behind its statistics
+  double count = double((a.processes.sum ? a.processes.images : a.images) * pixels);
   // bytes of an image of x, and multiply-adds of 16 lanes that it costs
   int64_t image_bytes = a.h * x.row * int64_t(sizeof(T)), work;
 
@@ -65,6 +67,13 @@ struct Layers {
     });
     if (!a.training) return;
     for (const Layer& l : layers) moments(l).merge(0, a.images, pixels, l.moments, l.moments + l.co);
+    merge_over_processes();
+  }
+
+  void merge_over_processes() const {
+    std::vector<Moments> own;
+    for (const Layer& l : layers) own.push_back({l.moments, l.moments + l.co, l.co});
+    rfdarts::merge_over_processes(a.processes.sum, double(a.images * pixels), count, own);
   }
 
   void normalize() {
@@ -114,23 +123,22 @@ struct Layers {
 
   // the gradients of gamma and beta, and NormBackward::coefficients
   void norm_backward() {
-    std::vector<double> partials = norm_sums();
-    double m = double(a.images * pixels);
+    std::vector<double> partials = norm_sums(), own(2 * co, 0.0);
+    for (int64_t n = 0; n < a.images; n++)
+      for (int64_t v = 0; v < 2 * co; v++) own[v] += partials[n * 2 * co + v];
+    std::vector<double> all = own;
+    if (a.training && a.processes.sum) a.processes.sum(all.data(), all.size());
     for (Layer& l : layers) {
       l.rows = Coefficients<T>(kNormRows, l.co, k.period(l.co));
       for (int64_t c = 0; c < l.co; c++) {
-        double g_sum = 0, dot = 0;
-        for (int64_t n = 0; n < a.images; n++) {
-          g_sum += partials[n * 2 * co + l.first + c];
-          dot += partials[(n * 2 + 1) * co + l.first + c];
-        }
+        int64_t g_sum = l.first + c, dot = co + g_sum;
         double rstd = 1 / std::sqrt(l.variance(c) + a.eps), scale = l.gamma[c] * rstd;
-        l.grad_gamma[c] = T(dot * rstd);
-        l.grad_beta[c] = T(g_sum);
+        l.grad_gamma[c] = T(own[dot] * rstd);
+        l.grad_beta[c] = T(own[g_sum]);
         l.rows.set(kScale, c, scale);
-        l.rows.set(kSlope, c, a.training ? -scale * dot * rstd * rstd / m : 0);
+        l.rows.set(kSlope, c, a.training ? -scale * all[dot] * rstd * rstd / count : 0);
         l.rows.set(kMean, c, l.mean(c));
-        l.rows.set(kShift, c, a.training ? -scale * g_sum / m : 0);
+        l.rows.set(kShift, c, a.training ? -scale * all[g_sum] / count : 0);
       }
     }
   }

@@ -5,7 +5,6 @@ from rfdarts_fast.nn.nasbench201 import NasBench201Network, NasBench201SearchNet
 from rfdarts_fast.nn.primitives import PRIMITIVES, Primitive, make_primitive, register_primitive
 from rfdarts_fast.nn.random_features import ConvInit, GammaInit, freeze_random_features
 from rfdarts_fast.nn.supernet import MixedOp, SearchCell, SearchNetwork, Supernet
-from rfdarts_fast.nn.synchronised import SynchronisedBatchNorm2d, synchronise_batch_norms
 
 __all__ = [
     "PRIMITIVES",
@@ -21,10 +20,8 @@ __all__ = [
     "SearchCell",
     "SearchNetwork",
     "Supernet",
-    "SynchronisedBatchNorm2d",
     "drop_path",
     "freeze_random_features",
     "make_primitive",
     "register_primitive",
-    "synchronise_batch_norms",
 ]

@@ -22,6 +22,7 @@ from rfdarts_fast.ops.contract import (
     register_backend,
 )
 from rfdarts_fast.ops.dispatch import concat_cell, mixed_cell, relu_conv_bns
+from rfdarts_fast.ops.synchronised import SynchronisedBatchNorm2d, synchronise_batch_norms
 
 __all__ = [
     "Backend",
@@ -32,6 +33,7 @@ __all__ = [
     "EdgeModule",
     "Memory",
     "ReLUConvBNLayer",
+    "SynchronisedBatchNorm2d",
     "backend_names",
     "backends",
     "concat_cell",
@@ -39,6 +41,7 @@ __all__ = [
     "register_backend",
     "relu_conv_bn",
     "relu_conv_bns",
+    "synchronise_batch_norms",
     "use_backend",
 ]
 

@@ -320,6 +320,7 @@ class CellCall:
         memory: what to keep for the backward; see `use_backend`.
         concat: the result is the nodes concatenated.
         recompute: branch outputs are computed again in the backward, whatever `memory` keeps of them.
+        synchronised: the batch is that of all processes, which exchange sums (`SynchronisedBatchNorm2d`).
     """
 
     plan: CellPlan
@@ -330,6 +331,7 @@ class CellCall:
     memory: Memory = "fast"
     concat: bool = False
     recompute: bool = False
+    synchronised: bool = False
 
     @property
     def output_size(self) -> tuple[int, int, int]:
@@ -341,7 +343,7 @@ class CellCall:
         """Values per channel behind a BatchNorm's statistics. Raises ValueError, as BatchNorm2d does, where a
         single one would be normalised."""
         n, h, w = self.output_size
-        if self.training and self.plan.norms and n * h * w == 1:
+        if self.training and self.plan.norms and n * h * w == 1 and not self.synchronised:
             raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
         return n * h * w
 
@@ -353,11 +355,14 @@ class Backend(Protocol):
         name: what `use_backend` and `--backend` call it.
         priority: `auto` asks the backend with the highest one first.
         devices: types of device ("cpu", "cuda") for which `auto` asks it; by name it is asked for any.
+        synchronises: it takes calls and layers with `SynchronisedBatchNorm2d` in several processes; others
+            never see them.
     """
 
     name: str
     priority: int
     devices: frozenset[str]
+    synchronises: bool
 
     def unsupported_cell(self, call: CellCall) -> str | None:
         """The reason why `mixed_cell` cannot take the call, or None."""

@@ -12,6 +12,7 @@ from rfdarts_fast.ops import functional, hooks, reference
 from rfdarts_fast.ops.backend import backend_name, fall_back, use_backend
 from rfdarts_fast.ops.contract import Backend, CellCall, EdgeModule, Memory, ReLUConvBNLayer, backends
 from rfdarts_fast.ops.plan import plan_of
+from rfdarts_fast.ops.synchronised import synchronised
 
 
 def mixed_cell(
@@ -59,7 +60,7 @@ def relu_conv_bns(x: Tensor, layers: Sequence[ReLUConvBNLayer]) -> list[Tensor]:
     candidates = _candidates(x)
     for i, layer in enumerate(layers):
         hooked = hooks.REASON if hooks.Hooks([*layer.convs, layer.norm]) else None
-        reasons = (hooked or backend.unsupported_layer(x, layer) for backend in candidates)
+        reasons = (hooked or _unsupported_layer(backend, x, layer) for backend in candidates)
         backend = _choose(candidates, reasons, lambda: True)
         if backend is None:
             outputs[i] = reference.relu_conv_bn(x, *layer)
@@ -89,19 +90,40 @@ def cell_call(
     training = plan.uses_batch_statistics()
     if training is None:
         return "BatchNorms in training and in evaluation mode in one cell"
-    return CellCall(plan, inputs, op_weights, edge_weights, training, memory, concat)
+    shared = synchronised(plan.norms)
+    if shared is None:
+        return "BatchNorms of one and of several processes in one cell"
+    return CellCall(plan, inputs, op_weights, edge_weights, training, memory, concat, synchronised=shared)
 
 
 def reference_reason(edges: Sequence[EdgeModule], inputs: Sequence[Tensor]) -> str | None:
     """The reason why `mixed_cell` would leave these edges and inputs to the reference, or None."""
     op_weights = inputs[0].new_zeros(len(edges), len(edges[0].primitives))
     call = cell_call(edges, inputs, op_weights)
-    return _reasons(inputs[0], lambda b: call if isinstance(call, str) else b.unsupported_cell(call))
+    return _reasons(inputs[0], lambda backend: _unsupported_cell(backend, call))
 
 
 def layer_reference_reason(layer: ReLUConvBNLayer, x: Tensor) -> str | None:
     """The reason why `relu_conv_bns` would leave this layer to the reference, or None."""
-    return _reasons(x, lambda backend: backend.unsupported_layer(x, layer))
+    return _reasons(x, lambda backend: _unsupported_layer(backend, x, layer))
+
+
+def _unsupported_cell(backend: Backend, call: CellCall | str) -> str | None:
+    if isinstance(call, str):
+        return call
+    if call.synchronised and not backend.synchronises:
+        return _alone(backend)
+    return backend.unsupported_cell(call)
+
+
+def _unsupported_layer(backend: Backend, x: Tensor, layer: ReLUConvBNLayer) -> str | None:
+    if synchronised([layer.norm]) and not backend.synchronises:
+        return _alone(backend)
+    return backend.unsupported_layer(x, layer)
+
+
+def _alone(backend: Backend) -> str:
+    return f"no BatchNorm over several processes in the backend {backend.name}"
 
 
 def _reasons(x: Tensor, against: Callable[[Backend], str | None]) -> str | None:
@@ -127,7 +149,7 @@ def _cell(
     candidates = _candidates(inputs[0])
     if candidates:
         call = cell_call(edges, inputs, op_weights, edge_weights, use_backend.memory, concat)
-        reasons = (call if isinstance(call, str) else b.unsupported_cell(call) for b in candidates)
+        reasons = (_unsupported_cell(backend, call) for backend in candidates)
         backend = _choose(candidates, reasons, lambda: _trains_convolutions(edges))
         if backend is not None:
             assert isinstance(call, CellCall)

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from rfdarts_fast.ops.contract import Branch, CellPlan, Edge, Op
 from rfdarts_fast.ops.reference import channel_shuffle
+from rfdarts_fast.ops.synchronised import batch_norm
 
 
 def cell(
@@ -27,10 +28,14 @@ def cell(
     op_weights: Tensor,
     edge_weights: Tensor | None,
     moments: Tensor | None,
+    synchronised: bool = False,
 ) -> list[Tensor]:
-    """The states of all nodes in the dtype of `gamma`; arguments as those of the op cell_forward."""
+    """The states of all nodes in the dtype of `gamma`; arguments as those of the op cell_forward, and of
+    `CellCall`."""
 
     def norm(y: Tensor, row: int) -> Tensor:
+        if synchronised:
+            return batch_norm(y, gamma[row], beta[row], plan.eps)[0]
         mean, variance = (None, None) if moments is None else moments[:, row].to(y.dtype)
         return F.batch_norm(y, mean, variance, gamma[row], beta[row], moments is None, eps=plan.eps)
 
@@ -102,11 +107,19 @@ def _reduce(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
 
 
 def relu_conv_bn(
-    convs: Sequence[nn.Conv2d], x: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor | None, eps: float
+    convs: Sequence[nn.Conv2d],
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    moments: Tensor | None,
+    eps: float,
+    synchronised: bool = False,
 ) -> Tensor:
     """The output of one layer in the dtype of `gamma`; moments [2, C'] in evaluation mode, else None."""
     x = F.relu(x.to(gamma.dtype))
     y = _reduce(x, convs) if len(convs) == 2 else _apply(x, convs)
+    if synchronised:
+        return batch_norm(y, gamma, beta, eps)[0]
     mean, variance = (None, None) if moments is None else moments.to(y.dtype)
     return F.batch_norm(y, mean, variance, gamma, beta, moments is None, eps=eps)
 

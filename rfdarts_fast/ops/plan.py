@@ -9,6 +9,7 @@ from torch import nn
 
 from rfdarts_fast.ops import hooks
 from rfdarts_fast.ops.contract import Branch, CellPlan, Edge, EdgeModule, Op
+from rfdarts_fast.ops.synchronised import BATCH_NORMS
 
 
 class Unsupported(Exception):
@@ -122,7 +123,7 @@ class _Reader:
         return _READERS[name](self, op, edge.channels // edge.K, edge.stride)
 
     def norm(self, module: nn.Module, channels: int) -> int:
-        if type(module) is not nn.BatchNorm2d:
+        if not isinstance(module, nn.BatchNorm2d) or type(module) not in BATCH_NORMS:
             raise Unsupported(f"{type(module).__name__} where a BatchNorm2d was expected")
         if module.num_features != channels:
             raise Unsupported("a BatchNorm of another width")

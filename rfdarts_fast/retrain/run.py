@@ -23,10 +23,10 @@ from rfdarts_fast.data import (
     evaluation_augment,
 )
 from rfdarts_fast.messages import thing_at
-from rfdarts_fast.nn import NasBench201Network, Network, synchronise_batch_norms
+from rfdarts_fast.nn import NasBench201Network, Network
 from rfdarts_fast.nn.counting import multiply_adds
 from rfdarts_fast.nn.derived import AUXILIARY_MIN_SIDE
-from rfdarts_fast.ops import use_backend
+from rfdarts_fast.ops import synchronise_batch_norms, use_backend
 from rfdarts_fast.retrain.config import TrainConfig
 from rfdarts_fast.runs import schema
 from rfdarts_fast.runs.agreement import refuse_different_data, refuse_different_runs

@@ -22,8 +22,7 @@ from rfdarts_fast.data import (
     split_per_class,
     split_stratified,
 )
-from rfdarts_fast.nn import synchronise_batch_norms
-from rfdarts_fast.ops import use_backend
+from rfdarts_fast.ops import backends, synchronise_batch_norms, use_backend
 from rfdarts_fast.runs.agreement import refuse_different_data, refuse_different_runs
 from rfdarts_fast.runs.config import require
 from rfdarts_fast.runs.fingerprint import Fingerprint, fingerprint
@@ -365,8 +364,8 @@ def _prepared(
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend
     if config.sync_batch_norm and not world.alone:
-        require(backend in ("auto", "reference"), config, "sync_batch_norm", f"none on the backend {backend}")
-        backend = "reference"
+        able = backend in ("auto", "reference") or backends()[backend].synchronises
+        require(able, config, "sync_batch_norm", f"none on the backend {backend}")
     budget = None if config.memory_budget is None else int(config.memory_budget * 1e6)
     stack.enter_context(on_device(device))
     stack.enter_context(use_backend(backend, config.memory, budget))

@@ -25,6 +25,7 @@ COMMANDS = {
     "search": SEARCH,
     "second-order": f"{SEARCH} --order second --arch-warmup-epochs 0",
     "one-level": f"{SEARCH} --levels 1",
+    "compiled": SEARCH.replace("reference", "cpu"),
     "train": f"{TRAIN} --batch-size 17 --ema-decay 0.5",
 }
 
@@ -181,8 +182,8 @@ def test_an_error_is_said_once(run, tmp_path):
     assert codes == [2] * 13
     assert "batch-size: expected an image for each of 13 processes in every step" in logs[0]
     assert not any(logs[1:])
-    codes, logs = run(f"{SEARCH} --backend cpu --sync-batch-norm", tmp_path / "run", 2)
-    assert "sync-batch-norm: expected none on the backend cpu, got True" in logs[0]
+    codes, logs = run(f"{SEARCH} --backend cuda --sync-batch-norm", tmp_path / "run", 2)
+    assert "sync-batch-norm: expected none on the backend cuda, got True" in logs[0]
     assert not (tmp_path / "run").exists()
 
 
@@ -230,15 +231,15 @@ def test_other_data_are_refused(run, tiny_npz, tmp_path, command):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_anew_what_died(run, tiny_npz, tmp_path):
+def test_torchrun_starts_anew_what_died(tiny_npz, tmp_path):
     """SIGKILL to process 0 once it has saved: torchrun ends the other, and both go on from the checkpoint."""
-    options = f"{TRAIN} --batch-size 6 --epochs 20"
-    done(*run(options, tmp_path / "whole", 2))
-    folder = tmp_path / "run"
+    whole, folder = tmp_path / "whole", tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*torchrun, "--max-restarts", "2", "-m", "rfdarts_fast", *options.split(), "--dataset", "npz"]
-    words += ["--data-root", str(tiny_npz), "--device", "cpu", "--out", str(folder)]
-    with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
+    words = [*torchrun, "--max-restarts", "2", "-m", "rfdarts_fast", *TRAIN.split(), "--batch-size", "6"]
+    words += ["--epochs", "20", "--dataset", "npz", "--data-root", str(tiny_npz), "--device", "cpu", "--out"]
+    subprocess.run([*words, str(whole)], env=ENVIRONMENT, check=True)
+    started = dict(env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen([*words, str(folder)], **started) as job:
         metrics = folder / "metrics.jsonl"
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
             assert job.poll() is None, job.stdout.read()
@@ -247,7 +248,7 @@ def test_torchrun_starts_anew_what_died(run, tiny_npz, tmp_path):
         log = job.communicate()[0].decode()
     assert job.returncode == 0, log
     assert "resuming at epoch " in log
-    assert_same_run(folder, tmp_path / "whole", unlike={"checkpoint.previous.pt"})
+    assert_same_run(folder, whole, unlike={"checkpoint.previous.pt"})
 
 
 def test_a_process_dies_before_the_first_step(run, tmp_path):

@@ -61,6 +61,7 @@ class CellOptions:
         bfloat16_products: convolutions multiply in bfloat16, and `conv_weights` are packed for it.
         recompute: branch outputs are computed again in the backward.
         concat: the result is the nodes concatenated.
+        all_images: of the batches of all processes, where BatchNorms are synchronised, else 0.
     """
 
     ops: Any
@@ -70,6 +71,7 @@ class CellOptions:
     bfloat16_products: bool
     recompute: bool
     concat: bool
+    all_images: int = 0
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -109,7 +111,11 @@ class CellFunction(torch.autograd.Function):
             edge_weights=edge_weights,
         )
         nodes, concat, branch_outputs, used_moments = options.ops.cell_forward(
-            **tensors, **options.numbers, moments=moments, concat=options.concat
+            **tensors,
+            **options.numbers,
+            moments=moments,
+            concat=options.concat,
+            all_images=options.all_images,
         )
         # no views to autograd, which users may change in place
         outputs = [concat.data] if options.concat else [node.data for node in nodes]
@@ -139,7 +145,7 @@ class CellFunction(torch.autograd.Function):
                 gamma: Tensor, beta: Tensor, op_weights: Tensor, edge_weights: Tensor | None, *inputs: Tensor
             ) -> list[Tensor]:
                 weights = gamma, beta, op_weights, edge_weights
-                return functional.cell(options.plan, inputs, noise, *weights, moments)
+                return functional.cell(options.plan, inputs, noise, *weights, moments, options.all_images > 0)
 
             arguments = [
                 shared["gamma"],
@@ -155,7 +161,9 @@ class CellFunction(torch.autograd.Function):
         if kept is None:
             # used up, or changed in place
             again = shared | dict(noise=noise, edge_weights=edge_weights, concat=False)
-            again["moments"] = None if ctx.training else shared["moments"]
+            # other processes may have kept theirs: nothing is exchanged
+            alone = ctx.training and not options.all_images
+            again["moments"] = None if alone else shared["moments"]
             shared["nodes"], _, branch_outputs, _ = options.ops.cell_forward(**again)
         elif options.concat:
             shared["nodes"] = list(kept[0].chunk(options.plan.nodes, dim=1))
@@ -175,6 +183,7 @@ class CellFunction(torch.autograd.Function):
             branch_outputs=branch_outputs,
             training=ctx.training,
             needs_input_grad=needs_input_grad,
+            all_images=options.all_images,
         )
         of_inputs: list[Tensor | None] = [None] * len(shared["inputs"])
         for i, grad in zip(needs_input_grad, grad_inputs, strict=True):
@@ -194,6 +203,7 @@ class LayerOptions:
         bfloat16_products: the convolutions multiply in bfloat16, and `conv_weights` are packed for it.
         moments: running mean and variance [2, C'] of each layer in float64; empty for the batch's.
         recompute: the convolutions' outputs are computed again in the backward.
+        all_images: see `CellOptions`.
     """
 
     ops: Any
@@ -202,6 +212,7 @@ class LayerOptions:
     bfloat16_products: bool
     moments: list[Tensor]
     recompute: bool
+    all_images: int = 0
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -225,7 +236,7 @@ class ReLUConvBNFunction(torch.autograd.Function):
             betas=list(gammas_betas[count:]),
         )
         outputs, conv_outputs, moments = options.ops.relu_conv_bn_forward(
-            **layers, moments=options.moments, **options.numbers
+            **layers, moments=options.moments, **options.numbers, all_images=options.all_images
         )
         _save(ctx, **layers, moments=moments, conv_outputs=[] if options.recompute else conv_outputs)
         ctx.options = options
@@ -246,7 +257,7 @@ class ReLUConvBNFunction(torch.autograd.Function):
             def outputs(x: Tensor, *gammas_betas: Tensor) -> list[Tensor]:
                 tensors = zip(gammas_betas[:count], gammas_betas[count:], moments, strict=True)
                 return [
-                    functional.relu_conv_bn(layer.convs, x, *each, shared["eps"])
+                    functional.relu_conv_bn(layer.convs, x, *each, shared["eps"], options.all_images > 0)
                     for layer, each in zip(options.layers, tensors, strict=True)
                 ]
 
@@ -263,5 +274,6 @@ class ReLUConvBNFunction(torch.autograd.Function):
             conv_outputs=conv_outputs,
             training=not options.moments,
             needs_input_grad=needs_input_grad,
+            all_images=options.all_images,
         )
         return None, grad_x if needs_input_grad else None, *grad_gammas, *grad_betas

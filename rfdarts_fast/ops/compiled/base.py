@@ -19,6 +19,7 @@ from rfdarts_fast.ops.compiled.autograd import (
 from rfdarts_fast.ops.compiled.packing import cell_weights, layer_weights
 from rfdarts_fast.ops.contract import CellCall, CellPlan, Memory, ReLUConvBNLayer
 from rfdarts_fast.ops.dtypes import parameter_dtype
+from rfdarts_fast.ops.synchronised import BATCH_NORMS, images_of_all, synchronised
 
 
 class CompiledBackend:
@@ -31,6 +32,7 @@ class CompiledBackend:
     name: str
     priority: int
     devices: frozenset[str]
+    synchronises = False
 
     def __init__(self, ops: Any = None) -> None:
         self._ops = torch.ops.rfdarts if ops is None else ops
@@ -54,6 +56,7 @@ class CompiledBackend:
             ValueError: for BatchNorms in training mode with a single value per channel, as BatchNorm2d.
         """
         plan, pixels = call.plan, call.pixels()
+        all_images = images_of_all(call.inputs[0]) if call.synchronised else 0
         storage = self.storage_dtype(call.inputs[0])
         parameters = parameter_dtype(storage)
         inputs = [channels_inside(x.to(storage)) for x in call.inputs]
@@ -78,6 +81,7 @@ class CompiledBackend:
                 bfloat16_products=products,
                 recompute=memory == "recompute" or call.recompute,
                 concat=call.concat,
+                all_images=all_images,
             ),
             None if call.training else plan.running_moments(),
             noise,
@@ -87,7 +91,8 @@ class CompiledBackend:
             *inputs,
         )
         if call.training:
-            self._update_running_stats(*plan.running_stats(), moments, plan.momentum, pixels)
+            count = pixels // n * (all_images or n)
+            self._update_running_stats(*plan.running_stats(), moments, plan.momentum, count)
         return nodes
 
     def kept_outputs(self, plan: CellPlan) -> int:
@@ -108,17 +113,18 @@ class CompiledBackend:
         return [outputs[i] for i in range(len(layers))]
 
     def groups(self, layers: Sequence[ReLUConvBNLayer]) -> list[list[int]]:
-        """Indices of the layers that one op takes together: of one stride, eps and kind of statistics."""
+        """Indices of the layers that one op takes together: of one stride, eps and way to statistics."""
         groups: dict[tuple, list[int]] = {}
         for i, layer in enumerate(layers):
-            shared = layer.reduce, layer.norm.eps, layer.uses_batch_statistics
+            shared = layer.reduce, layer.norm.eps, layer.uses_batch_statistics, synchronised([layer.norm])
             groups.setdefault(shared, []).append(i)
         return list(groups.values())
 
     def _relu_conv_bns(self, x: Tensor, layers: list[ReLUConvBNLayer], memory: Memory) -> list[Tensor]:
         first, norms = layers[0], [layer.norm for layer in layers]
         training, pixels = first.uses_batch_statistics, first.pixels(x)
-        if training and pixels == 1:
+        all_images = images_of_all(x) if synchronised(norms) else 0
+        if training and pixels == 1 and not all_images:
             raise ValueError("batch: BatchNorm in training mode needs more than one value per channel")
         products = self.products_of(x.dtype, [x.shape[1], *(norm.num_features for norm in norms)])
         conv_weights = [layer_weights(layer, products) for layer in layers]
@@ -132,12 +138,14 @@ class CompiledBackend:
             bfloat16_products=products,
             moments=[] if training else [_running_moments(norm) for norm in norms],
             recompute=memory == "recompute",
+            all_images=all_images,
         )
         made = ReLUConvBNFunction.apply(options, x, *gammas, *betas)
         if training:
+            count = pixels // x.shape[0] * (all_images or x.shape[0])
             for norm, moments in zip(norms, made[len(layers) :], strict=True):
                 stats = [norm.running_mean], [norm.running_var], [norm.num_batches_tracked]
-                self._update_running_stats(*stats, moments.unsqueeze(1), float(norm.momentum or 0.0), pixels)
+                self._update_running_stats(*stats, moments.unsqueeze(1), float(norm.momentum or 0.0), count)
         return list(made[: len(layers)])
 
     @torch.no_grad()
@@ -183,7 +191,7 @@ def unsupported_layer(x: Tensor, layer: ReLUConvBNLayer, dtype: torch.dtype) -> 
             return "a convolution is trained; the kernels have no weight gradients"
         if conv.weight.dtype != dtype or conv.weight.device != x.device:
             return "convolution and input of different dtypes or devices"
-    if type(norm) is not nn.BatchNorm2d or norm.momentum is None:
+    if type(norm) not in BATCH_NORMS or norm.momentum is None:
         return "no BatchNorm2d with a fixed momentum"
     if norm.affine and norm.weight.dtype != dtype:
         return "BatchNorm and input of different dtypes"

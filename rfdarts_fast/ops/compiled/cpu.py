@@ -20,7 +20,7 @@ try:
     fakes.register()
 except ImportError as error:
     _unavailable = f"the compiled kernels were not built or do not load ({error})"
-except RuntimeError as error:
+except (AttributeError, RuntimeError) as error:
     _unavailable = f"the compiled kernels are another version's: build them again ({error})"
 
 
@@ -36,6 +36,7 @@ class CPUBackend(CompiledBackend):
     name = "cpu"
     priority = 20
     devices = frozenset({"cpu"})
+    synchronises = True
 
     def storage_dtype(self, x: Tensor) -> torch.dtype:
         return torch.float32 if x.dtype in _HALF and torch.is_autocast_enabled("cpu") else x.dtype

@@ -5,6 +5,7 @@ csrc/README.md has the table of arguments that these and the C++ checks follow.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -81,7 +82,7 @@ class _Cell:
 
 def _cell_forward(
     inputs, noise, conv_weights, gamma, beta, op_weights, edge_weights, moments, cell, eps, bfloat16,
-    bfloat16_products, concat,
+    bfloat16_products, concat, all_images=0,
 ):  # fmt: skip
     c = _Cell(inputs, cell)
     c.expect(conv_weights, gamma, beta, op_weights, edge_weights, moments, noise)
@@ -101,7 +102,7 @@ def _cell_branch_outputs(
 
 def _cell_backward(
     grads, grad_nodes, inputs, nodes, noise, conv_weights, gamma, beta, op_weights, edge_weights, moments,
-    branch_outputs, cell, training, eps, bfloat16, bfloat16_products, needs_input_grad,
+    branch_outputs, cell, training, eps, bfloat16, bfloat16_products, needs_input_grad, all_images=0,
 ):  # fmt: skip
     c = _Cell(inputs, cell)
     c.expect(conv_weights, gamma, beta, op_weights, edge_weights, moments, noise, nodes)
@@ -144,7 +145,9 @@ def _layer_outputs(x: Tensor, gammas: list[Tensor], reduce: bool) -> list[Tensor
     return [_state(x, gamma.shape[0], x.shape[2] // stride, x.shape[3] // stride) for gamma in gammas]
 
 
-def _relu_conv_bn_forward(x, conv_weights, gammas, betas, moments, eps, reduce, bfloat16_products):
+def _relu_conv_bn_forward(
+    x, conv_weights, gammas, betas, moments, eps, reduce, bfloat16_products, all_images=0
+):
     _expect_layers(x, conv_weights, gammas, betas, moments)
     used_moments = [x.new_empty(2, gamma.shape[0], dtype=torch.float64) for gamma in gammas]
     return _layer_outputs(x, gammas, reduce), _layer_outputs(x, gammas, reduce), used_moments
@@ -152,7 +155,7 @@ def _relu_conv_bn_forward(x, conv_weights, gammas, betas, moments, eps, reduce, 
 
 def _relu_conv_bn_backward(
     grads, x, conv_outputs, conv_weights, gammas, betas, moments, eps, training, reduce, bfloat16_products,
-    needs_input_grad,
+    needs_input_grad, all_images=0,
 ):  # fmt: skip
     _expect_layers(x, conv_weights, gammas, betas, moments)
     for name, tensors in (("grads", grads), ("conv_outputs", conv_outputs)):
@@ -184,6 +187,9 @@ FAKES: dict[str, Callable] = {
 
 
 def register() -> None:
-    """Registers the fakes, once the ops are loaded."""
+    """Registers the fakes, once the ops are loaded. Raises RuntimeError where these take other arguments."""
     for name, fake in FAKES.items():
+        schema = getattr(torch.ops.rfdarts, name).default._schema
+        if [argument.name for argument in schema.arguments] != [*inspect.signature(fake).parameters]:
+            raise RuntimeError(f"other arguments: {schema}")
         library.register_fake(f"rfdarts::{name}", fake)
