@@ -110,6 +110,23 @@ def synchronised(norms: Sequence[nn.Module]) -> bool | None:
     return modes.pop() if len(modes) == 1 else None
 
 
+def merge_moments(moments: Tensor, count: int, all_count: int) -> Tensor:
+    """Mean and biased variance [2, ..] of all processes' `all_count` values, from those of this process's
+    `count`; one message, in float64."""
+    mean, variance = moments.double()
+    sums = torch.stack([mean, variance + mean**2]) * count
+    dist.all_reduce(sums)
+    mean, square = sums / all_count
+    return torch.stack([mean, (square - mean**2).clamp(min=0)]).to(moments.dtype)
+
+
+def merge_means(means: Tensor, count: int, all_count: int) -> Tensor:
+    """The means of all processes' values; see `merge_moments`."""
+    sums = means.double() * count
+    dist.all_reduce(sums)
+    return (sums / all_count).to(means.dtype)
+
+
 # kernels exchange their sums through it
 _library = library.Library("rfdarts", "FRAGMENT")
 _library.define("sum_over_processes(Tensor(a!) sums) -> ()")

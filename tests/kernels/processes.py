@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# before anything else can load triton without its interpreter
+from tests.kernels.triton import device as triton_device
 from rfdarts_fast.ops import backends
 from rfdarts_fast.ops.synchronised import synchronise_batch_norms
-from tests.kernels.oracles import CPUKernels, Oracle
-from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
+from tests.kernels.oracles import CPUKernels, Kernels, Oracle
+from tests.kernels.problems import FEW, NASBENCH201, CellProblem, LayerProblem
 from tests.kernels.tolerances import TRUTH, assert_as_good_as_torch, errors
 
 
@@ -75,6 +77,14 @@ class Shared:
         return self.shared(edges, inputs, weights, cell)
 
 
+class SharedOracle(Shared, Oracle):
+    pass
+
+
+class SharedTriton(Shared, Kernels):
+    pass
+
+
 class SharedKernels(Shared, CPUKernels):
     def layers(self, x, layers, **options):
         compute = super().layers
@@ -83,10 +93,6 @@ class SharedKernels(Shared, CPUKernels):
         return self.shared(
             [torch.nn.ModuleList(modules)], [x], [], lambda xs: compute(xs[0], layers, **options)
         )
-
-
-class SharedOracle(Shared, Oracle):
-    pass
 
 
 DEEP = dict(shape=(5, 6, 6), nodes=4)
@@ -112,6 +118,20 @@ LAYERS = {
 }
 
 
+TRITON = {
+    "Triton, float64": dict(primitives=FEW, shape=(3, 4, 4)),
+    "Triton, float32": dict(primitives=FEW, shape=(3, 4, 4), dtype=torch.float32, K=2),
+    "Triton, reduction": dict(primitives=FEW, shape=(3, 4, 4), stride=2),
+    "Triton, NAS-Bench-201": dict(**NASBENCH201, shape=(3, 4, 4)),
+}
+
+
+def of_triton(problem):
+    if triton_device.MISSING is None:
+        os.environ[triton_device.SWITCH] = "1"
+        assert_as_good_as_torch(SharedTriton(backends()["triton"]), problem)
+
+
 def of_kernels(problem, **options):
     assert_as_good_as_torch(SharedKernels(backends()["cpu"]), problem, **options)
 
@@ -127,6 +147,8 @@ def cases():
         yield name, lambda options=options: of_kernels(CellProblem(**options))
     for name, (cell, options) in OPTIONS.items():
         yield name, lambda cell=cell, options=options: of_kernels(CellProblem(**cell), **options)
+    for name, options in TRITON.items():
+        yield name, lambda options=options: of_triton(CellProblem(**options))
     for name, options in LAYERS.items():
         yield name, lambda options=options: of_kernels(LayerProblem(**options))
     yield "plain PyTorch", lambda: of_plain_pytorch(CellProblem(**DEEP))
@@ -208,7 +230,9 @@ def main():
     # see tests/search/conftest.py
     torch.backends.mkldnn.enabled = torch.backends.cpu.get_cpu_capability() == "AVX512"
     dist.init_process_group("gloo")
+    import sys
     for name, case in cases():
+        if sys.argv[1:] and sys.argv[1] not in name: continue
         torch.manual_seed(0)
         try:
             case()

@@ -89,7 +89,7 @@ class TritonBackend:
     name = "triton"
     priority = 10
     devices = frozenset({"cuda"})
-    synchronises = False
+    synchronises = True
 
     def unsupported_cell(self, call: CellCall) -> str | None:
         return _unsupported_device(call.inputs) or unsupported_anywhere(call)

@@ -12,13 +12,16 @@ from rfdarts_fast.ops.contract import CellCall, CellPlan, Op
 from rfdarts_fast.ops.dtypes import parameter_dtype, storage_dtype
 from rfdarts_fast.ops.functional import is_transformed
 from rfdarts_fast.ops.outputs import Outputs
+from rfdarts_fast.ops.synchronised import images_of_all
 from rfdarts_fast.ops.triton.cell import Cell, Options, node_places
 from rfdarts_fast.ops.triton.layout import layout_of
 
 
 def mixed_cell(call: CellCall) -> list[Tensor]:
     """See `TritonBackend.mixed_cell`."""
-    plan, pixels = call.plan, call.pixels()
+    plan = call.plan
+    # a single value is refused
+    call.pixels()
     storage = storage_dtype(call.inputs[0])
     parameters = parameter_dtype(storage)
     inputs = [x.to(storage) for x in call.inputs]
@@ -37,10 +40,11 @@ def mixed_cell(call: CellCall) -> list[Tensor]:
         concat=call.concat,
         recompute=call.memory == "recompute" or call.recompute,
         stored=torch.bfloat16 if rounded else storage,
+        all_images=images_of_all(inputs[0]) if call.synchronised else 0,
     )
     nodes = CellFunction.apply(options, moments, noise, gamma, beta, op_weights, edge_weights, *inputs)
     if call.training:
-        update_running_stats(plan, moments, pixels)
+        update_running_stats(plan, moments, options.all_pixels)
     return [*nodes]
 
 
@@ -92,7 +96,7 @@ class CellFunction(torch.autograd.Function):
         cell = Cell(options, states, branch_outputs, argmax, *parameters)
         with torch.cuda.device_of(states):
             fill_noise(cell, noise)
-            cell.forward()
+            cell.forward(options.training)
         ctx.options = options
         branches = () if options.recompute else (branch_outputs.to(options.stored), argmax)
         ctx.save_for_backward(states, *parameters, *noise, *branches)
@@ -130,7 +134,8 @@ class CellFunction(torch.autograd.Function):
             if changed or options.recompute:
                 fill_noise(cell, noise)
             if changed:
-                cell.forward()
+                # other processes may have kept theirs: nothing is exchanged
+                cell.forward(options.training and not options.all_images)
             elif options.recompute:
                 cell.recompute_branch_outputs()
             made = cell.backward(grads, ctx.needs_input_grad[7:])

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rfdarts_fast.ops.contract import CellPlan, Op
+from rfdarts_fast.ops.synchronised import merge_means, merge_moments
 from rfdarts_fast.ops.triton import kernels_backward as backward
 from rfdarts_fast.ops.triton import kernels_forward as forward
 from rfdarts_fast.ops.triton import kernels_nor_conv as nor_conv
@@ -45,6 +46,7 @@ class Options:
         training: BatchNorms use the batch's statistics.
         concat: the nodes lie side by side, as their concatenation.
         recompute: branch outputs are made again for the backward; else they wait for it in dtype `stored`.
+        all_images: of the batches of all processes, where BatchNorms are synchronised, else 0.
     """
 
     plan: CellPlan
@@ -53,11 +55,17 @@ class Options:
     concat: bool
     recompute: bool
     stored: torch.dtype
+    all_images: int
 
     @property
     def pixels(self) -> int:
         """M, the rows of a branch output."""
         return self.size[0] * self.size[1] * self.size[2]
+
+    @property
+    def all_pixels(self) -> int:
+        """Those of all processes whose statistics BatchNorms share."""
+        return (self.all_images or self.size[0]) * self.size[1] * self.size[2]
 
 
 @dataclass
@@ -147,21 +155,45 @@ class Cell:
         """Room for partial sums, in the dtype of all arithmetic."""
         return self.gamma.new_empty(shape)
 
-    def forward(self) -> None:
+    def forward(self, statistics: bool) -> None:
+        """The states of all nodes, and with `statistics` all moments."""
         inputs = self.plan.inputs
-        for state in range(inputs + self.plan.nodes):
-            if state >= inputs:
-                self.node_forward(state - inputs)
-            if state < len(self.layout.sources):
-                self.source_forward(state, self.options.training)
+        # inputs wait for nothing: one message for all
+        first = inputs if self.options.all_images else 1
+        steps = [range(first), *(range(i, i + 1) for i in range(first, inputs + self.plan.nodes))]
+        for states in steps:
+            for node in range(states.start - inputs, states.stop - inputs):
+                if node >= 0:
+                    self.node_forward(node)
+            leaving = [state for state in states if state < len(self.layout.sources)]
+            sources = [self.layout.sources[state] for state in leaving]
+            for state in leaving:
+                self.first_convs(state, statistics)
+            if statistics:
+                self.merge_over_processes([span for s in sources for span in (s.early, s.nor_terms)])
+            for state in leaving:
+                self.second_convs(state, statistics)
+            if statistics:
+                self.merge_over_processes([source.late for source in sources])
+
+    def merge_over_processes(self, terms: Sequence[Span]) -> None:
+        """The moments of the terms' BatchNorms become those of all processes."""
+        norms = self.layout.norms(terms, self.states.device)
+        if not self.options.all_images or not len(norms):
+            return
+        merged = merge_moments(self.moments[:, norms], self.M, self.options.all_pixels)
+        self.moments[:, norms] = merged
+        self.rstd[norms] = (merged[1] + self.plan.eps).rsqrt()
 
     def recompute_branch_outputs(self) -> None:
         """The branch outputs once more, from the states and the moments."""
         for state in range(len(self.layout.sources)):
-            self.source_forward(state, statistics=False)
+            self.first_convs(state, statistics=False)
+            self.second_convs(state, statistics=False)
 
-    def source_forward(self, index: int, statistics: bool) -> None:
-        """All branches of the edges that leave a state, and with `statistics` their BatchNorms' moments."""
+    def first_convs(self, index: int, statistics: bool) -> None:
+        """The first convolutions of all edges that leave a state, and its pools; with `statistics` the moments
+        of the BatchNorms behind them."""
         source, weights = self.layout.sources[index], self.conv_weights[index]
         x, y = self.state(index), self.branch_outputs
         depthwise = self.empty(source.depthwise, self.M, self.C)
@@ -187,9 +219,13 @@ class Cell:
             self.nor_convs(x, source, weights.nor_convs, statistics)
         if statistics:
             self.statistics(source.early_slots, source.early)
+
+    def second_convs(self, index: int, statistics: bool) -> None:
+        """The second halves of separable convolutions, likewise."""
+        source, weights, y = self.layout.sources[index], self.conv_weights[index], self.branch_outputs
         if not source.separable:
             return
-        depthwise = depthwise[: len(source.separable)]
+        depthwise = self.empty(len(source.separable), self.M, self.C)
         for group in source.separable_groups:
             inner = State(y[source.slot + group.first :], self.C)
             self.launch(
@@ -327,6 +363,11 @@ class Cell:
             grad_term_weights=made.term_weights, terms=self.terms(terms), weights=self.weights,
             norms=self.norms, parts=self.parts, WEIGHTED=weighted, TRAINING=self.options.training,
         )  # fmt: skip
+        norms = self.layout.norms([terms], self.states.device)
+        if self.options.all_images and len(norms):
+            # slope and shift are means over the rows
+            means = self.norm_backward.rows[1:, norms]
+            self.norm_backward.rows[1:, norms] = merge_means(means, self.M, self.options.all_pixels)
 
     def branch_gradients(self, g: Tensor, out: Tensor, spans: Span) -> None:
         """Gradients of branch outputs [spans, M, C], from those behind their BatchNorms."""

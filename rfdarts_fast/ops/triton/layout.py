@@ -168,6 +168,7 @@ class Layout:
         self.edges = [EdgeRow(i, e.source, e.node, identity[i]) for i, e in enumerate(plan.edges)]
         self._identity = torch.tensor([[j == i for j in range(plan.primitives)] for i in identity])
         self._constants: dict[tuple[torch.device, torch.dtype], Constants] = {}
+        self._norms: dict[tuple, Tensor] = {}
         # of the last output of each branch
         self._slot_of: dict[tuple[int, int], int] = {}
         branches = [
@@ -191,6 +192,14 @@ class Layout:
                 identity=self._identity.to(device),
             )
         return self._constants[key]
+
+    def norms(self, terms: Sequence[Span], device: torch.device) -> Tensor:
+        """The rows of the terms' BatchNorms."""
+        key = (device, *terms)
+        if key not in self._norms:
+            rows = [self.terms[i].norm for span in terms for i in range(*span)]
+            self._norms[key] = torch.tensor(sorted({*rows} - {-1}), device=device)
+        return self._norms[key]
 
     def _source(self, plan: CellPlan, state: int, branches: list[Placed]) -> Source:
         def of(op: Op) -> list[Placed]:
