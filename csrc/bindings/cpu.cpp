@@ -5,7 +5,6 @@
 #endif
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <functional>
 
@@ -43,15 +42,6 @@ struct Cpu {
       if (c % 4) refuse("bfloat16_products", "channels in fours", text(channels));
   }
   static void check(const ReLUConvBNArguments&) {}
-  static SumOverProcesses sum_over_processes() {
-    return [](double* sums, int64_t count) {
-      // an op of Python, which has the processes
-      std::array<StableIValue, 1> stack{torch::stable::detail::from(torch::stable::from_blob(
-          sums, {count}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Double))};
-      STABLE_TORCH_ERROR_CODE_CHECK(
-          torch_call_dispatcher("rfdarts::sum_over_processes", "", stack.data(), TORCH_ABI_VERSION));
-    };
-  }
 
   ScalarType dtype;
   std::vector<void*> blocks;

@@ -58,7 +58,6 @@ struct Cuda {
     if (bfloat16_products)
       refuse("bfloat16_products", "false on CUDA: products are in the dtype of the inputs", "true");
   }
-  static SumOverProcesses sum_over_processes() { refuse("all_images", "0 on CUDA", "another number"); }
   static void check(const ReLUConvBNArguments& a) {
     if (a.gammas.size() > kMaxLayers)
       refuse("gammas", "up to " + std::to_string(kMaxLayers) + " layers on CUDA", std::to_string(a.gammas.size()));

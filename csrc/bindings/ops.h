@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -29,7 +30,7 @@ struct Ops {
     Cell cell = arguments.check(encoded, !moments, eps, Device::dtypes);
     const Tensor& x = inputs[0];
     Device::check_products(x, bfloat16_products, {cell.mixed_channels});
-    Processes processes = processes_of(all_images, cell.images, cell.training);
+    Processes processes = processes_of(x, all_images, cell.training);
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16);
     Device device(x);
     int64_t n = cell.images, c = cell.channels;
@@ -78,7 +79,7 @@ struct Ops {
     Device::check_products(x, bfloat16_products, {cell.mixed_channels});
     ScalarType branch_dtype = Device::branch_dtype(x, bfloat16), dtype = parameter_dtype(x);
     arguments.check_backward(cell, grads, grad_nodes, branch_outputs, branch_dtype, needs_input_grad);
-    Processes processes = processes_of(all_images, cell.images, training);
+    Processes processes = processes_of(x, all_images, training);
     Device device(x);
     int64_t edges = cell.edges.size();
     Tensor grad_gamma = device.empty({cell.norms, cell.mixed_channels}, dtype);
@@ -109,7 +110,7 @@ struct Ops {
     arguments.check(!moments.empty(), Device::dtypes);
     Device::check(arguments);
     check_products(arguments, bfloat16_products);
-    Processes processes = processes_of(all_images, x.size(0), moments.empty());
+    Processes processes = processes_of(x, all_images, moments.empty());
     Device device(x);
     Tensors outputs, conv_outputs, used_moments;
     for (size_t i = 0; i < gammas.size(); i++) {
@@ -136,7 +137,7 @@ struct Ops {
     arguments.check_outputs("conv_outputs", conv_outputs);
     Device::check(arguments);
     check_products(arguments, bfloat16_products);
-    Processes processes = processes_of(all_images, x.size(0), training);
+    Processes processes = processes_of(x, all_images, training);
     Device device(x);
     Tensor grad_x = needs_input_grad ? device.empty_state(x.size(0), x.size(1), x.size(2), x.size(3))
                                      : device.empty_state(0, 1, 1, 1);
@@ -175,12 +176,20 @@ struct Ops {
   }
 
  private:
-  static Processes processes_of(int64_t all_images, int64_t images, bool training) {
+  static Processes processes_of(const Tensor& x, int64_t all_images, bool training) {
     if (all_images == 0) return {};
     if (!training) refuse("all_images", "0 in evaluation mode", std::to_string(all_images));
-    if (all_images < images) refuse("all_images", "0, or at least the " + std::to_string(images) + " of this process",
-                                    std::to_string(all_images));
-    return {Device::sum_over_processes(), all_images};
+    if (all_images < x.size(0))
+      refuse("all_images", "0, or at least the " + std::to_string(x.size(0)) + " of this process",
+             std::to_string(all_images));
+    auto sum = [device = x.device()](double* sums, int64_t count) {
+      // an op of Python, which has the processes
+      std::array<StableIValue, 1> stack{torch::stable::detail::from(
+          torch::stable::from_blob(sums, {count}, {1}, device, ScalarType::Double))};
+      STABLE_TORCH_ERROR_CODE_CHECK(
+          torch_call_dispatcher("rfdarts::sum_over_processes", "", stack.data(), TORCH_ABI_VERSION));
+    };
+    return {sum, all_images};
   }
   static Storage storage_of(ScalarType dtype) {
     switch (dtype) {

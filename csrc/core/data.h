@@ -13,11 +13,11 @@ enum class Storage { Float, Double, BFloat16, Half };
 // Memory that lives until the op's end.
 using Allocate = std::function<void*(int64_t bytes)>;
 
-// Sums numbers over all processes of a run, in place. None: this process is alone.
+// Sums numbers in a device's memory over all processes of a run, in place. None: this process is alone.
 using SumOverProcesses = std::function<void(double* sums, int64_t count)>;
 
 // Whose images the statistics of BatchNorms in training mode are of: this call's, or those of the same call in every
-// process (CPU).
+// process.
 struct Processes {
   SumOverProcesses sum;
   int64_t images = 0;  // of all, where there is a sum

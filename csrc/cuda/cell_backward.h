@@ -68,6 +68,18 @@ struct BackwardPass : CellContext<T> {
     });
     NodeGradients<T> f{p.node, outputs, p.partial, p.tiling.count, int(cell.primitives), grad_op_weights, edge_terms};
     launch(node_gradients_kernel<T>, dim3(p.node.rows() + (p.bypasses ? p.node.incoming : 0)), room_for(2), queue, f);
+    merge_over_processes(i, &Branch::norm);
+  }
+  // slopes and shifts of BatchNorms behind, or inside, the branches that enter node i
+  void merge_over_processes(int i, int Branch::*norm) const {
+    std::vector<Means<Acc<T>>> means;
+    for (int e = cell.first_edge(i); cell.training && e < cell.first_edge(i + 1); e++)
+      for (const Branch& b : cell.edges[e].branches)
+        if (b.*norm >= 0) {
+          Acc<T>* of = outputs.coefficients + int64_t(b.*norm) * 4 * cm;
+          means.push_back({of + cm, of + 3 * cm, cm});
+        }
+    this->template over_processes<false>(means);
   }
   template <int K, int V>
   void sums(NodeBackward<T>& p) {
@@ -122,6 +134,7 @@ struct BackwardPass : CellContext<T> {
     for (int b = 0; b < p.branches; b++)
       f.of[b] = {outputs, p.branch[b].inner_norm, p.partial + int64_t(b) * 2 * f.blocks * cm};
     launch(norm_gradients_kernel<T>, dim3(p.branches, ceil_div(cm, kSumChannels)), room_for(2), queue, f);
+    merge_over_processes(i, &Branch::inner_norm);
   }
 
   void take_partial(SecondConvsBackward<T>& p) {

@@ -4,6 +4,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/node.h"
+#include "cuda/processes.h"
 #include "cuda/strips.h"
 
 namespace rfdarts::cuda {
@@ -58,6 +59,11 @@ struct CellContext {
   T* branch_output(int i) const { return static_cast<T*>(data.branch_outputs) + i * cell.images * cell.image_size(); }
   // what the last BatchNorm of edge e's branch reads
   T* output(int e, const Branch& b) const { return b.remade() ? remade[e] : branch_output(b.output); }
+  // of all processes; see processes.h
+  template <bool Moments, class U>
+  void over_processes(const std::vector<Means<U>>& means) const {
+    merge_over_processes<Moments>(data.processes, cell.images, cell.pixels(), means, queue, allocate);
+  }
   // images as far apart as those of a branch output
   ImageView<T> mixed(const T* data) const { return {data, cell.image_size(), ow * cm, cm}; }
   template <class U>

@@ -15,6 +15,8 @@ struct ForwardPass : CellContext<T> {
   using Context::Context;
   // what is not kept is computed too
   bool remakes = true;
+  // of this process's images alone yet
+  std::vector<Means<double>> own_moments;
 
   // The branches of one launch, and the BatchNorms that take the statistics of each.
   struct Convs {
@@ -87,8 +89,9 @@ struct ForwardPass : CellContext<T> {
     for (size_t b = 0; b < norms.size(); b++)
       for (int norm : norms[b]) {
         require(m.count < 2 * kMaxBranches, "BatchNorms behind a state");
-        m.target[m.count++] = {partial + int64_t(b) * 2 * tiling.count * cm, data.moments + int64_t(norm) * cm, cm,
-                               cell.norms};
+        double* moments = data.moments + int64_t(norm) * cm;
+        m.target[m.count++] = {partial + int64_t(b) * 2 * tiling.count * cm, moments, cm, cell.norms};
+        own_moments.push_back({moments, moments + int64_t(cell.norms) * cm, cm});
       }
     launch(merge_moments_kernel<kSumChannels>, dim3(m.count, ceil_div(cm, kSumChannels)), room_for(3), queue, m);
   }
@@ -131,8 +134,15 @@ struct ForwardPass : CellContext<T> {
     Convs halves[2];
     for (int s = first; s < last; s++) add_first_convs(halves[0], s), add_second_convs(halves[1], s);
     launch_convs(halves[0], int(source.h), int(source.w), source.stride);
+    // second halves read what the first BatchNorms make
+    if (halves[1].p.branches) merge_over_processes();
     launch_convs(halves[1], oh, ow, 1);
     for (int s = first; s < last; s++) nor_convs(s);
+    merge_over_processes();
+  }
+  void merge_over_processes() {
+    this->template over_processes<true>(own_moments);
+    own_moments.clear();
   }
   void nor_convs(int s) {
     auto wanted = [&](const Branch& b) { return remakes || !b.remade(); };

@@ -53,6 +53,10 @@ struct ReLUConvBNPass {
   void take_partial(int blocks) {
     for (int i = 0; i < p.layers; i++) p.layer[i].partial = take<double>(int64_t(2) * blocks * p.layer[i].norms.c);
   }
+  template <bool Moments, class U>
+  void over_processes(const std::vector<Means<U>>& means) const {
+    merge_over_processes<Moments>(a.processes, a.images, a.oh() * a.ow(), means, queue, allocate);
+  }
   dim3 grid(int64_t blocks, int groups) const { return dim3(p.layers, unsigned(blocks), groups); }
   // k inputs, columns in multiples of n
   bool tensor_cores(int k, int n) const { return sizeof(T) == 2 && k % 16 == 0 && n % 8 == 0; }
@@ -90,6 +94,9 @@ struct ReLUConvBNPass {
     for (int i = 0; i < p.layers; i++)
       m.target[i] = {p.layer[i].partial, a.layers[i].moments, p.layer[i].norms.c, 1};
     launch(merge_moments_kernel<kSumChannels>, dim3(p.layers, ceil_div(co, kSumChannels)), room_for(3), queue, m);
+    std::vector<Means<double>> own;
+    for (const auto& l : a.layers) own.push_back({l.moments, l.moments + l.co, int(l.co)});
+    over_processes<true>(own);
   }
   template <int V>
   void normalize() const {
@@ -115,17 +122,21 @@ struct ReLUConvBNPass {
     int chunk = std::max(128, ceil_div(p.pixels, kMaxSums)), blocks = ceil_div(p.pixels, chunk);
     take_partial(blocks);
     NormGradients<T> f{blocks, {}};
+    std::vector<Means<Acc<T>>> slopes_and_shifts;
     auto params = [](void* q) { return static_cast<Acc<T>*>(q); };
     for (int i = 0; i < p.layers; i++) {
       auto& layer = p.layer[i];
       Acc<T>* coefficients = take<Acc<T>>(int64_t(4) * layer.norms.c);
       layer.coefficients = coefficients;
+      int c = layer.norms.c;
+      slopes_and_shifts.push_back({coefficients + c, coefficients + 3 * c, c});
       f.of[i] = {{layer.norms, double(p.pixels), a.training, params(a.layers[i].grad_gamma),
                   params(a.layers[i].grad_beta), coefficients}, 0, layer.partial};
     }
     launch(relu_conv_bn_sums_kernel<T, V>, grid(blocks, ceil_div(co, kChannels)),
            2 * kThreads * V * int(sizeof(Acc<T>)), queue, ReLUConvBNSums<T>{p, chunk});
     launch(norm_gradients_kernel<T>, dim3(p.layers, ceil_div(co, kSumChannels)), room_for(2), queue, f);
+    if (a.training) over_processes<false>(slopes_and_shifts);
   }
   template <bool TensorCores>
   void spread() const {

@@ -363,8 +363,8 @@ def _prepared(
         sizes.append(min(config.diagnose_images, sizes[1]))
     # a backend chosen outside, by RFDARTS_BACKEND say, holds unless the config names one
     backend = use_backend.name if config.backend == "auto" else config.backend
-    if config.sync_batch_norm and not world.alone:
-        able = backend in ("auto", "reference") or backends()[backend].synchronises
+    if config.sync_batch_norm and not world.alone and backend in backends():
+        able = backends()[backend].synchronises
         require(able, config, "sync_batch_norm", f"none on the backend {backend}")
     budget = None if config.memory_budget is None else int(config.memory_budget * 1e6)
     stack.enter_context(on_device(device))

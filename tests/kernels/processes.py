@@ -4,22 +4,26 @@ Each runs every case and compares what both have computed with what one would ha
 case, the error that there was, or nothing.
 """
 
+import functools
 import json
 import os
 import traceback
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# before anything else can load triton without its interpreter
-from tests.kernels.triton import device as triton_device
 from rfdarts_fast.ops import backends
 from rfdarts_fast.ops.synchronised import synchronise_batch_norms
+from tests.kernels import emulation
 from tests.kernels.oracles import CPUKernels, Kernels, Oracle
 from tests.kernels.problems import FEW, NASBENCH201, CellProblem, LayerProblem
 from tests.kernels.tolerances import TRUTH, assert_as_good_as_torch, errors
+
+# before anything else can load triton without its interpreter
+from tests.kernels.triton import device as triton_device
 
 
 class _Summed(torch.autograd.Function):
@@ -76,6 +80,14 @@ class Shared:
         cell = partial(super().cell, edges, **options)
         return self.shared(edges, inputs, weights, cell)
 
+    def layers(self, x, layers, **options):
+        compute = super().layers
+        modules = [module for layer in layers for module in (*layer.convs, layer.norm)]
+        # what `synchronise_batch_norms` leaves of a norm is the same object
+        return self.shared(
+            [torch.nn.ModuleList(modules)], [x], [], lambda xs: compute(xs[0], layers, **options)
+        )
+
 
 class SharedOracle(Shared, Oracle):
     pass
@@ -86,14 +98,15 @@ class SharedTriton(Shared, Kernels):
 
 
 class SharedKernels(Shared, CPUKernels):
-    def layers(self, x, layers, **options):
-        compute = super().layers
-        modules = [module for layer in layers for module in (*layer.convs, layer.norm)]
-        # what `synchronise_batch_norms` leaves of a norm is the same object
-        return self.shared(
-            [torch.nn.ModuleList(modules)], [x], [], lambda xs: compute(xs[0], layers, **options)
-        )
+    pass
 
+
+class SharedEmulated(Shared, emulation.EmulatedKernels):
+    pass
+
+
+# where there is one, the emulated CUDA kernels
+LIBRARY = "RFDARTS_TEST_EMULATED"
 
 DEEP = dict(shape=(5, 6, 6), nodes=4)
 CELLS = {
@@ -132,6 +145,28 @@ def of_triton(problem):
         assert_as_good_as_torch(SharedTriton(backends()["triton"]), problem)
 
 
+EMULATED = {
+    "emulated, float64": dict(primitives=FEW, shape=(3, 6, 6), nodes=3),
+    "emulated, bfloat16": dict(primitives=FEW, shape=(3, 8, 8), dtype=torch.bfloat16, channels=16),
+    "emulated, reduction": dict(primitives=FEW, shape=(3, 8, 4), stride=2, K=2, channels=8),
+    "emulated, NAS-Bench-201": dict(**NASBENCH201, shape=(3, 5, 4), dtype=torch.float32),
+}
+EMULATED_LAYERS = {
+    "emulated layers": dict(shape=(5, 6, 4), channels=(6, 4, 8)),
+    "emulated layers that halve": dict(shape=(3, 6, 4), channels=(6, 4), reduce=True, dtype=torch.float32),
+}
+
+
+@functools.cache
+def emulated():
+    return SharedEmulated(Path(os.environ[LIBRARY]))
+
+
+def of_emulated(problem):
+    if LIBRARY in os.environ:
+        assert_as_good_as_torch(emulated(), problem)
+
+
 def of_kernels(problem, **options):
     assert_as_good_as_torch(SharedKernels(backends()["cpu"]), problem, **options)
 
@@ -149,6 +184,9 @@ def cases():
         yield name, lambda cell=cell, options=options: of_kernels(CellProblem(**cell), **options)
     for name, options in TRITON.items():
         yield name, lambda options=options: of_triton(CellProblem(**options))
+    for problem, rows in ((CellProblem, EMULATED), (LayerProblem, EMULATED_LAYERS)):
+        for name, options in rows.items():
+            yield name, lambda problem=problem, options=options: of_emulated(problem(**options))
     for name, options in LAYERS.items():
         yield name, lambda options=options: of_kernels(LayerProblem(**options))
     yield "plain PyTorch", lambda: of_plain_pytorch(CellProblem(**DEEP))
@@ -230,9 +268,8 @@ def main():
     # see tests/search/conftest.py
     torch.backends.mkldnn.enabled = torch.backends.cpu.get_cpu_capability() == "AVX512"
     dist.init_process_group("gloo")
-    import sys
+
     for name, case in cases():
-        if sys.argv[1:] and sys.argv[1] not in name: continue
         torch.manual_seed(0)
         try:
             case()

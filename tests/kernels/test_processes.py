@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rfdarts_fast.ops import backends
-from tests.kernels.processes import cases
+from tests.kernels.processes import LIBRARY, cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,12 +20,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def errors():
+def errors(emulated_library):
     """{case: the error of each process, or ""}"""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared[LIBRARY] = str(emulated_library)
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.kernels.processes"],

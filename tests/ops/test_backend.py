@@ -1,5 +1,6 @@
 """The choice of a backend, and the way of a call to it."""
 
+import contextlib
 from types import MappingProxyType
 
 import pytest
@@ -9,7 +10,16 @@ from torch import nn
 from rfdarts_fast import ops
 from rfdarts_fast.nn import MixedOp
 from rfdarts_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from rfdarts_fast.ops import BackendError, backends, contract, dispatch, reference, use_backend
+from rfdarts_fast.ops import (
+    BackendError,
+    ReLUConvBNLayer,
+    backends,
+    contract,
+    dispatch,
+    reference,
+    register_backend,
+    use_backend,
+)
 from rfdarts_fast.ops.backend import backend_name, fall_back
 
 
@@ -19,6 +29,7 @@ class Recorder:
     def __init__(self, name, priority=30, devices=("cpu",), against=None):
         self.name, self.priority, self.devices = name, priority, frozenset(devices)
         self.against = against
+        self.synchronises = False
         self.calls = []
 
     def unsupported_cell(self, call):
@@ -199,3 +210,25 @@ def test_unfit_numbers_of_edges_are_left_to_the_reference():
     assert "no whole number of nodes" in dispatch.cell_call(
         [edge(), edge()], [torch.zeros(1)], torch.rand(2, 2)
     )
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_a_backend_sees_synchronised_batch_norms_only_if_it_can_take_them(registry, monkeypatch, able):
+    monkeypatch.setattr(dispatch, "synchronised", lambda norms: True)
+    backend = Recorder("theirs")
+    backend.synchronises = able
+    register_backend(backend)
+    edge = frozen(MixedOp(("skip_connect", "sep_conv_3x3"), 4, 1))
+    x, op_weights = torch.randn(2, 4, 4, 4), torch.rand(1, 2)
+    layer = ReLUConvBNLayer((frozen(nn.Conv2d(4, 4, 1, bias=False)),), nn.BatchNorm2d(4))
+    with use_backend("theirs"), contextlib.ExitStack() as stack:
+        if not able:
+            reason = "no BatchNorm over several processes in the backend theirs"
+            stack.enter_context(pytest.raises(BackendError, match=reason))
+        dispatch.mixed_cell([edge], [x], op_weights)
+    with use_backend("theirs"), contextlib.ExitStack() as stack:
+        if not able:
+            stack.enter_context(pytest.raises(BackendError, match=reason))
+        dispatch.relu_conv_bns(x, [layer])
+    assert len(backend.calls) == (2 if able else 0)
+    assert all(call.synchronised for call in backend.calls[:1])

@@ -32,7 +32,7 @@ class CompiledBackend:
     name: str
     priority: int
     devices: frozenset[str]
-    synchronises = False
+    synchronises = True
 
     def __init__(self, ops: Any = None) -> None:
         self._ops = torch.ops.rfdarts if ops is None else ops

@@ -36,7 +36,6 @@ class CPUBackend(CompiledBackend):
     name = "cpu"
     priority = 20
     devices = frozenset({"cpu"})
-    synchronises = True
 
     def storage_dtype(self, x: Tensor) -> torch.dtype:
         return torch.float32 if x.dtype in _HALF and torch.is_autocast_enabled("cpu") else x.dtype

@@ -192,8 +192,8 @@ class Cell:
             self.second_convs(state, statistics=False)
 
     def first_convs(self, index: int, statistics: bool) -> None:
-        """The first convolutions of all edges that leave a state, and its pools; with `statistics` the moments
-        of the BatchNorms behind them."""
+        """The first convolutions of all edges that leave a state, and its pools; with `statistics` also
+        the moments of the BatchNorms behind them."""
         source, weights = self.layout.sources[index], self.conv_weights[index]
         x, y = self.state(index), self.branch_outputs
         depthwise = self.empty(source.depthwise, self.M, self.C)
