@@ -121,13 +121,18 @@ class StudyResults:
         return rows
 
     def pairs(self) -> list[Pair]:
-        """Every pair of groups, by each measure."""
+        """Every pair of groups that search one space on the same data, by each measure."""
+        searched = {
+            row.group: tuple(self.runs[row.folder].config.get(name) for name in ("space", "dataset"))
+            for row in self.rows
+            if row.folder in self.runs
+        }
         return [
             compared(measure, first, second, values[first], values[second])
             for measure in self.measures()
             for values in [self.by_group(measure)]
             for first, second in itertools.combinations(values, 2)
-            if values[first].keys() & values[second].keys()
+            if searched.get(first) == searched.get(second) and values[first].keys() & values[second].keys()
         ]
 
     def to_json(self) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,6 +263,14 @@ def test_groups_and_pairs(tmp_path):
     assert values["pairs"][0]["low"] == pair.low and len(values["runs"]) == 6
     text = ShownStudy(study).text()
     assert "b - a" in text and "-4.85 to +7.85" in text and "median rank" in text
+
+
+def test_only_groups_that_search_the_same_are_paired(tmp_path):
+    study = results({name: {1: 90.0, 2: 92.0} for name in "abcd"}, tmp_path)
+    for row in study.rows:
+        space, dataset = {"c": ("s3", "npz"), "d": ("s2", "digits")}.get(row.group, ("s2", "npz"))
+        study.runs[row.folder] = SimpleNamespace(config={"space": space, "dataset": dataset})
+    assert {(pair.first, pair.second) for pair in study.pairs()} == {("a", "b")}
 
 
 def test_what_has_no_interval():
