@@ -8,21 +8,24 @@ Figures go to the file as they come, so that one that fails takes none of the ot
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from rfdarts_fast import ops
 from rfdarts_fast.bench.variants import compile_mixed_ops
 from rfdarts_fast.nn import SearchNetwork, freeze_random_features
-from rfdarts_fast.ops import backends, use_backend
+from rfdarts_fast.ops import backends, synchronised, use_backend
 from rfdarts_fast.runs.environment import backend_status, environment, version_of
 from rfdarts_fast.runs.files import write_json
 from rfdarts_fast.runs.graph import GraphedStep, Recorder
@@ -294,9 +297,21 @@ def smoke(dtype: torch.dtype) -> dict[str, bool]:
     return {"passed": True}
 
 
+@contextlib.contextmanager
+def one_of_several_processes() -> Iterator[None]:
+    """Synchronised BatchNorms exchange their sums, with nobody."""
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with mock.patch.object(synchronised, "several_processes", lambda: True):
+            yield
+    finally:
+        distributed.destroy_process_group()
+
+
 def small_case() -> None:
-    """For compute-sanitizer: both strides, partial channels, tensor cores, NAS-Bench-201, preprocessing; with
-    gradients."""
+    """For compute-sanitizer: both strides, partial channels, tensor cores, NAS-Bench-201, preprocessing,
+    synchronised BatchNorm; with gradients."""
     from tests.kernels.oracles import GPUKernels
     from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 
@@ -308,6 +323,10 @@ def small_case() -> None:
         CellProblem((1, 10, 18), dtype, channels=16, **NASBENCH201).run(kernels, poison=False)
         for reduce in (False, True):
             LayerProblem((2, 10, 18), dtype, channels=(80, 96), reduce=reduce).run(kernels, poison=False)
+        with one_of_several_processes():
+            cell = CellProblem((1, 10, 18), dtype, channels=16, nodes=1)
+            ops.synchronise_batch_norms(cell.module)
+            cell.run(kernels, poison=False)
 
 
 def measure(options: argparse.Namespace, figures: Figures) -> None:
