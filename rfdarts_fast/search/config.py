@@ -31,6 +31,7 @@ Preset = Literal[
     "rf-pcdarts-imagenet-k4",
     "nasbench201-darts",
     "nasbench201-rf-darts",
+    "nasbench201-rf-darts-short",
     "robustdarts",
     "robustdarts-rf-darts",
 ]
@@ -45,7 +46,8 @@ class SearchConfig(RunConfig):
     """
 
     preset: Preset | None = None
-    """Published values for the options below. `quick` needs minutes on a CPU and no data set."""
+    """Published values for the options below. Ours are `quick`, minutes on a CPU without a data set, and
+    `nasbench201-rf-darts-short`, the best of the short searches tried."""
     method: Method = "rf-pcdarts"
     """rf-: random features, every convolution frozen. pc: partial channels and edge weights."""
     space: Annotated[str, one_of(SPACES)] = "darts"
@@ -306,10 +308,26 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rf-pcdarts-imagenet-k4": {**_PC_DARTS_IMAGENET, **_RF, "method": "rf-pcdarts", "partial_channels": 4},
     "nasbench201-darts": _NASBENCH201,
     "nasbench201-rf-darts": {**_NASBENCH201, **_RF, "method": "rf-darts"},
+    # ours: the best of the short searches in docs/is_it_so.md
+    "nasbench201-rf-darts-short": {
+        **_NASBENCH201,
+        **_RF,
+        "method": "rf-darts",
+        "cells_per_stage": 1,
+        "epochs": 20,
+        "split": "per-class",
+        "train_fraction": 0.2,
+        "val_fraction": 0.2,
+        "learning_rate": 0.3,
+        "arch_learning_rate": 3e-3,
+        "train_classifier": True,
+        "genotype_rule": "without-none",
+    },
     "robustdarts": _ROBUST_DARTS,
     "robustdarts-rf-darts": {**_ROBUST_DARTS, **_RF, "method": "rf-darts", "order": "first"},
 }
-"""Published recipes: values of `SearchConfig` by the name of the preset."""
+"""Values of `SearchConfig` by the name of the preset: published recipes, but for `quick` and
+`nasbench201-rf-darts-short`, which are ours."""
 
 
 def preset_values(given: dict[str, Any]) -> dict[str, Any]:
