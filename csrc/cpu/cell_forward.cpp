@@ -1,6 +1,7 @@
 // A cell forward. Per state two passes over the images: one makes the state, summing the edges that enter it, and runs
 // the first convolutions of the edges that leave it; one runs the second halves of separable ones. In between lie the
-// batch statistics, those of all processes where there are several. Threads split the images; statistics are summed in the images' order.
+// batch statistics, those of all processes where there are several. Threads split the images; statistics are summed in
+// the images' order.
 #include <optional>
 
 #include "cpu/node_forward.h"

@@ -56,8 +56,8 @@ struct Moments {
   int64_t channels;
 };
 
-// Those of this process's `count` values of a channel become those of all processes' `all`, in one message. In double, the
-// difference of squares loses nothing that float inputs have.
+// Those of this process's `count` values of a channel become those of all processes' `all`, in one message. In double,
+// the difference of squares loses nothing that float inputs have.
 inline void merge_over_processes(const SumOverProcesses& sum, double count, double all,
                                  const std::vector<Moments>& moments) {
   if (!sum || moments.empty()) return;

@@ -1,5 +1,5 @@
-// BatchNorms over several processes: what each process has is multiplied by its number of values, added up over all, and
-// divided by the number of all.
+// BatchNorms over several processes: what each process has is multiplied by its number of values, added up over all,
+// and divided by the number of all.
 #pragma once
 #include <vector>
 
