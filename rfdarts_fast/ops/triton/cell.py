@@ -178,8 +178,8 @@ class Cell:
 
     def merge_over_processes(self, terms: Sequence[Span]) -> None:
         """The moments of the terms' BatchNorms become those of all processes."""
-        norms = self.layout.norms(terms, self.states.device)
-        if not self.options.all_images or not len(norms):
+        norms = self.layout.norms(terms, self.states.device) if self.options.all_images else ()
+        if not len(norms):
             return
         merged = merge_moments(self.moments[:, norms], self.M, self.options.all_pixels)
         self.moments[:, norms] = merged
@@ -363,8 +363,8 @@ class Cell:
             grad_term_weights=made.term_weights, terms=self.terms(terms), weights=self.weights,
             norms=self.norms, parts=self.parts, WEIGHTED=weighted, TRAINING=self.options.training,
         )  # fmt: skip
-        norms = self.layout.norms([terms], self.states.device)
-        if self.options.all_images and len(norms):
+        norms = self.layout.norms([terms], self.states.device) if self.options.all_images else ()
+        if len(norms):
             # slope and shift are means over the rows
             means = self.norm_backward.rows[1:, norms]
             self.norm_backward.rows[1:, norms] = merge_means(means, self.M, self.options.all_pixels)
