@@ -30,6 +30,14 @@ def seed():
     torch.manual_seed(0)
 
 
+# trained convolutions corrupt the heap on processors without AVX-512 ("corrupted double-linked list"): torch
+# 2.14.1 on an AVX2 EPYC, on the reference as well, gone without oneDNN
+@pytest.fixture
+def without_onednn():
+    with torch.backends.mkldnn.flags(enabled=torch.backends.cpu.get_cpu_capability() == "AVX512"):
+        yield
+
+
 @pytest.fixture
 def shared_data():
     """Path of a file of ../shared/data; skips the test where it is absent."""

@@ -8,6 +8,8 @@ import pytest
 from benchmarks import retrain_cells
 from rfdarts_fast.spaces import parse
 
+pytestmark = pytest.mark.usefixtures("without_onednn")
+
 
 def test_random_cells_are_of_the_space_and_differ():
     cells = [parse(retrain_cells.random_cell(seed)) for seed in range(8)]

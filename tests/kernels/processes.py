@@ -265,7 +265,7 @@ def messages():
 
 def main():
     torch.set_num_threads(1)
-    # see tests/search/conftest.py
+    # see tests/conftest.py
     torch.backends.mkldnn.enabled = torch.backends.cpu.get_cpu_capability() == "AVX512"
     dist.init_process_group("gloo")
 

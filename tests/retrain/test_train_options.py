@@ -24,6 +24,8 @@ from rfdarts_fast.runs.run_folder import RunFolder
 NASBENCH201 = "|skip_connect~0|+|none~0|nor_conv_1x1~1|+|nor_conv_1x1~0|nor_conv_3x3~1|none~2|"
 AUXILIARY = {"auxiliary": True, "image_size": 32, "layers": 3}
 
+pytestmark = pytest.mark.usefixtures("without_onednn")
+
 
 @pytest.fixture
 def lab(tiny_train, tmp_path, monkeypatch):

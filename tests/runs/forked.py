@@ -36,7 +36,7 @@ def asking(program):
 def answer(run):
     """The course of a program: what `run` returns for the values of a question is the answer."""
     torch.set_num_threads(1)
-    # see tests/search/conftest.py
+    # see tests/conftest.py
     torch.backends.mkldnn.enabled = torch.backends.cpu.get_cpu_capability() == "AVX512"
     # torch puts off some of its imports to the first optimiser
     torch.optim.SGD([torch.zeros(1)])

@@ -44,7 +44,7 @@ class Runs:
             self.go_on(self.interrupted)
 
     def go_on(self, folder, **changes):
-        # see tests/search/conftest.py
+        # see tests/conftest.py
         with torch.backends.mkldnn.flags(enabled=torch.backends.cpu.get_cpu_capability() == "AVX512"):
             return self.start(self.config_class(**{**self.options, "out": folder, **changes}))
 
