@@ -107,6 +107,8 @@ class SharedEmulated(Shared, emulation.EmulatedKernels):
 
 # where there is one, the emulated CUDA kernels
 LIBRARY = "RFDARTS_TEST_EMULATED"
+# how an error begins that is none
+MISSING = "missing: "
 
 DEEP = dict(shape=(5, 6, 6), nodes=4)
 CELLS = {
@@ -129,8 +131,6 @@ LAYERS = {
     "layers that halve": dict(shape=(5, 6, 4), channels=(6, 4), reduce=True),
     "layers without affine": dict(shape=(5, 6, 4), channels=(6, 4), affine=False),
 }
-
-
 TRITON = {
     "Triton, float64": dict(primitives=FEW, shape=(3, 4, 4)),
     "Triton, float32": dict(primitives=FEW, shape=(3, 4, 4), dtype=torch.float32, K=2),
@@ -139,10 +139,15 @@ TRITON = {
 }
 
 
+class Missing(Exception):
+    """The reason why a case cannot run here."""
+
+
 def of_triton(problem):
-    if triton_device.MISSING is None:
-        os.environ[triton_device.SWITCH] = "1"
-        assert_as_good_as_torch(SharedTriton(backends()["triton"]), problem)
+    if triton_device.MISSING is not None:
+        raise Missing(triton_device.MISSING)
+    os.environ[triton_device.SWITCH] = "1"
+    assert_as_good_as_torch(SharedTriton(backends()["triton"]), problem)
 
 
 EMULATED = {
@@ -163,8 +168,9 @@ def emulated():
 
 
 def of_emulated(problem):
-    if LIBRARY in os.environ:
-        assert_as_good_as_torch(emulated(), problem)
+    if LIBRARY not in os.environ:
+        raise Missing(f"needs the emulated kernels in {LIBRARY}")
+    assert_as_good_as_torch(emulated(), problem)
 
 
 def of_kernels(problem, **options):
@@ -268,12 +274,13 @@ def main():
     # see tests/conftest.py
     torch.backends.mkldnn.enabled = torch.backends.cpu.get_cpu_capability() == "AVX512"
     dist.init_process_group("gloo")
-
     for name, case in cases():
         torch.manual_seed(0)
         try:
             case()
             error = ""
+        except Missing as reason:
+            error = f"{MISSING}{reason}"
         except Exception:
             error = traceback.format_exc()
         mine, failed = [None, None], error

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rfdarts_fast.ops import backends
-from tests.kernels.processes import LIBRARY, cases
+from tests.kernels.processes import LIBRARY, MISSING, cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,4 +48,6 @@ def errors(emulated_library):
 
 @pytest.mark.parametrize("name", [name for name, _ in cases()])
 def test_two_processes_compute_what_one_does(errors, name):
+    if errors[name][0].startswith(MISSING):
+        pytest.skip(errors[name][0].removeprefix(MISSING))
     assert errors[name] == ["", ""], "\n".join(errors[name])

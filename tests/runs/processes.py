@@ -3,7 +3,8 @@
 A question, see `forked`, is arguments, number of processes, folder of logs, and null or [rank, epoch, step,
 signal]: at that position this process sends itself the signal, or for 0 changes a weight. At epoch -1 it is
 when it loads its data. RANK in an argument is each process's own number; the argument COMMIT makes each
-process say that its package is of a commit of its own. The answer is the list of exit codes.
+process say that its package is of a commit of its own, and ALONE is a backend without BatchNorm over several
+processes. The answer is the list of exit codes.
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from forked import answer, leave
 
+from rfdarts_fast.ops import backends
 from rfdarts_fast.retrain.run import TrainRun
 from rfdarts_fast.runs import agreement
 from rfdarts_fast.search.run import SearchRun
@@ -54,6 +56,9 @@ def prepare(rank, size, port, arguments, logs, signalled):
     if "COMMIT" in arguments:
         agreement.commit = lambda: f"commit {rank}"
         arguments[arguments.index("COMMIT")] = "contiguous"
+    if "ALONE" in arguments:
+        backends()["cpu"].synchronises = False
+        arguments[arguments.index("ALONE")] = "cpu"
     return [word.replace("RANK", str(rank)) for word in arguments]
 
 

@@ -182,6 +182,8 @@ def test_an_error_is_said_once(run, tmp_path):
     assert codes == [2] * 13
     assert "batch-size: expected an image for each of 13 processes in every step" in logs[0]
     assert not any(logs[1:])
+    codes, logs = run(f"{SEARCH} --backend ALONE --sync-batch-norm", tmp_path / "run", 2)
+    assert "sync-batch-norm: expected none on the backend cpu, got True" in logs[0]
     assert not (tmp_path / "run").exists()
 
 

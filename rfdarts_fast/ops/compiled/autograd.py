@@ -160,10 +160,8 @@ class CellFunction(torch.autograd.Function):
         kept, branch_outputs, ctx.branch_outputs = ctx.outputs.take(), ctx.branch_outputs, None
         if kept is None:
             # used up, or changed in place
+            # with the statistics that there were: other processes may have kept theirs
             again = shared | dict(noise=noise, edge_weights=edge_weights, concat=False)
-            # other processes may have kept theirs: nothing is exchanged
-            alone = ctx.training and not options.all_images
-            again["moments"] = None if alone else shared["moments"]
             shared["nodes"], _, branch_outputs, _ = options.ops.cell_forward(**again)
         elif options.concat:
             shared["nodes"] = list(kept[0].chunk(options.plan.nodes, dim=1))

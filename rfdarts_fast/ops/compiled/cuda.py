@@ -2,7 +2,8 @@
 
 States and branch outputs are float32, bfloat16, float16 or float64; arithmetic, statistics, parameters and
 their gradients are float32 (float64 for float64). The same inputs give the same bits: no atomics. Launches
-kernels only, no host synchronisation, no branch on data, so that a step can be captured in a CUDA graph.
+kernels only, no host synchronisation, no branch on data, so that a step can be captured in a CUDA graph;
+but for synchronised BatchNorm in several processes, which waits for the number of images of all.
 Gradients of float16 states are float16: train with bfloat16, or scale the loss (torch.amp.GradScaler), or
 small ones become 0.
 """

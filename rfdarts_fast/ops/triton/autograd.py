@@ -96,7 +96,7 @@ class CellFunction(torch.autograd.Function):
         cell = Cell(options, states, branch_outputs, argmax, *parameters)
         with torch.cuda.device_of(states):
             fill_noise(cell, noise)
-            cell.forward(options.training)
+            cell.forward(statistics=options.training)
         ctx.options = options
         branches = () if options.recompute else (branch_outputs.to(options.stored), argmax)
         ctx.save_for_backward(states, *parameters, *noise, *branches)
@@ -134,8 +134,8 @@ class CellFunction(torch.autograd.Function):
             if changed or options.recompute:
                 fill_noise(cell, noise)
             if changed:
-                # other processes may have kept theirs: nothing is exchanged
-                cell.forward(options.training and not options.all_images)
+                # with the statistics that there were: other processes may have kept theirs
+                cell.forward(statistics=False)
             elif options.recompute:
                 cell.recompute_branch_outputs()
             made = cell.backward(grads, ctx.needs_input_grad[7:])
