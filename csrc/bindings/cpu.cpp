@@ -85,6 +85,12 @@ struct Cpu {
   void relu_conv_bn_backward(Storage storage, const ReLUConvBN& data) {
     cpu::relu_conv_bn_backward(storage, data, parallel);
   }
+  void batch_norm_forward(Storage storage, const BatchNorm& data) {
+    cpu::batch_norm_forward(storage, data, parallel);
+  }
+  void batch_norm_backward(Storage storage, const BatchNorm& data) {
+    cpu::batch_norm_backward(storage, data, parallel);
+  }
   void update_running_stats(Storage storage, const std::vector<RunningStats>& running, const double* moments,
                             int64_t channels, const RunningUpdate& update) {
     auto all = [&]<class A>() {
@@ -123,6 +129,7 @@ STABLE_TORCH_LIBRARY(RFDARTS_LIBRARY, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(RFDARTS_LIBRARY, CPU, m) {
   rfdarts::Ops<rfdarts::Cpu>::implement(m);
+  rfdarts::Ops<rfdarts::Cpu>::implement_batch_norm(m);
 }
 STABLE_TORCH_LIBRARY_IMPL(RFDARTS_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("cell_text", TORCH_BOX(&rfdarts::cell_text));

@@ -156,6 +156,40 @@ struct Ops {
     return {grad_x, grad_gammas, grad_betas};
   }
 
+  static std::tuple<Tensor, Tensor> batch_norm_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                       std::optional<Tensor> moments, double eps, bool relu) {
+    BatchNormArguments arguments{x, gamma, beta, moments ? &*moments : nullptr};
+    arguments.check(Device::dtypes);
+    Device device(x);
+    Tensor output = device.empty_state(x.size(0), x.size(1), x.size(2), x.size(3));
+    Tensor used_moments = moments ? torch::stable::clone(*moments)
+                                  : device.empty({2, x.size(1)}, ScalarType::Double);
+    BatchNorm data = norm_data(arguments, used_moments, eps, relu, !moments);
+    data.output = output.data_ptr();
+    device.batch_norm_forward(storage_of(x.scalar_type()), data);
+    return {output, used_moments};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& x,
+                                                                const Tensor& gamma, const Tensor& beta,
+                                                                const Tensor& moments, double eps, bool training,
+                                                                bool relu, bool needs_input_grad) {
+    BatchNormArguments arguments{x, gamma, beta, &moments};
+    arguments.check(Device::dtypes);
+    expect_tensor("grad", grad, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), Layout::ChannelsLast, x);
+    Device device(x);
+    Tensor grad_x = needs_input_grad ? device.empty_state(x.size(0), x.size(1), x.size(2), x.size(3))
+                                     : device.empty_state(0, 1, 1, 1);
+    Tensor grad_gamma = device.empty({x.size(1)}, parameter_dtype(x));
+    Tensor grad_beta = device.empty({x.size(1)}, parameter_dtype(x));
+    BatchNorm data = norm_data(arguments, moments, eps, relu, training);
+    data.g = grad.data_ptr();
+    if (needs_input_grad) data.grad_x = grad_x.data_ptr();
+    data.grad_gamma = grad_gamma.data_ptr(), data.grad_beta = grad_beta.data_ptr();
+    device.batch_norm_backward(storage_of(x.scalar_type()), data);
+    return {grad_x, grad_gamma, grad_beta};
+  }
+
   static void update_running_stats(Tensors running_means, Tensors running_vars, Tensors num_batches_tracked,
                                    const Tensor& moments, double momentum, int64_t count) {
     auto running = check_running_stats(running_means, running_vars, num_batches_tracked, moments, count);
@@ -173,6 +207,11 @@ struct Ops {
     m.impl("relu_conv_bn_forward", TORCH_BOX(&relu_conv_bn_forward));
     m.impl("relu_conv_bn_backward", TORCH_BOX(&relu_conv_bn_backward));
     m.impl("update_running_stats", TORCH_BOX(&update_running_stats));
+  }
+  template <class Library>
+  static void implement_batch_norm(Library& m) {
+    m.impl("batch_norm_forward", TORCH_BOX(&batch_norm_forward));
+    m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
   }
 
  private:
@@ -225,6 +264,11 @@ struct Ops {
     data.moments = static_cast<double*>(moments.data_ptr());
     for (const Tensor& node : nodes) data.nodes.push_back(states(node));
     return data;
+  }
+  static BatchNorm norm_data(const BatchNormArguments& a, const Tensor& moments, double eps, bool relu, bool training) {
+    const Tensor& x = a.x;
+    return {x.size(0), x.size(2) * x.size(3), x.size(1), relu, training, eps, x.data_ptr(), a.gamma.data_ptr(),
+            a.beta.data_ptr(), static_cast<double*>(moments.data_ptr())};
   }
   static ReLUConvBN layer_data(const ReLUConvBNArguments& a, const Tensors& conv_outputs, const Tensors& moments,
                                double eps, bool training, bool bfloat16_products) {

@@ -1,4 +1,4 @@
-// Schemas of the ops that every device has; csrc/README.md has the table of their arguments. `m` is a torch library.
+// Schemas of the ops; every device has all but batch_norm's, which are the CPU's; csrc/README.md has the table of their arguments. `m` is a torch library.
 #pragma once
 
 // parameters of a cell
@@ -25,6 +25,10 @@ void define_shared_ops(Library& m) {
         " Tensor[] gammas, Tensor[] betas, Tensor[] moments, float eps, bool training, bool reduce,"
         " bool bfloat16_products, bool needs_input_grad, int all_images=0)"
         " -> (Tensor grad_x, Tensor[] grad_gammas, Tensor[] grad_betas)");
+  m.def("batch_norm_forward(Tensor x, Tensor gamma, Tensor beta, Tensor? moments, float eps, bool relu)"
+        " -> (Tensor output, Tensor moments)");
+  m.def("batch_norm_backward(Tensor grad, Tensor x, Tensor gamma, Tensor beta, Tensor moments, float eps,"
+        " bool training, bool relu, bool needs_input_grad) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)");
   m.def("update_running_stats(Tensor(a!)[] running_means, Tensor(b!)[] running_vars,"
         " Tensor(c!)[] num_batches_tracked, Tensor moments, float momentum, int count) -> ()");
 }

@@ -214,6 +214,22 @@ struct ReLUConvBNArguments {
   }
 };
 
+// What the ops of a BatchNorm have in common.
+struct BatchNormArguments {
+  const Tensor &x, &gamma, &beta;
+  // null in training mode before the forward
+  const Tensor* moments;
+
+  void check(DTypes dtypes) const {
+    expect_images("x", x, dtypes);
+    int64_t c = x.size(1);
+    expect_tensor("x", x, {x.size(0), c, x.size(2), x.size(3)}, x.scalar_type(), Layout::ChannelsLast, x);
+    expect_tensor("gamma", gamma, {c}, parameter_dtype(x), Layout::Contiguous, x);
+    expect_tensor("beta", beta, {c}, parameter_dtype(x), Layout::Contiguous, x);
+    if (moments) expect_tensor("moments", *moments, {2, c}, ScalarType::Double, Layout::Contiguous, x);
+  }
+};
+
 // The arguments of update_running_stats, one for each BatchNorm.
 inline std::vector<RunningStats> check_running_stats(const Tensors& means, const Tensors& variances,
                                                      const Tensors& num_batches, const Tensor& moments, int64_t count) {

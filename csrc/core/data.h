@@ -78,4 +78,17 @@ struct ReLUConvBN {
   int64_t ow() const { return reduce ? w / 2 : w; }
 };
 
+// A BatchNorm by itself, with `relu` the ReLU behind it too. All images are dense, [images][pixels][c].
+struct BatchNorm {
+  int64_t images, pixels, c;
+  bool relu, training;
+  double eps;
+  const void *x, *gamma, *beta;
+  double* moments;  // [2][c]; read, not written, where not training
+  // of the forward; of the backward, grad_x null: not wanted
+  void* output = nullptr;
+  const void* g = nullptr;
+  void *grad_x = nullptr, *grad_gamma = nullptr, *grad_beta = nullptr;
+};
+
 }  // namespace rfdarts

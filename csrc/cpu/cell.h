@@ -69,6 +69,8 @@ void cell_backward(Storage storage, const Cell& cell, const CellBackward& data, 
 // storage: of x and all that comes of it
 void relu_conv_bn_forward(Storage storage, const ReLUConvBN& a, const Parallel& parallel);
 void relu_conv_bn_backward(Storage storage, const ReLUConvBN& a, const Parallel& parallel);
+void batch_norm_forward(Storage storage, const BatchNorm& a, const Parallel& parallel);
+void batch_norm_backward(Storage storage, const BatchNorm& a, const Parallel& parallel);
 }  // namespace cpu
 
 }  // namespace rfdarts

@@ -264,7 +264,11 @@ struct Kernels {
                            const Conv1x1Backward<T>* convs, const T* pw_t, T* dx, T* scratch, Ahead& ahead);
   // dense pixels to pixels `step` apart, past the caches
   void (*spread)(const T* x, int64_t pixels, int64_t c, T* to, int64_t step);
-  void (*affine)(const T* y, const T* scale, const T* shift, int64_t count, int64_t period, bool bypass_cache, T* out);
+  // out = scale y + shift, or its ReLU
+  void (*affine)(const T* y, const T* scale, const T* shift, int64_t count, int64_t period, bool bypass_cache,
+                 bool relu, T* out);
+  // dx = the gradient, of a dense image; may be where g is
+  void (*norm_backward)(const NormBackward<T, T, T>& norm, int64_t count, int64_t c, T* dx);
 
   // Partial channels; see bypass.h. mixed = the mixed op's channels of a shuffled image
   void (*take_mixed)(ImageView<T> x, Size size, int64_t K, T* mixed);

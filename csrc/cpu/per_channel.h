@@ -1,10 +1,12 @@
 // Values per channel: coefficients of kernels, and statistics of images.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "core/data.h"
+#include "cpu/kernels.h"
 
 namespace rfdarts {
 
@@ -25,6 +27,51 @@ class Coefficients {
  private:
   int64_t c_ = 0, period_ = 0;
   std::vector<T> values_;
+};
+
+// A BatchNorm of c channels, and the moments [2][c] that it normalises by.
+template <class T>
+struct Norm {
+  int64_t c;
+  const T *gamma, *beta;
+  const double* moments;
+  double eps;
+
+  double mean(int64_t i) const { return moments[i]; }
+  double root(int64_t i) const { return std::sqrt(moments[c + i] + eps); }
+
+  // as scale y + shift, and its mean: rows 0, 1, 2
+  Coefficients<T> affine(int64_t period) const {
+    Coefficients<T> rows(3, c, period);
+    for (int64_t i = 0; i < c; i++) {
+      double scale = gamma[i] / root(i);
+      rows.set(0, i, scale);
+      rows.set(1, i, beta[i] - mean(i) * scale);
+      rows.set(2, i, mean(i));
+    }
+    return rows;
+  }
+
+  // NormBackward::coefficients. g_sum, dot: sums of g and of g (y - mean) over the `count` values that the moments are
+  // of; null in evaluation mode, whose moments do not depend on y.
+  Coefficients<T> backward(int64_t period, const double* g_sum, const double* dot, double count) const {
+    Coefficients<T> rows(kNormRows, c, period);
+    for (int64_t i = 0; i < c; i++) {
+      double rstd = 1 / root(i), scale = gamma[i] * rstd;
+      rows.set(kScale, i, scale);
+      rows.set(kSlope, i, dot ? -scale * dot[i] * rstd * rstd / count : 0);
+      rows.set(kMean, i, mean(i));
+      rows.set(kShift, i, g_sum ? -scale * g_sum[i] / count : 0);
+    }
+    return rows;
+  }
+  // from sums over this process's values
+  void gradients(const double* g_sum, const double* dot, T* grad_gamma, T* grad_beta) const {
+    for (int64_t i = 0; i < c; i++) {
+      grad_gamma[i] = T(dot[i] * (1 / root(i)));
+      grad_beta[i] = T(g_sum[i]);
+    }
+  }
 };
 
 // Mean and sum of squared deviations of each image, for each of `count` branch outputs or pools.

@@ -1,6 +1,4 @@
 // ReLU, frozen 1x1 convolutions, BatchNorms of layers that read one state.
-#include <cmath>
-
 #include "cpu/cell.h"
 #include "cpu/fetch_queue.h"
 #include "cpu/per_channel.h"
@@ -18,8 +16,7 @@ struct Layers {
     double* moments;
     int64_t first;          // of its channels among those of all layers
     Coefficients<T> rows;   // of the pass that comes next
-    double mean(int64_t c) const { return moments[c]; }
-    double variance(int64_t c) const { return moments[co + c]; }
+    Norm<T> norm(double eps) const { return {co, gamma, beta, moments, eps}; }
   };
   const ReLUConvBN& a;
   const Parallel& parallel;
@@ -77,21 +74,14 @@ struct Layers {
   }
 
   void normalize() {
-    for (Layer& l : layers) {
-      l.rows = Coefficients<T>(2, l.co, k.period(l.co));
-      for (int64_t c = 0; c < l.co; c++) {
-        double scale = l.gamma[c] / std::sqrt(l.variance(c) + a.eps);
-        l.rows.set(0, c, scale);
-        l.rows.set(1, c, l.beta[c] - l.mean(c) * scale);
-      }
-    }
+    for (Layer& l : layers) l.rows = l.norm(a.eps).affine(k.period(l.co));
     bool bypass_cache = a.images * pixels * co * int64_t(sizeof(T)) > kBypassCache;
     parallel(a.images, [&](ImageQueue& images) {
       images.each([&](int64_t n, int64_t) {
         for (const Layer& l : layers) {
           int64_t count = pixels * l.co;
           k.affine(l.y + n * count, l.rows.row(0), l.rows.row(1), count, k.period(l.co), bypass_cache,
-                   l.output + n * count);
+                   false, l.output + n * count);
         }
       });
     });
@@ -102,8 +92,7 @@ struct Layers {
     int64_t widest = 0;
     for (Layer& l : layers) {
       widest = std::max(widest, l.co);
-      l.rows = Coefficients<T>(1, l.co, k.period(l.co));
-      for (int64_t c = 0; c < l.co; c++) l.rows.set(0, c, l.mean(c));
+      l.rows = l.norm(a.eps).affine(k.period(l.co));
     }
     std::vector<double> partials(a.images * 2 * co);
     parallel(a.images, [&](ImageQueue& images) {
@@ -114,7 +103,7 @@ struct Layers {
           int64_t count = pixels * l.co;
           const T* y = l.y + n * count;
           double* g_sum = partials.data() + n * 2 * co + l.first;
-          k.dot_states(l.g + n * count, 1, &y, l.rows.row(0), g_sum + co, g_sum, count, l.co, scratch);
+          k.dot_states(l.g + n * count, 1, &y, l.rows.row(2), g_sum + co, g_sum, count, l.co, scratch);
         }
       });
     });
@@ -129,17 +118,10 @@ struct Layers {
     std::vector<double> all = own;
     if (a.training && a.processes.sum) a.processes.sum(all.data(), all.size());
     for (Layer& l : layers) {
-      l.rows = Coefficients<T>(kNormRows, l.co, k.period(l.co));
-      for (int64_t c = 0; c < l.co; c++) {
-        int64_t g_sum = l.first + c, dot = co + g_sum;
-        double rstd = 1 / std::sqrt(l.variance(c) + a.eps), scale = l.gamma[c] * rstd;
-        l.grad_gamma[c] = T(own[dot] * rstd);
-        l.grad_beta[c] = T(own[g_sum]);
-        l.rows.set(kScale, c, scale);
-        l.rows.set(kSlope, c, a.training ? -scale * all[dot] * rstd * rstd / count : 0);
-        l.rows.set(kMean, c, l.mean(c));
-        l.rows.set(kShift, c, a.training ? -scale * all[g_sum] / count : 0);
-      }
+      Norm<T> norm = l.norm(a.eps);
+      norm.gradients(own.data() + l.first, own.data() + co + l.first, l.grad_gamma, l.grad_beta);
+      const double* sums = a.training ? all.data() + l.first : nullptr;
+      l.rows = norm.backward(k.period(l.co), sums, sums ? sums + co : nullptr, count);
     }
   }
 

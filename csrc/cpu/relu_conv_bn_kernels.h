@@ -97,16 +97,17 @@ void conv1x1_backward(ImageView<T> x, int64_t oh, int64_t ow, int64_t ci, bool r
   }
 }
 
-// out = scale y + shift
+// out = scale y + shift, or its ReLU
 template <class T>
-void affine(const T* y, const T* scale, const T* shift, int64_t count, int64_t period, bool bypass_cache,
+void affine(const T* y, const T* scale, const T* shift, int64_t count, int64_t period, bool bypass_cache, bool relu,
             T* out) {
-  auto run = [&](auto bypass) __attribute__((always_inline)) {
+  auto run = [&](auto bypass, auto rectify) __attribute__((always_inline)) {
     sweep_channels<T>(count, period, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
       constexpr int L = lanes;
       auto a = load<L>(scale + k), b = load<L>(shift + k);
       return [=](int64_t i) __attribute__((always_inline)) {
         Vec<T, L> v = a * load<L>(y + i) + b;
+        if constexpr (rectify) v = relu_vec<T, L>(v);
         if constexpr (bypass && L == kLanes<T>)
           stream<L>(out + i, v);
         else
@@ -115,10 +116,19 @@ void affine(const T* y, const T* scale, const T* shift, int64_t count, int64_t p
     });
   };
   // an image of few channels may begin amidst a vector
-  if (bypass_cache && reinterpret_cast<uintptr_t>(out) % 64 == 0)
-    run(std::true_type{});
+  bool bypass = bypass_cache && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (relu)
+    bypass ? run(Yes{}, Yes{}) : run(No{}, Yes{});
   else
-    run(std::false_type{});
+    bypass ? run(Yes{}, No{}) : run(No{}, No{});
+}
+
+// dx = the gradient at a BatchNorm's input, of a dense image; may be where g is
+template <class T>
+void norm_backward(const NormBackward<T, T, T>& norm, int64_t count, int64_t c, T* dx) {
+  norm_backward_dense(norm, 0, count, c, dx);
 }
 
 template <class T>

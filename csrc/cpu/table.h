@@ -57,6 +57,7 @@ constexpr Kernels<T, S> make_table(const char* name) {
   k.conv1x1_forward = conv1x1_forward<T, S>;
   k.conv1x1_backward = conv1x1_backward<T>;
   k.affine = affine<T>;
+  k.norm_backward = norm_backward<T>;
   k.spread = spread<T>;
   k.take_mixed = take_mixed<T>;
   k.bypass_forward = bypass_forward<T>;

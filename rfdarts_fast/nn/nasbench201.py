@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rfdarts_fast import ops
 from rfdarts_fast.nn.primitives import ReLUConvBN, make_primitive
+from rfdarts_fast.nn.sequential import FusedSequential
 from rfdarts_fast.nn.supernet import MixedOp, Supernet
 from rfdarts_fast.spaces import CellGenotype, Space
 
@@ -89,9 +90,10 @@ class NasBench201SearchNetwork(Supernet):
         super().__init__(space)
         if space.inputs != 1:
             raise ValueError(f"space: expected one of the NAS-Bench-201 family, got {space.name!r}")
-        self.stem, self.cells, self.lastact = _skeleton(
+        stem, self.cells, lastact = _skeleton(
             lambda c: NasBench201SearchCell(space, c, affine, track_running_stats), C, N, track_running_stats
         )
+        self.stem, self.lastact = FusedSequential(*stem), FusedSequential(*lastact)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(4 * C, num_classes)
 

@@ -17,6 +17,7 @@ from rfdarts_fast.nn.primitives import (
     preprocess,
     runs_only,
 )
+from rfdarts_fast.nn.sequential import FusedSequential
 from rfdarts_fast.nn.stems import cifar_stem, imagenet_stem
 from rfdarts_fast.spaces import AnyGenotype, GenotypeRule, Space, derive
 
@@ -217,9 +218,9 @@ class SearchNetwork(Supernet):
             raise ValueError(f"space: expected one of the DARTS family, got {space.name!r}")
         c_stem = stem_multiplier * C
         if stem == "cifar":
-            self.stem = cifar_stem(c_stem)
+            self.stem = FusedSequential(*cifar_stem(c_stem))
         else:
-            self.stem0, self.stem1 = imagenet_stem(c_stem)
+            self.stem0, self.stem1 = (FusedSequential(*stem) for stem in imagenet_stem(c_stem))
         self.cells = nn.ModuleList()
         c_prev_prev, c_prev, c = c_stem, c_stem, C
         reduction_prev = stem == "imagenet"

@@ -13,6 +13,7 @@ from rfdarts_fast.ops.backend import BackendError, backend_names, use_backend
 from rfdarts_fast.ops.budget import Budget
 from rfdarts_fast.ops.contract import (
     Backend,
+    BatchNormBackend,
     CellCall,
     CellPlan,
     EdgeModule,
@@ -21,12 +22,13 @@ from rfdarts_fast.ops.contract import (
     backends,
     register_backend,
 )
-from rfdarts_fast.ops.dispatch import concat_cell, mixed_cell, relu_conv_bns
+from rfdarts_fast.ops.dispatch import batch_norm, concat_cell, mixed_cell, relu_conv_bns
 from rfdarts_fast.ops.synchronised import SynchronisedBatchNorm2d, synchronise_batch_norms
 
 __all__ = [
     "Backend",
     "BackendError",
+    "BatchNormBackend",
     "Budget",
     "CellCall",
     "CellPlan",
@@ -36,6 +38,7 @@ __all__ = [
     "SynchronisedBatchNorm2d",
     "backend_names",
     "backends",
+    "batch_norm",
     "concat_cell",
     "mixed_cell",
     "register_backend",

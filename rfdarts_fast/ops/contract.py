@@ -13,7 +13,7 @@ from enum import IntEnum
 from functools import cached_property
 from operator import attrgetter, itemgetter
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,11 @@ class EdgeModule(Protocol):
     K: int
 
 
+def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    """True if a BatchNorm normalises by the batch's moments, not by running ones."""
+    return norm.training or norm.running_mean is None
+
+
 class ReLUConvBNLayer(NamedTuple):
     """ReLU, convolution, BatchNorm; FactorizedReduce has two convolutions, the second a pixel further on."""
 
@@ -55,7 +60,7 @@ class ReLUConvBNLayer(NamedTuple):
 
     @property
     def uses_batch_statistics(self) -> bool:
-        return self.norm.training or self.norm.running_mean is None
+        return uses_batch_statistics(self.norm)
 
     def pixels(self, x: Tensor) -> int:
         """Values per channel that the layer makes of x [N, C, H, W]: N * H' * W'."""
@@ -389,6 +394,20 @@ class Backend(Protocol):
 
     def status(self) -> dict[str, str | bool]:
         """The facts that `rfdarts env` prints: `built`, `reason` where it cannot run, and others."""
+
+
+@runtime_checkable
+class BatchNormBackend(Protocol):
+    """A backend that computes BatchNorms by themselves too, as a stem has them between its convolutions."""
+
+    def unsupported_batch_norm(self, x: Tensor, norm: nn.BatchNorm2d) -> str | None:
+        """The reason why `batch_norm` cannot take the call, or None."""
+
+    def batch_norm(self, x: Tensor, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
+        """norm(x), or its ReLU, [N, C, H, W].
+
+        Requires `unsupported_batch_norm(x, norm) is None`. Updates running statistics as BatchNorm2d does.
+        """
 
 
 def cuda_status(unavailable_reason: Callable[[int], str | None]) -> dict[str, str]:

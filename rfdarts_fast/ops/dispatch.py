@@ -6,11 +6,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfdarts_fast.ops import functional, hooks, reference
 from rfdarts_fast.ops.backend import backend_name, fall_back, use_backend
-from rfdarts_fast.ops.contract import Backend, CellCall, EdgeModule, Memory, ReLUConvBNLayer, backends
+from rfdarts_fast.ops.contract import (
+    Backend,
+    BatchNormBackend,
+    CellCall,
+    EdgeModule,
+    Memory,
+    ReLUConvBNLayer,
+    backends,
+)
 from rfdarts_fast.ops.plan import plan_of
 from rfdarts_fast.ops.synchronised import synchronised
 
@@ -72,6 +81,17 @@ def relu_conv_bns(x: Tensor, layers: Sequence[ReLUConvBNLayer]) -> list[Tensor]:
         computed = backends()[name].relu_conv_bns(x, chosen, memory)
         outputs.update(zip(indices, computed, strict=True))
     return [outputs[i] for i in range(len(layers))]
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d, relu: bool = False) -> Tensor:
+    """norm(x), or its ReLU, [N, C, H, W]: in one op where a backend has it, else as PyTorch does it."""
+    for backend in _candidates(x):
+        if not isinstance(backend, BatchNormBackend) or hooks.Hooks([norm]):
+            continue
+        if backend.unsupported_batch_norm(x, norm) is None:
+            return backend.batch_norm(x, norm, relu)
+    y = norm(x)
+    return F.relu(y) if relu else y
 
 
 def cell_call(

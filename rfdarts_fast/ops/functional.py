@@ -124,6 +124,16 @@ def relu_conv_bn(
     return F.batch_norm(y, mean, variance, gamma, beta, moments is None, eps=eps)
 
 
+def batch_norm_relu(
+    x: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor | None, eps: float, relu: bool
+) -> Tensor:
+    """A BatchNorm by itself, with `relu` the ReLU behind it too; moments [2, C] in evaluation mode, else
+    None."""
+    mean, variance = (None, None) if moments is None else moments.to(x.dtype)
+    y = F.batch_norm(x, mean, variance, gamma, beta, moments is None, eps=eps)
+    return F.relu(y) if relu else y
+
+
 def is_transformed() -> bool:
     """True inside torch.func transforms, batched backward passes and forward-mode differentiation."""
     # nothing tells but the way in

@@ -48,6 +48,10 @@ class Oracle:
     def layers(self, x, layers) -> list[Tensor]:
         return [reference.relu_conv_bn(x, *layer) for layer in layers]
 
+    def batch_norm(self, x, norm, relu) -> Tensor:
+        y = norm(x)
+        return y.relu() if relu else y
+
 
 class Kernels:
     """A backend on a device."""
@@ -73,6 +77,10 @@ class Kernels:
     def layers(self, x: Tensor, layers: Sequence[Any], memory: Memory = "fast") -> list[Tensor]:
         assert all(self.backend.unsupported_layer(x, layer) is None for layer in layers)
         return self.backend.relu_conv_bns(x, layers, memory)
+
+    def batch_norm(self, x: Tensor, norm: Any, relu: bool) -> Tensor:
+        assert self.backend.unsupported_batch_norm(x, norm) is None
+        return self.backend.batch_norm(x, norm, relu)
 
     def poison(self, on: bool) -> contextlib.AbstractContextManager[None]:
         """Fills fresh memory with NaNs."""

@@ -1,4 +1,4 @@
-"""Random cells and ReLU-conv-BN layers, with all that their forward and backward take.
+"""Random cells, ReLU-conv-BN layers and BatchNorms, with all that their forward and backward take.
 
 Every number is rounded to the dtype that a problem is for, and kept in float64: the truth and a run in that
 dtype start from the same values.
@@ -223,3 +223,30 @@ class LayerProblem(Problem):
     def trained(self, module):
         used = nn.ModuleList(part for part, grad in zip(module, self.grads, strict=True) if grad is not None)
         return super().trained(used)
+
+
+class NormProblem(Problem):
+    """A BatchNorm by itself, or with the ReLU behind it."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int] = (3, 6, 5, 7),
+        dtype: torch.dtype = torch.float64,
+        *,
+        relu: bool = False,
+        train: bool = True,
+        affine: bool = True,
+        track: bool = True,
+        place: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        norm = nn.BatchNorm2d(shape[1], affine=affine, track_running_stats=track)
+        super().__init__([norm], dtype, train)
+        self.relu = relu
+        x = torch.randn(shape)
+        if place is not None:
+            place(x)
+        self.inputs = [self.rounded(x)]
+        self.grads = [self.rounded(torch.randn(shape))]
+
+    def compute(self, backend, module, inputs, **options):
+        return [backend.batch_norm(inputs[0], module[0], self.relu, **options)]

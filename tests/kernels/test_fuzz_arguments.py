@@ -16,7 +16,7 @@ from tests.kernels import emulation
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
-FLAGS = ("-fsanitize=address", "-g1", "-w", f"-isystem{sysconfig.get_path('include')}")
+FLAGS = ("-URFDARTS_EMULATION", "-fsanitize=address", "-g1", "-w", f"-isystem{sysconfig.get_path('include')}")
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,7 @@
 """The parts of a supernet that neither its size nor its mixed ops show."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -107,13 +108,16 @@ def test_cells_share_the_reads_of_a_state_unless_watched(stem, watch, monkeypatc
     for handle in handles:
         if handle is not None:
             handle.remove()
-    assert torch.equal(output, expected)
-    assert all(torch.equal(a, b) for a, b in zip(network.buffers(), alone.buffers(), strict=True))
+    # hooks on all modules leave a stem's BatchNorms to PyTorch
+    within = 1e-10 if watch is hook_everything else 0
+    same = functools.partial(torch.testing.assert_close, rtol=within, atol=within)
+    same([output, *network.buffers()], [expected, *alone.buffers()])
     # each is called once, with the states as they are
     assert len(calls) == (4 if watch else 0)
     for args, s0, s1 in zip(calls, states, states[1:], strict=False):
-        assert torch.equal(args[0], s0)
-        assert watch is hook_preprocessing or torch.equal(args[1], s1)
+        same(args[0], s0)
+        if watch is not hook_preprocessing:
+            same(args[1], s1)
     if watch is None:
         # layers that read the stem's states, and then each cell's
         assert reads == ([3, 2, 2, 1] if stem == "cifar" else [1, 2, 2, 2, 1])

@@ -275,3 +275,64 @@ class ReLUConvBNFunction(torch.autograd.Function):
             all_images=options.all_images,
         )
         return None, grad_x if needs_input_grad else None, *grad_gammas, *grad_betas
+
+
+@dataclass(frozen=True)
+class BatchNormOptions:
+    """The arguments of the BatchNorm ops that have no gradient.
+
+    Attributes:
+        ops: namespace of the ops, `torch.ops.rfdarts`.
+        moments: running mean and variance [2, C] in float64; None for the batch's.
+        relu: a ReLU follows.
+    """
+
+    ops: Any
+    moments: Tensor | None
+    eps: float
+    relu: bool
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return dict(eps=self.eps, relu=self.relu)
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """A BatchNorm of x, dense channels_last, or its ReLU; and the moments [2, C] that it normalised by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: BatchNormOptions, x: Tensor, gamma: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tensors = dict(x=x, gamma=gamma, beta=beta)
+        output, moments = options.ops.batch_norm_forward(
+            **tensors, moments=options.moments, **options.numbers
+        )
+        _save(ctx, **tensors, moments=moments)
+        ctx.options = options
+        ctx.mark_non_differentiable(moments)
+        ctx.set_materialize_grads(False)
+        return output, moments
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        options, needed = ctx.options, ctx.needs_input_grad[1:]
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        shared = _saved(ctx) | options.numbers
+        if torch.is_grad_enabled() or functional.is_transformed():
+
+            def output(x: Tensor, gamma: Tensor, beta: Tensor) -> list[Tensor]:
+                return [
+                    functional.batch_norm_relu(x, gamma, beta, options.moments, options.eps, options.relu)
+                ]
+
+            arguments = [shared["x"], shared["gamma"], shared["beta"]]
+            return None, *functional.gradients(output, arguments, needed, [grads[0]])
+        made = options.ops.batch_norm_backward(
+            grad=channels_last(grads[0]),
+            **shared,
+            training=options.moments is None,
+            needs_input_grad=needed[0],
+        )
+        return None, *(grad if want else None for grad, want in zip(made, needed, strict=True))

@@ -129,14 +129,13 @@ class CompiledBackend:
         products = self.products_of(x.dtype, [x.shape[1], *(norm.num_features for norm in norms)])
         conv_weights = [layer_weights(layer, products) for layer in layers]
         like = conv_weights[0]
-        gammas = [norm.weight if norm.affine else like.new_ones(norm.num_features) for norm in norms]
-        betas = [norm.bias if norm.affine else like.new_zeros(norm.num_features) for norm in norms]
+        gammas, betas = zip(*(gamma_beta(norm, like) for norm in norms), strict=True)
         options = LayerOptions(
             ops=self._ops,
             layers=layers,
             conv_weights=conv_weights,
             bfloat16_products=products,
-            moments=[] if training else [_running_moments(norm) for norm in norms],
+            moments=[] if training else [*map(running_moments, norms)],
             recompute=memory == "recompute",
             all_images=all_images,
         )
@@ -144,9 +143,13 @@ class CompiledBackend:
         if training:
             count = pixels // x.shape[0] * (all_images or x.shape[0])
             for norm, moments in zip(norms, made[len(layers) :], strict=True):
-                stats = [norm.running_mean], [norm.running_var], [norm.num_batches_tracked]
-                self._update_running_stats(*stats, moments.unsqueeze(1), float(norm.momentum or 0.0), count)
+                self._track(norm, moments, count)
         return list(made[: len(layers)])
+
+    def _track(self, norm: nn.BatchNorm2d, moments: Tensor, pixels: int) -> None:
+        """`_update_running_stats` of one BatchNorm, from moments [2, C]."""
+        stats = [norm.running_mean], [norm.running_var], [norm.num_batches_tracked]
+        self._update_running_stats(*stats, moments.unsqueeze(1), float(norm.momentum or 0.0), pixels)
 
     @torch.no_grad()
     def _update_running_stats(
@@ -168,7 +171,15 @@ class CompiledBackend:
         self._ops.update_running_stats(means, variances, batches, moments, momentum, pixels)
 
 
-def _running_moments(norm: nn.BatchNorm2d) -> Tensor:
+def gamma_beta(norm: nn.BatchNorm2d, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and shift [C] of a BatchNorm, 1 and 0 in the dtype of `like` where it has none."""
+    if norm.affine:
+        return norm.weight, norm.bias
+    return like.new_ones(norm.num_features), like.new_zeros(norm.num_features)
+
+
+def running_moments(norm: nn.BatchNorm2d) -> Tensor:
+    """Running mean and variance [2, C] in float64."""
     return torch.stack([norm.running_mean, norm.running_var]).double()  # type: ignore[list-item]
 
 

@@ -6,11 +6,13 @@ import importlib
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rfdarts_fast.ops.compiled import fakes
-from rfdarts_fast.ops.compiled.base import CompiledBackend, unsupported_layer
-from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer
+from rfdarts_fast.ops.compiled.autograd import BatchNormFunction, BatchNormOptions, channels_last
+from rfdarts_fast.ops.compiled.base import CompiledBackend, gamma_beta, running_moments, unsupported_layer
+from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer, uses_batch_statistics
+from rfdarts_fast.ops.synchronised import BATCH_NORMS, synchronised
 
 _HALF = torch.bfloat16, torch.float16
 
@@ -60,6 +62,36 @@ class CPUBackend(CompiledBackend):
 
     def unsupported_layer(self, x: Tensor, layer: ReLUConvBNLayer) -> str | None:
         return self._unsupported_input(x) or unsupported_layer(x, layer, self.storage_dtype(x))
+
+    def unsupported_batch_norm(self, x: Tensor, norm: nn.BatchNorm2d) -> str | None:
+        """See `BatchNormBackend.unsupported_batch_norm`."""
+        reason = self._unsupported_input(x)
+        if reason is not None:
+            return reason
+        if x.dtype in _HALF:
+            return "PyTorch's own keeps half the bytes"
+        if x.dim() != 4 or x.numel() == 0 or x.shape[1] != norm.num_features:
+            return f"an input of shape {[*x.shape]}"
+        if type(norm) not in BATCH_NORMS or norm.momentum is None:
+            return "no BatchNorm2d with a fixed momentum"
+        if norm.affine and norm.weight.dtype != self.storage_dtype(x):
+            return "BatchNorm and input of different dtypes"
+        if synchronised([norm]):
+            return "statistics of several processes"
+        if uses_batch_statistics(norm) and x.numel() == x.shape[1]:
+            return "a single value per channel"
+        return None
+
+    def batch_norm(self, x: Tensor, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
+        """See `BatchNormBackend.batch_norm`."""
+        training = uses_batch_statistics(norm)
+        x = channels_last(x.to(self.storage_dtype(x)))
+        gamma, beta = gamma_beta(norm, x)
+        options = BatchNormOptions(self._ops, None if training else running_moments(norm), norm.eps, relu)
+        output, moments = BatchNormFunction.apply(options, x, gamma, beta)
+        if training:
+            self._track(norm, moments, x.numel() // x.shape[1])
+        return output
 
     def _unsupported_input(self, x: Tensor) -> str | None:
         if _unavailable is not None:

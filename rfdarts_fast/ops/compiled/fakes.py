@@ -145,6 +145,11 @@ def _layer_outputs(x: Tensor, gammas: list[Tensor], reduce: bool) -> list[Tensor
     return [_state(x, gamma.shape[0], x.shape[2] // stride, x.shape[3] // stride) for gamma in gammas]
 
 
+def _grad_of(x: Tensor, needed: bool) -> Tensor:
+    # nothing else says "no gradient" in a schema of one Tensor
+    return _state(x, *x.shape[1:]) if needed else x.new_empty_strided((0, 1, 1, 1), (1, 1, 1, 1))
+
+
 def _relu_conv_bn_forward(
     x, conv_weights, gammas, betas, moments, eps, reduce, bfloat16_products, all_images=0
 ):
@@ -162,9 +167,30 @@ def _relu_conv_bn_backward(
         _expect_count(name, tensors, len(conv_weights))
         for tensor, output in zip(tensors, _layer_outputs(x, gammas, reduce), strict=True):
             _expect(name, tensor, output.shape)
-    # nothing else says "no gradient" in a schema of one Tensor
-    grad_x = _state(x, *x.shape[1:]) if needs_input_grad else x.new_empty_strided((0, 1, 1, 1), (1, 1, 1, 1))
-    return grad_x, [torch.empty_like(g) for g in gammas], [torch.empty_like(b) for b in betas]
+    return (
+        _grad_of(x, needs_input_grad),
+        [torch.empty_like(g) for g in gammas],
+        [torch.empty_like(b) for b in betas],
+    )
+
+
+def _expect_norm(x: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor | None) -> None:
+    _expect("x", x, (None,) * 4)
+    _expect("gamma", gamma, (x.shape[1],))
+    _expect("beta", beta, (x.shape[1],))
+    if moments is not None:
+        _expect("moments", moments, (2, x.shape[1]))
+
+
+def _batch_norm_forward(x, gamma, beta, moments, eps, relu):
+    _expect_norm(x, gamma, beta, moments)
+    return _state(x, *x.shape[1:]), x.new_empty(2, x.shape[1], dtype=torch.float64)
+
+
+def _batch_norm_backward(grad, x, gamma, beta, moments, eps, training, relu, needs_input_grad):
+    _expect_norm(x, gamma, beta, moments)
+    _expect("grad", grad, x.shape)
+    return _grad_of(x, needs_input_grad), torch.empty_like(gamma), torch.empty_like(beta)
 
 
 def _update_running_stats(running_means, running_vars, num_batches_tracked, moments, momentum, count):
@@ -182,6 +208,8 @@ FAKES: dict[str, Callable] = {
     "cell_backward": _cell_backward,
     "relu_conv_bn_forward": _relu_conv_bn_forward,
     "relu_conv_bn_backward": _relu_conv_bn_backward,
+    "batch_norm_forward": _batch_norm_forward,
+    "batch_norm_backward": _batch_norm_backward,
     "update_running_stats": _update_running_stats,
 }
 
