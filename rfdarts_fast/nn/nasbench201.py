@@ -5,13 +5,10 @@ Source: D-X-Y/AutoDL-Projects xautodl/models/cell_searchs/generic_model.py and c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from rfdarts_fast import ops
-from rfdarts_fast.nn.primitives import ReLUConvBN, make_primitive, runs_only
-from rfdarts_fast.nn.sequential import FusedSequential, in_sequence
+from rfdarts_fast.nn.primitives import ReLUConvBN, make_primitive
 from rfdarts_fast.nn.supernet import MixedOp, Supernet
 from rfdarts_fast.spaces import CellGenotype, Space
 
@@ -27,16 +24,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(x) + self.conv_b(self.conv_a(x))
-
-
-class FusedResidualBlock(ResidualBlock):
-    """A residual block by `in_sequence`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        convs = self.conv_a, self.conv_b
-        whole = all(runs_only(conv, ReLUConvBN) and runs_only(conv.op, nn.Sequential) for conv in convs)
-        layers = [layer for conv in convs for layer in conv.op] if whole else convs
-        return self.downsample(x) + in_sequence(layers, x)
 
 
 class NasBench201SearchCell(nn.Module):
@@ -68,21 +55,16 @@ class NasBench201Cell(nn.Module):
         return states[-1]
 
 
-def _skeleton(
-    make_cell: Callable[[int], nn.Module],
-    C: int,
-    N: int,
-    track: bool,
-    sequential: type[nn.Sequential] = nn.Sequential,
-    block: type[ResidualBlock] = ResidualBlock,
-) -> tuple[nn.Sequential, nn.ModuleList, nn.Sequential]:
-    stem = sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C, track_running_stats=track))
+def _skeleton(make_cell, C: int, N: int, track: bool) -> tuple[nn.Sequential, nn.ModuleList, nn.Sequential]:
+    stem = nn.Sequential(
+        nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C, track_running_stats=track)
+    )
     cells = nn.ModuleList()
     for stage, c in enumerate((C, 2 * C, 4 * C)):
         if stage:
-            cells.append(block(c // 2, c, track))
+            cells.append(ResidualBlock(c // 2, c, track))
         cells.extend(make_cell(c) for _ in range(N))
-    lastact = sequential(nn.BatchNorm2d(4 * C, track_running_stats=track), nn.ReLU())
+    lastact = nn.Sequential(nn.BatchNorm2d(4 * C, track_running_stats=track), nn.ReLU())
     return stem, cells, lastact
 
 
@@ -108,12 +90,7 @@ class NasBench201SearchNetwork(Supernet):
         if space.inputs != 1:
             raise ValueError(f"space: expected one of the NAS-Bench-201 family, got {space.name!r}")
         self.stem, self.cells, self.lastact = _skeleton(
-            lambda c: NasBench201SearchCell(space, c, affine, track_running_stats),
-            C,
-            N,
-            track_running_stats,
-            FusedSequential,
-            FusedResidualBlock,
+            lambda c: NasBench201SearchCell(space, c, affine, track_running_stats), C, N, track_running_stats
         )
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(4 * C, num_classes)
