@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from rfdarts_fast.bench.roofs import machine_roofs
-from rfdarts_fast.ops import backends
+from rfdarts_fast.ops import BatchNormBackend, backends, reference
 from rfdarts_fast.runs.environment import environment
 from rfdarts_fast.spaces import DARTS_PRIMITIVES, SPACES
 from tests.kernels.oracles import Kernels, Oracle
-from tests.kernels.problems import CellProblem, LayerProblem, Problem
+from tests.kernels.problems import CellProblem, LayerProblem, NormProblem, Problem
 from tests.kernels.views import channels_last
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,6 +64,13 @@ class Compiled(Oracle):
     def cell(self, edges, inputs, op_weights, edge_weights=None) -> list[Tensor]:
         compiled = [torch.compile(edge, dynamic=False) for edge in edges]
         return super().cell(compiled, inputs, op_weights, edge_weights)
+
+    def layers(self, x, layers) -> list[Tensor]:
+        compiled = torch.compile(reference.relu_conv_bn, dynamic=False)
+        return [compiled(x, *layer) for layer in layers]
+
+    def batch_norm(self, x, norm, relu) -> Tensor:
+        return torch.compile(super().batch_norm, dynamic=False)(x, norm, relu)
 
 
 # the reference in both layouts and compiled, and the kernels
@@ -107,6 +114,13 @@ class Work:
 def _wait() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+@pytest.fixture(autouse=True)
+def every_graph_compiles() -> Iterator[None]:
+    # beyond eight shapes of the same code, torch.compile would go on in eager mode
+    with torch._dynamo.config.patch(cache_size_limit=4096, fail_on_recompile_limit_hit=True):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +192,16 @@ def layer(variant: str, name: str) -> Work:
     return Work(lambda: list(computed.layers(x, layers)), flops, x.numel() + outputs, outputs, trained)
 
 
+def norm(variant: str, channels: int, size: int, relu: bool) -> Work:
+    problem = NormProblem((BATCH, channels, size, size), torch.float32, relu=relu)
+    computed, ([module], [x], _) = runner(variant), leaves(problem, variant)
+    if not isinstance(computed, Oracle) and not isinstance(computed.backend, BatchNormBackend):
+        pytest.skip(f"{variant}: leaves it to PyTorch")
+    trained = [x, *module.parameters()]
+    # read for its statistics, too
+    return Work(lambda: [computed.batch_norm(x, module, relu)], 0, 2 * x.numel(), x.numel(), trained)
+
+
 def measure(benchmark: Any, roofs: dict[str, float], work: Work, direction: str) -> None:
     """Times one direction, and says what the time is of the least that it computes and moves."""
     if direction == "forward":
@@ -217,3 +241,11 @@ def test_cell(benchmark, roofs, supernet, channels, size, stride, variant, direc
 @pytest.mark.parametrize("name", LAYERS)
 def test_relu_conv_bn(benchmark, roofs, name, variant, direction):
     measure(benchmark, roofs, layer(variant, name), direction)
+
+
+# of the stems with 16 initial channels
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("channels", "size", "relu"), [(48, 32, False), (24, 112, True), (48, 56, False)])
+def test_batch_norm(benchmark, roofs, channels, size, relu, variant, direction):
+    measure(benchmark, roofs, norm(variant, channels, size, relu), direction)
