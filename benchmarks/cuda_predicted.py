@@ -60,13 +60,19 @@ READERS = {
 CELLS = [
     ("RF-DARTS, CIFAR, first cells", 1, 16, 32, 1, 64),
     ("RF-DARTS, CIFAR, first cells", 1, 16, 32, 1, 1024),
+    ("RF-DARTS, CIFAR, first reduction", 1, 32, 32, 2, 64),
     ("RF-DARTS, CIFAR, first reduction", 1, 32, 32, 2, 1024),
+    ("RF-DARTS, CIFAR, last cells", 1, 64, 8, 1, 64),
     ("RF-DARTS, CIFAR, last cells", 1, 64, 8, 1, 1024),
     ("RF-PCDARTS, CIFAR, first cells", 4, 16, 32, 1, 64),
     ("RF-PCDARTS, CIFAR, first cells", 4, 16, 32, 1, 1024),
+    ("RF-PCDARTS, CIFAR, last cells", 4, 64, 8, 1, 64),
     ("RF-PCDARTS, CIFAR, last cells", 4, 64, 8, 1, 1024),
+    ("RF-PCDARTS, ImageNet, K=2, first cells", 2, 16, 28, 1, 64),
     ("RF-PCDARTS, ImageNet, K=2, first cells", 2, 16, 28, 1, 256),
+    ("RF-PCDARTS, ImageNet, K=2, last cells", 2, 64, 7, 1, 64),
     ("RF-PCDARTS, ImageNet, K=2, last cells", 2, 64, 7, 1, 256),
+    ("RF-PCDARTS, ImageNet, K=4, first cells", 4, 16, 28, 1, 64),
     ("RF-PCDARTS, ImageNet, K=4, first cells", 4, 16, 28, 1, 256),
 ]
 # cells of NAS-Bench-201's supernet: width, image, batch
