@@ -98,16 +98,17 @@ class Work:
             self.forward()
         _wait()
 
-    def graph(self) -> tuple[tuple[list[Tensor]], dict]:
+    def graph(self) -> tuple[tuple[list[Tensor], list[Tensor]], dict]:
         for leaf in self.leaves:
             leaf.grad = None
         outputs = self.forward()
+        grads = [torch.ones_like(y) for y in outputs]
         _wait()
-        return (outputs,), {}
+        return (outputs, grads), {}
 
     @staticmethod
-    def backward(outputs: list[Tensor]) -> None:
-        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    def backward(outputs: list[Tensor], grads: list[Tensor]) -> None:
+        torch.autograd.backward(outputs, grads)
         _wait()
 
 
