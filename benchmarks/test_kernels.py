@@ -247,6 +247,13 @@ def test_relu_conv_bn(benchmark, roofs, name, variant, direction):
 # of the stems with 16 initial channels
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("channels", "size", "relu"), [(48, 32, False), (24, 112, True), (48, 56, False)])
+@pytest.mark.parametrize(
+    ("channels", "size", "relu"),
+    [
+        pytest.param(48, 32, False, id="48x32"),
+        pytest.param(24, 112, True, id="imagenet, ReLU, 24x112"),
+        pytest.param(48, 56, False, id="imagenet, 48x56"),
+    ],
+)
 def test_batch_norm(benchmark, roofs, channels, size, relu, variant, direction):
     measure(benchmark, roofs, norm(variant, channels, size, relu), direction)
