@@ -1,4 +1,5 @@
-// Schemas of the ops; every device has all but batch_norm's, which are the CPU's; csrc/README.md has the table of their arguments. `m` is a torch library.
+// Schemas of the ops; every device has all but batch_norm's, which are the CPU's. csrc/README.md has the table of their
+// arguments. `m` is a torch library.
 #pragma once
 
 // parameters of a cell
