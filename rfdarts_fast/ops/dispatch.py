@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfdarts_fast.ops import functional, hooks, reference
@@ -85,13 +84,10 @@ def relu_conv_bns(x: Tensor, layers: Sequence[ReLUConvBNLayer]) -> list[Tensor]:
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm2d, relu: bool = False) -> Tensor:
     """norm(x), or its ReLU, [N, C, H, W]: in one op where a backend has it, else as PyTorch does it."""
-    for backend in _candidates(x):
-        if not isinstance(backend, BatchNormBackend) or hooks.Hooks([norm]):
-            continue
-        if backend.unsupported_batch_norm(x, norm) is None:
+    for backend in () if hooks.Hooks([norm]) else _candidates(x):
+        if isinstance(backend, BatchNormBackend) and backend.unsupported_batch_norm(x, norm) is None:
             return backend.batch_norm(x, norm, relu)
-    y = norm(x)
-    return F.relu(y) if relu else y
+    return reference.batch_norm(x, norm, relu)
 
 
 def cell_call(

@@ -39,6 +39,12 @@ def relu_conv_bn(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.BatchNorm2d) ->
     return norm(torch.cat([convs[0](x), convs[1](x[:, :, 1:, 1:])], dim=1))
 
 
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
+    """norm(x), with `relu` its ReLU, [N, C, H, W]."""
+    y = norm(x)
+    return F.relu(y) if relu else y
+
+
 def mixed_op(edge: EdgeModule, x: Tensor, op_weights: Tensor) -> Tensor:
     """One edge: x [N, C, H, W], op_weights [primitives] -> [N, C, H / stride, W / stride]."""
     mixed = x[:, : edge.channels // edge.K]

@@ -22,7 +22,7 @@ from tests.kernels.problems import NASBENCH201, CellProblem, LayerProblem
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LIBRARY = "emulated.so"
 WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
-FLAGS = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DRFDARTS_EMULATION", *WARNINGS]
+FLAGS = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
 
@@ -82,10 +82,22 @@ def resource_usage(library=None):
     return used
 
 
-def compile_one(source, csrc, folder, flags):
+def compile_one(source, csrc, folder, flags, emulated=True):
     target = folder / (source.replace("/", "_") + ".o")
     includes = [f"-I{csrc}", *(f"-isystem{path}" for path in include_paths())]
-    command = [compiler(), *FLAGS, *STABLE_ABI, *flags, *includes, "-x", "c++", "-c", str(csrc / source)]
+    how = ["-DRFDARTS_EMULATION"] if emulated else []
+    command = [
+        compiler(),
+        *FLAGS,
+        *how,
+        *STABLE_ABI,
+        *flags,
+        *includes,
+        "-x",
+        "c++",
+        "-c",
+        str(csrc / source),
+    ]
     subprocess.run([*command, "-o", str(target)], check=True)
     return target
 

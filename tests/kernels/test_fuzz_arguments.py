@@ -16,7 +16,7 @@ from tests.kernels import emulation
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
-FLAGS = ("-URFDARTS_EMULATION", "-fsanitize=address", "-g1", "-w", f"-isystem{sysconfig.get_path('include')}")
+FLAGS = ("-fsanitize=address", "-g1", "-w", f"-isystem{sysconfig.get_path('include')}")
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,11 @@ def build(folder, csrc):
     shutil.copytree(ROOT / "tests" / "kernels", folder / "tests" / "kernels")
     sources = (csrc / "sources.txt").read_text().split()
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: emulation.compile_one(source, csrc, folder, FLAGS), sources))
+        objects = list(
+            pool.map(
+                lambda source: emulation.compile_one(source, csrc, folder, FLAGS, emulated=False), sources
+            )
+        )
     library = folder / "rfdarts_fast" / "ops" / "_C.abi3.so"
     command = [emulation.compiler(), "-shared", *FLAGS, "-o", str(library), *map(str, objects)]
     subprocess.run([*command, f"-L{TORCH_LIB_PATH}", "-ltorch", "-ltorch_cpu", "-lc10"], check=True)

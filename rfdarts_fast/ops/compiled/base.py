@@ -202,6 +202,11 @@ def unsupported_layer(x: Tensor, layer: ReLUConvBNLayer, dtype: torch.dtype) -> 
             return "a convolution is trained; the kernels have no weight gradients"
         if conv.weight.dtype != dtype or conv.weight.device != x.device:
             return "convolution and input of different dtypes or devices"
+    return unsupported_norm(norm, dtype)
+
+
+def unsupported_norm(norm: nn.BatchNorm2d, dtype: torch.dtype) -> str | None:
+    """The reason why no compiled kernels that compute in `dtype` can take the BatchNorm, or None."""
     if type(norm) not in BATCH_NORMS or norm.momentum is None:
         return "no BatchNorm2d with a fixed momentum"
     if norm.affine and norm.weight.dtype != dtype:

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from rfdarts_fast.ops.compiled import fakes
 from rfdarts_fast.ops.compiled.autograd import BatchNormFunction, BatchNormOptions, channels_last
-from rfdarts_fast.ops.compiled.base import CompiledBackend, gamma_beta, running_moments, unsupported_layer
+from rfdarts_fast.ops.compiled.base import (
+    CompiledBackend,
+    gamma_beta,
+    running_moments,
+    unsupported_layer,
+    unsupported_norm,
+)
 from rfdarts_fast.ops.contract import CellCall, Memory, ReLUConvBNLayer, uses_batch_statistics
-from rfdarts_fast.ops.synchronised import BATCH_NORMS, synchronised
+from rfdarts_fast.ops.synchronised import synchronised
 
 _HALF = torch.bfloat16, torch.float16
 
@@ -72,20 +78,16 @@ class CPUBackend(CompiledBackend):
             return "PyTorch's own keeps half the bytes"
         if x.dim() != 4 or x.numel() == 0 or x.shape[1] != norm.num_features:
             return f"an input of shape {[*x.shape]}"
-        if type(norm) not in BATCH_NORMS or norm.momentum is None:
-            return "no BatchNorm2d with a fixed momentum"
-        if norm.affine and norm.weight.dtype != self.storage_dtype(x):
-            return "BatchNorm and input of different dtypes"
         if synchronised([norm]):
             return "statistics of several processes"
         if uses_batch_statistics(norm) and x.numel() == x.shape[1]:
             return "a single value per channel"
-        return None
+        return unsupported_norm(norm, x.dtype)
 
     def batch_norm(self, x: Tensor, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
         """See `BatchNormBackend.batch_norm`."""
         training = uses_batch_statistics(norm)
-        x = channels_last(x.to(self.storage_dtype(x)))
+        x = channels_last(x)
         gamma, beta = gamma_beta(norm, x)
         options = BatchNormOptions(self._ops, None if training else running_moments(norm), norm.eps, relu)
         output, moments = BatchNormFunction.apply(options, x, gamma, beta)
