@@ -85,20 +85,9 @@ def resource_usage(library=None):
 def compile_one(source, csrc, folder, flags, emulated=True):
     target = folder / (source.replace("/", "_") + ".o")
     includes = [f"-I{csrc}", *(f"-isystem{path}" for path in include_paths())]
-    how = ["-DRFDARTS_EMULATION"] if emulated else []
-    command = [
-        compiler(),
-        *FLAGS,
-        *how,
-        *STABLE_ABI,
-        *flags,
-        *includes,
-        "-x",
-        "c++",
-        "-c",
-        str(csrc / source),
-    ]
-    subprocess.run([*command, "-o", str(target)], check=True)
+    defined = ["-DRFDARTS_EMULATION"] if emulated else []
+    command = [compiler(), *FLAGS, *defined, *STABLE_ABI, *flags, *includes, "-x", "c++"]
+    subprocess.run([*command, "-c", str(csrc / source), "-o", str(target)], check=True)
     return target
 
 

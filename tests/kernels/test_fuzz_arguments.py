@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,8 @@ def build(folder, csrc):
     shutil.copytree(ROOT / "tests" / "kernels", folder / "tests" / "kernels")
     sources = (csrc / "sources.txt").read_text().split()
     with ThreadPoolExecutor(2) as pool:
-        objects = list(
-            pool.map(
-                lambda source: emulation.compile_one(source, csrc, folder, FLAGS, emulated=False), sources
-            )
-        )
+        how = dict(csrc=csrc, folder=folder, flags=FLAGS, emulated=False)
+        objects = list(pool.map(partial(emulation.compile_one, **how), sources))
     library = folder / "rfdarts_fast" / "ops" / "_C.abi3.so"
     command = [emulation.compiler(), "-shared", *FLAGS, "-o", str(library), *map(str, objects)]
     subprocess.run([*command, f"-L{TORCH_LIB_PATH}", "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
