@@ -1,7 +1,7 @@
 """A table of microbenchmarks from pytest-benchmark's JSON: kernels against the fastest of plain PyTorch.
 
-    pytest benchmarks/test_kernels.py --benchmark-enable --benchmark-json=FILE
-    python -m benchmarks.kernel_table FILE [--out SMALLER_FILE]
+pytest benchmarks/test_kernels.py --benchmark-enable --benchmark-json=FILE
+python -m benchmarks.kernel_table FILE [--out SMALLER_FILE]
 """
 
 from __future__ import annotations
